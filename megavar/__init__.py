@@ -1,0 +1,1 @@
+"""Variational training of reasoning language models on Megatron-Core."""

@@ -1,0 +1,284 @@
+"""The run configuration: one dataclass a room, every default here and nowhere else.
+
+A run is one YAML file over these dataclasses (`load.py` reads it, `validate` checks it). Functions below
+`stages/` take one of these small sections or plain values, never the whole `RunConfig`.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+
+def choice(*allowed: str, default: str) -> Any:
+    """A string field that must be one of `allowed`."""
+    return field(default=default, metadata={"choices": allowed})
+
+
+def at_least(minimum: float, default: Any) -> Any:
+    """A number field that must not be below `minimum`."""
+    return field(default=default, metadata={"minimum": minimum})
+
+
+@dataclass
+class DataConfig:
+    """Input files (JSONL or Parquet of `questions` records) and the sequence limit."""
+
+    train: str = "???"
+    eval: str | None = None
+    num_round_questions: int | None = None
+    """Questions of the train file that traces are sampled for: its first N; null: all."""
+    max_sequence_tokens: int = at_least(16, default=4096)
+    """Limit of prompt + trace + answer in tokens; a longer gold sequence is an input error."""
+
+
+@dataclass
+class TemplateConfig:
+    """What the policy (question only) and the posterior (question and hint) are asked."""
+
+    system: str | None = None
+    policy: str = "{question}"
+    posterior: str = "{question}\n\nHint: the final answer is {answer}."
+    solution: str = "\n\nThe final answer is \\boxed{{{answer}}}."
+    """Derives the reference answer text of questions without a `solution`."""
+    open_marker: str = "<think>\n"
+    close_marker: str = "</think>"
+
+
+@dataclass
+class ParallelConfig:
+    """Sizes of the process grid; data parallelism is what remains of the world size."""
+
+    tensor: int = at_least(1, default=1)
+    pipeline: int = at_least(1, default=1)
+    virtual_pipeline: int = at_least(1, default=1)
+    """Model chunks a pipeline rank holds (interleaved schedule); 1: plain 1F1B."""
+    context: int = at_least(1, default=1)
+    sequence: bool = False
+    """Sequence parallelism: norms and dropout split along tokens over the tensor-parallel ranks."""
+
+
+@dataclass
+class PrecisionConfig:
+    """Arithmetic of the training engine."""
+
+    dtype: str = choice("bf16", "fp32", default="bf16")
+    fp8: str = choice("none", "delayed", "tensorwise", "blockwise", "mxfp8", default="none")
+    """Transformer Engine FP8 recipe for the linear layers."""
+
+
+@dataclass
+class TrainConfig:
+    """One training job: data order, optimizer, schedule, checkpoints."""
+
+    epochs: float = at_least(0, default=1.0)
+    batch_sequences: int = at_least(1, default=32)
+    """Sequences in one optimizer step, over all data-parallel ranks (B in the loss normaliser)."""
+    microbatch_tokens: int = at_least(1, default=8192)
+    """Token budget of one packed microbatch on one data-parallel rank."""
+    learning_rate: float = at_least(0, default=1e-5)
+    min_learning_rate_ratio: float = at_least(0, default=0.1)
+    warmup_ratio: float = at_least(0, default=0.1)
+    decay: str = choice("cosine", "linear", "constant", default="cosine")
+    weight_decay: float = at_least(0, default=0.0)
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = at_least(0, default=1.0)
+    """Global gradient norm limit; 0: no clipping."""
+    loss_normalizer: float | None = None
+    """C of the loss; null: B x the data set's mean of (weight x trained tokens)."""
+    recompute: str = choice("none", "selective", "full", default="none")
+    distributed_optimizer: bool = True
+    save_interval: int = at_least(1, default=100)
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: int = at_least(1, default=2)
+    log_interval: int = at_least(1, default=1)
+
+
+@dataclass
+class RolloutConfig:
+    """The SGLang servers."""
+
+    mode: str = choice("managed", "external", default="managed")
+    python: str = ".venv-sglang/bin/python"
+    """Interpreter with SGLang installed (managed)."""
+    urls: list[str] = field(default_factory=list)
+    """Base URLs of workers or of one router (external)."""
+    num_servers: int = at_least(1, default=1)
+    tensor_parallel_size: int = at_least(1, default=1)
+    dtype: str = choice("auto", "float32", "bfloat16", default="auto")
+    max_total_tokens: int | None = None
+    context_length: int | None = None
+    mem_fraction: float | None = None
+    deterministic: bool = False
+    """Ask SGLang for deterministic inference, without which it ignores request seeds."""
+    concurrency: int = at_least(1, default=64)
+    """Requests in flight for each server."""
+    request_timeout_seconds: float = at_least(0.1, default=1800.0)
+    max_retries: int = at_least(0, default=5)
+    start_timeout_seconds: float = at_least(1, default=900.0)
+    server_args: list[str] = field(default_factory=list)
+    """Extra arguments passed to `sglang.launch_server` as they are."""
+
+
+@dataclass
+class SampleConfig:
+    """How many traces and answers are sampled, and how."""
+
+    num_traces: int = at_least(1, default=8)
+    """K: traces from the posterior for each question."""
+    num_answers: int = at_least(1, default=8)
+    """n: answers from the policy for each trace."""
+    temperature: float = at_least(0, default=0.7)
+    top_p: float = 1.0
+    max_trace_tokens: int = at_least(1, default=3072)
+    max_answer_tokens: int = at_least(1, default=512)
+    flush_seconds: float = at_least(0.1, default=2.0)
+    """Finished samples are on disk at the latest after this time."""
+
+
+@dataclass
+class VerifyConfig:
+    """Verdicts in killable worker processes."""
+
+    num_workers: int = at_least(1, default=2)
+    timeout_seconds: float = at_least(0.1, default=10.0)
+
+
+@dataclass
+class ScoreConfig:
+    """Log-probs by the training engine's forward."""
+
+    temperature: float = at_least(1e-6, default=1.0)
+    microbatch_tokens: int = at_least(1, default=16384)
+    chunk_sequences: int = at_least(1, default=4096)
+    """Sequences scored between two writes to disk."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """How scores become weights (method.md, equations 6 and 8)."""
+
+    name: str = "iwae"
+    ratio: str = choice("geometric_mean", "sequence", "none", default="geometric_mean")
+    answer: str = choice("accuracy", "geometric_mean", "likelihood", default="accuracy")
+    answers: str = choice("all_correct", "first_correct", "reference", default="all_correct")
+    on_no_correct_trace: str = choice("drop", "gold", "geometric_mean", default="drop")
+    selection: str = choice("weighted", "resample", "best", default="weighted")
+    min_weight: float = at_least(0, default=0.0)
+    """Traces under this normalised weight are left out; their mass is reported."""
+
+
+@dataclass
+class PosteriorConfig:
+    """The posterior q_phi and what it learns from (equation 9)."""
+
+    source: str = choice("gold", "rollout", default="gold")
+    num_rollouts: int = at_least(1, default=8)
+    """M: traces from the policy for each question (`rollout`)."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass
+class PolicyConfig:
+    """The final policy."""
+
+    init: str = choice("base", "sft", default="base")
+    mix_gold: bool = False
+    """Adds the gold sequences of the train file, weight 1 each."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass
+class EvalConfig:
+    """Held-out accuracy of pi_0 and of the final policy."""
+
+    num_samples: int = at_least(1, default=4)
+    """Samples for each question; pass@k is reported for k = 1 and k = num_samples."""
+    num_bootstrap: int = at_least(1, default=1000)
+
+
+@dataclass
+class LoggingConfig:
+    """Where metrics go besides `metrics.jsonl`."""
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+
+@dataclass
+class RunConfig:
+    """One run: `runs_dir`/`name` holds everything it writes."""
+
+    name: str = "???"
+    runs_dir: str = "runs"
+    seed: int = 1
+    model: str = "???"
+    """Hugging Face folder of the base model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    templates: TemplateConfig = field(default_factory=TemplateConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sft: TrainConfig = field(default_factory=TrainConfig)
+    posterior: PosteriorConfig = field(default_factory=PosteriorConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+def validate(config: Any, path: str = "") -> None:
+    """Check every value of `config` on its own, then the pairs that depend on each other.
+
+    Raises:
+        ValueError: naming the key (both keys for a pair), what it holds and what it may hold.
+    """
+    for item in fields(config):
+        key, value = path + item.name, getattr(config, item.name)
+        if is_dataclass(value):
+            validate(value, key + ".")
+        allowed = item.metadata.get("choices")
+        if allowed and value not in allowed:
+            raise ValueError(f"{key}={value!r} is unknown; use one of {', '.join(allowed)}.")
+        minimum = item.metadata.get("minimum")
+        if minimum is not None and value < minimum:
+            raise ValueError(f"{key}={value} is too small; the least is {minimum}.")
+    if isinstance(config, RunConfig):
+        _validate_pairs(config)
+
+
+def _validate_pairs(config: RunConfig) -> None:
+    objective, sample, rollout = config.objective, config.sample, config.rollout
+    if objective.answer != "accuracy" and objective.answers != "reference":
+        raise ValueError(
+            f"objective.answer={objective.answer} weighs the reference answer, but "
+            f"objective.answers={objective.answers} trains on sampled ones; use objective.answers=reference."
+        )
+    if objective.answer == "accuracy" and objective.answers == "reference":
+        raise ValueError(
+            "objective.answers=reference needs the reference answer's log-probs; "
+            "use objective.answer=geometric_mean or likelihood with it."
+        )
+    needed = sample.max_trace_tokens + sample.max_answer_tokens
+    if needed >= config.data.max_sequence_tokens:
+        raise ValueError(
+            f"sample.max_trace_tokens={sample.max_trace_tokens} + sample.max_answer_tokens="
+            f"{sample.max_answer_tokens} leave no room for a prompt in data.max_sequence_tokens="
+            f"{config.data.max_sequence_tokens}; raise the last or lower the first two."
+        )
+    if rollout.mode == "external" and not rollout.urls:
+        raise ValueError("rollout.mode=external needs rollout.urls: the base URLs of running SGLang servers.")
+    if rollout.mode == "managed" and rollout.urls:
+        raise ValueError(f"rollout.urls={rollout.urls} are ignored in rollout.mode=managed; use rollout.mode=external.")
+    if config.parallel.virtual_pipeline > 1 and config.parallel.pipeline == 1:
+        raise ValueError(
+            f"parallel.virtual_pipeline={config.parallel.virtual_pipeline} needs parallel.pipeline of at least 2, "
+            f"got {config.parallel.pipeline}."
+        )
+    if config.precision.fp8 != "none" and config.precision.dtype != "bf16":
+        raise ValueError(
+            f"precision.fp8={config.precision.fp8} needs precision.dtype=bf16, got {config.precision.dtype}."
+        )

@@ -1,0 +1,248 @@
+"""The records that pass between the stages, and their one file format.
+
+Each record is a frozen dataclass; a file is Parquet (zstd) with one column a field, written under a
+temporary name and renamed when complete. Field names are the interface: users read these files.
+A stage that produces records for hours appends them through `RecordWriter`, which puts finished ones on
+disk every few seconds as numbered parts and merges the parts when the stage is done.
+"""
+
+import os
+import time
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+TokenIds = np.ndarray[Any, np.dtype[np.int32]]
+LogProbs = np.ndarray[Any, np.dtype[np.float32]]
+Float64 = typing.NewType("Float64", float)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Input: one question x with its known correct answer y'."""
+
+    id: str
+    question: str
+    answer: str
+    solution: str | None = None
+    trace: str | None = None
+    verifier: str = "math"
+    source: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One sampled (or gold) thinking trace z; `trace_ids` includes its close marker."""
+
+    question_id: str
+    trace_index: int
+    round: int
+    sampler: str  # policy, posterior or gold
+    prompt_ids: TokenIds
+    trace_ids: TokenIds
+    logp_engine: LogProbs | None
+    finish: str  # closed, length (truncated) or aborted
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """One sampled answer y after trace z; `correct` and `verdict` are null until verified."""
+
+    question_id: str
+    trace_index: int
+    answer_index: int
+    round: int
+    answer_ids: TokenIds
+    text: str
+    finish: str  # stop, length or aborted
+    seed: int
+    correct: bool | None = None
+    verdict: str | None = None  # correct, wrong, no_answer, timeout or "error: ..."
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """Log-probs of one trace under policy and posterior, by the training engine's forward."""
+
+    question_id: str
+    trace_index: int
+    round: int
+    logp_policy: LogProbs
+    logp_posterior: LogProbs | None
+    logp_answer: LogProbs | None
+    num_answers: int | None
+    num_correct: int | None
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The weight of one trace among the traces of its question (equation 8)."""
+
+    question_id: str
+    trace_index: int
+    round: int
+    log_ratio: Float64
+    log_answer: Float64
+    log_weight: Float64
+    weight: Float64
+    status: str  # ok, truncated, no_correct_trace or gold
+
+
+@dataclass(frozen=True, eq=False)
+class TrainSequence:
+    """What the trainer sees: a prompt without loss, a target (trace and answer) with one weight."""
+
+    prompt_ids: TokenIds
+    target_ids: TokenIds
+    weight: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the model runs over."""
+        return len(self.prompt_ids) + len(self.target_ids)
+
+
+Record = TypeVar("Record", Question, Trace, Answer, Score, Weight)
+
+_ARROW_TYPES: dict[Any, pa.DataType] = {
+    str: pa.string(),
+    int: pa.int64(),
+    bool: pa.bool_(),
+    float: pa.float32(),
+    Float64: pa.float64(),
+    TokenIds: pa.list_(pa.int32()),
+    LogProbs: pa.list_(pa.float32()),
+}
+_INT32_FIELDS = ("trace_index", "answer_index", "round", "num_answers", "num_correct")
+
+
+def schema_of(record_type: type[Record]) -> pa.Schema:
+    """The Parquet schema of a record type, column for field."""
+    columns = []
+    for item in fields(record_type):
+        kind = item.type
+        nullable = typing.get_origin(kind) in (typing.Union, types.UnionType)
+        if nullable:
+            kind = next(part for part in typing.get_args(kind) if part is not type(None))
+        arrow = pa.int32() if item.name in _INT32_FIELDS else _ARROW_TYPES[kind]
+        columns.append(pa.field(item.name, arrow, nullable))
+    return pa.schema(columns)
+
+
+def write_records(file: Path, records: Iterable[Record], record_type: type[Record]) -> None:
+    """Write all records to `file` atomically; an existing file is replaced."""
+    schema = schema_of(record_type)
+    rows = list(records)
+    table = pa.table(
+        {name: pa.array([getattr(row, name) for row in rows], schema.field(name).type) for name in schema.names},
+        schema=schema,
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with write_aside(file) as aside:
+        pq.write_table(table, aside, compression="zstd")
+
+
+def read_records(file: Path, record_type: type[Record]) -> list[Record]:
+    """Read a file of records; id and log-prob columns come back as numpy arrays.
+
+    Raises:
+        ValueError: if the file is no Parquet file or its columns are not those of `record_type`.
+    """
+    try:
+        table = pq.read_table(file)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{file} is not a readable Parquet file: {error}") from error
+    schema = schema_of(record_type)
+    if table.schema.names != schema.names:
+        raise ValueError(
+            f"{file} has columns {table.schema.names}, expected those of {record_type.__name__}: {schema.names}."
+        )
+    columns = [_column_values(table[name]) for name in schema.names]
+    return [record_type(*row) for row in zip(*columns, strict=True)]
+
+
+def _column_values(column: pa.ChunkedArray) -> list[Any]:
+    if not pa.types.is_list(column.type):
+        return column.to_pylist()
+    return [value.values.to_numpy() if value.is_valid else None for value in column]
+
+
+class write_aside:
+    """Context manager: yields a temporary path beside `file`, synced and renamed to it on success."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        return self.aside
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.aside.unlink(missing_ok=True)
+            return
+        with open(self.aside, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(self.aside, self.file)
+
+
+class RecordWriter:
+    """Appends records to numbered Parquet parts in `folder`; at most `flush_seconds` of work is unwritten.
+
+    A killed writer loses only what was not flushed: the next one reads back what is there with `existing` and
+    goes on. `finish` merges all into `folder`/data.parquet and removes the parts; it may itself be killed and
+    repeated.
+    """
+
+    def __init__(self, folder: Path, record_type: type[Record], flush_seconds: float) -> None:
+        self.folder, self.record_type, self.flush_seconds = folder, record_type, flush_seconds
+        self.file = folder / "data.parquet"
+        self._pending: list[Any] = []
+        self._flushed_at = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._next_part = 1 + max((int(part.stem.split("-")[1]) for part in self._parts()), default=-1)
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob("part-*.parquet"))
+
+    def existing(self) -> list[Any]:
+        """The records on disk, each identity once, in the order of their identities."""
+        files = [self.file] if self.file.exists() else []
+        records = {identity(row): row for file in files + self._parts() for row in read_records(file, self.record_type)}
+        return [records[key] for key in sorted(records)]
+
+    def append(self, record: Any) -> None:
+        """Take one record; written now if the last write is `flush_seconds` ago."""
+        self._pending.append(record)
+        if time.monotonic() - self._flushed_at >= self.flush_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending as the next part."""
+        self._flushed_at = time.monotonic()
+        if not self._pending:
+            return
+        write_records(self.folder / f"part-{self._next_part:06d}.parquet", self._pending, self.record_type)
+        self._next_part += 1
+        self._pending = []
+
+    def finish(self) -> Path:
+        """Merge all parts, ordered by identity, into data.parquet."""
+        self.flush()
+        write_records(self.file, self.existing(), self.record_type)
+        for part in self._parts():
+            part.unlink()
+        return self.file
+
+
+def identity(record: Any) -> tuple[str, int, int]:
+    """(question_id, trace_index, answer_index) of a record; -1 where it has none."""
+    return record.question_id, getattr(record, "trace_index", -1), getattr(record, "answer_index", -1)
