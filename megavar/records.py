@@ -171,7 +171,7 @@ def read_records(file: Path, record_type: type[Record]) -> list[Record]:
 
 def _column_values(column: pa.ChunkedArray) -> list[Any]:
     if not pa.types.is_list(column.type):
-        return column.to_pylist()
+        return list(column.to_pylist())
     return [value.values.to_numpy() if value.is_valid else None for value in column]
 
 
@@ -202,7 +202,7 @@ class RecordWriter:
     repeated.
     """
 
-    def __init__(self, folder: Path, record_type: type[Record], flush_seconds: float) -> None:
+    def __init__(self, folder: Path, record_type: type[Any], flush_seconds: float) -> None:
         self.folder, self.record_type, self.flush_seconds = folder, record_type, flush_seconds
         self.file = folder / "data.parquet"
         self._pending: list[Any] = []

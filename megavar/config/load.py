@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megavar.config.schema import RunConfig, validate
@@ -26,6 +26,8 @@ def load_config(file: Path, overrides: list[str]) -> RunConfig:
         raise ValueError(f"Override {bad[0]!r} is not of the form key=value, for example sample.num_traces=4.")
     try:
         top = OmegaConf.load(file)
+        if not isinstance(top, DictConfig):
+            raise ValueError(f"{file} is not a mapping of keys to values.")
         included = [OmegaConf.load(file.parent / name) for name in top.pop("include", [])]
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), *included, top, OmegaConf.from_dotlist(overrides))
         missing = OmegaConf.missing_keys(merged)

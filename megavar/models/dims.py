@@ -1,0 +1,84 @@
+"""The sizes of a model, read from its Hugging Face folder; what the operators and the engine need to know of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+
+@dataclass(frozen=True)
+class ModelDims:
+    """Sizes of a dense or mixture decoder; counts are of the whole model, not of a rank."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_query_groups: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    """Rows of the embedding, which are more than the tokenizer's entries."""
+    tied_embeddings: bool
+    rope_base: float
+    norm_eps: float
+    max_positions: int
+    qkv_bias: bool
+    qk_norm: bool
+
+    def padded_vocab_size(self, tensor_parallel: int) -> int:
+        """Embedding rows after padding to a multiple of the tensor-parallel size."""
+        return -(-self.vocab_size // tensor_parallel) * tensor_parallel
+
+
+KNOWN_FAMILIES = ("qwen2", "qwen3")
+
+
+def read_dims(folder: Path) -> ModelDims:
+    """Read the sizes of the model in a Hugging Face folder.
+
+    Raises:
+        ValueError: for a folder without config.json, an unknown `model_type`, or features that the training
+            engine would silently do otherwise (RoPE scaling, sliding windows).
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; give a Hugging Face model folder.")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}/config.json cannot be read: {error}") from error
+    if config.model_type not in KNOWN_FAMILIES:
+        raise ValueError(
+            f"{folder}/config.json has model_type={config.model_type!r}; known are {', '.join(KNOWN_FAMILIES)}."
+        )
+    if getattr(config, "use_sliding_window", False):
+        raise ValueError(f"{folder}/config.json sets use_sliding_window, which is not supported; set it to false.")
+    return ModelDims(
+        family=config.model_type,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        ffn_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        tied_embeddings=config.tie_word_embeddings,
+        rope_base=_rope_base(config, folder),
+        norm_eps=config.rms_norm_eps,
+        max_positions=config.max_position_embeddings,
+        qkv_bias=config.model_type == "qwen2",
+        qk_norm=config.model_type == "qwen3",
+    )
+
+
+def _rope_base(config: Any, folder: Path) -> float:
+    """The RoPE base: transformers 5 keeps it in `rope_parameters`, 4 in `rope_theta`; there is no default."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"{folder}/config.json has RoPE scaling {kind!r}, which is not supported; use a plain one.")
+    base = rope.get("rope_theta", getattr(config, "rope_theta", None))
+    if base is None:
+        raise ValueError(f"{folder}/config.json has no rope_theta; a RoPE base is never guessed.")
+    return float(base)

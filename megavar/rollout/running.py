@@ -1,0 +1,162 @@
+"""Runs many requests on an engine, with a progress line, and hands over each result as it comes."""
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megavar.rollout.engine import Engine, GenerateRequest, Generation, NoWorkerLeft, RolloutError
+
+logger = logging.getLogger(__name__)
+
+LOG_INTERVAL_SECONDS = 30.0
+NUM_ERRORS_SHOWN = 3
+
+Key = TypeVar("Key")
+
+
+@dataclass
+class Throughput:
+    """What a run of requests has done so far."""
+
+    num_requests: int = 0
+    num_samples: int = 0
+    num_tokens: int = 0
+    """Generated tokens."""
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens per second of wall time."""
+        return self.num_tokens / self.seconds if self.seconds else 0.0
+
+
+class RequestsFailed(RolloutError):
+    """Some requests failed after all retries; the others were finished and handed over."""
+
+    def __init__(self, description: str, num_finished: int, failures: list[tuple[object, Exception]]) -> None:
+        self.keys = [key for key, _ in failures]
+        """Of the requests that failed; those never started after the last server was lost are not among them."""
+        shown = "; ".join(f"{key}: {error}" for key, error in failures[:NUM_ERRORS_SHOWN])
+        super().__init__(
+            f"{description}: {len(failures)} requests failed, {num_finished} finished and are kept. "
+            f"The first failures: {shown}"
+        )
+
+
+async def run_requests(
+    engine: Engine,
+    requests: Iterable[tuple[Key, GenerateRequest]],
+    on_result: Callable[[Key, list[Generation]], None],
+    *,
+    description: str,
+    total: int | None = None,
+    concurrency: int | None = None,
+    show_progress: bool = True,
+) -> Throughput:
+    """Run every request and pass each result to `on_result` as soon as it is there, in order of completion.
+
+    Args:
+        engine: after `check_model`.
+        requests: drawn lazily, as many at a time as are in flight.
+        on_result: called in the event loop, so it must be quick; what it raises ends the run at once.
+        description: of the progress line and the errors.
+        total: number of requests; None: the length of `requests` if it has one, else the line shows no remaining time.
+        concurrency: requests in flight; None: the engine's capacity (the engine bounds samples by itself).
+        show_progress: off on all ranks but one.
+
+    Returns:
+        The totals of this run.
+
+    Raises:
+        RequestsFailed: after all others have finished, if requests failed; early if no server is left.
+    """
+    if total is None and isinstance(requests, Sized):
+        total = len(requests)
+    pending = iter(requests)
+    done, failures = Throughput(), list[tuple[object, Exception]]()
+    start = time.monotonic()
+
+    async def run_some(progress: ProgressLine) -> None:
+        for key, request in pending:
+            if failures and isinstance(failures[-1][1], NoWorkerLeft):
+                return
+            try:
+                generations = await engine.generate(request)
+            except (RolloutError, ValueError) as error:
+                failures.append((key, error))
+                logger.warning("%s: request %s failed: %s", description, key, error)
+                continue
+            on_result(key, generations)
+            done.num_requests += 1
+            done.num_samples += len(generations)
+            done.num_tokens += sum(len(generation.ids) for generation in generations)
+            done.seconds = time.monotonic() - start
+            progress.update(done)
+
+    with ProgressLine(description, total, show_progress) as progress:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(concurrency or engine.capacity):
+                    tasks.create_task(run_some(progress))
+        except* Exception as group:
+            raise first_error(group) from None
+    if failures:
+        raise RequestsFailed(description, done.num_requests, failures)
+    return done
+
+
+def first_error(group: BaseExceptionGroup[Exception]) -> Exception:
+    """The first exception inside nested groups."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, Exception)
+    return error
+
+
+class ProgressLine:
+    """Done of total, tokens per second and remaining time: a bar on a terminal, else a log line now and then."""
+
+    def __init__(self, description: str, total: int | None, show: bool) -> None:
+        self._description, self._total, self._show = description, total, show
+        console = Console(file=sys.stderr)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not (show and console.is_terminal),
+        )
+        self._logs = show and not console.is_terminal
+        self._next_log = time.monotonic() + LOG_INTERVAL_SECONDS
+        self._task = self._progress.add_task(description, total=total, rate=0.0)
+
+    def __enter__(self) -> "ProgressLine":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, done: Throughput) -> None:
+        """Show what is done."""
+        self._progress.update(self._task, completed=done.num_requests, rate=done.tokens_per_second)
+        if self._logs and (time.monotonic() >= self._next_log or done.num_requests == self._total):
+            self._next_log = time.monotonic() + LOG_INTERVAL_SECONDS
+            remaining = ""
+            if self._total:
+                seconds = done.seconds * (self._total - done.num_requests) / done.num_requests
+                remaining = f" of {self._total}, {seconds:.0f} s left"
+            logger.info(
+                "%s: %d%s, %.0f tokens/s", self._description, done.num_requests, remaining, done.tokens_per_second
+            )

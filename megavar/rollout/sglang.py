@@ -1,0 +1,380 @@
+"""Client of SGLang servers over HTTP: one or many workers, or the URL of a router in front of them.
+
+Written against sglang 0.5.23. Every answer carries the version of the weights it was sampled with, and is refused if
+that is not the version last loaded: a server that was restarted behind our back never mixes old samples in.
+"""
+
+import asyncio
+import json
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from megavar.rollout.engine import (
+    GenerateRequest,
+    Generation,
+    RequestRejected,
+    RolloutError,
+    sample_seed,
+)
+from megavar.rollout.workers import Worker, Workers
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_SECONDS = 0.5
+MAX_BACKOFF_SECONDS = 30.0
+HEALTH_TIMEOUT_SECONDS = 30.0  # /health generates a token, and waits up to 20 s for it
+CONTROL_TIMEOUT_SECONDS = 900.0  # /update_weights_from_disk reads the whole model
+LOADED_BY_US = "megavar:"  # prefix of the weight version that `load_weights` sets
+
+
+class ServerFault(Exception):
+    """A try failed by the server's or the network's fault; `broken` if the server itself seems to be gone."""
+
+    def __init__(self, message: str, broken: bool) -> None:
+        super().__init__(message)
+        self.broken = broken
+
+
+class SGLangEngine:
+    """SGLang servers as one engine (`megavar.rollout.engine.Engine`); use it with `async with`.
+
+    Args:
+        urls: base URLs of workers, or of one router (which cannot load weights).
+        concurrency: samples in flight for each URL.
+        request_timeout_seconds: deadline of one try of a request.
+        max_retries: further tries after a 5xx status, a broken connection or a time-out.
+        deterministic: require servers that honour seeds.
+        restart: restarts the server of a URL that stopped answering and returns once it is healthy; None:
+            somebody else does, so the server is asked from time to time.
+    """
+
+    def __init__(
+        self,
+        urls: list[str],
+        *,
+        concurrency: int,
+        request_timeout_seconds: float,
+        max_retries: int,
+        deterministic: bool,
+        restart: Callable[[str], Awaitable[None]] | None = None,
+    ) -> None:
+        if not urls:
+            raise ValueError("urls is empty; give the base URL of at least one SGLang server.")
+        self._urls = [url.rstrip("/") for url in urls]
+        self._concurrency = concurrency
+        self._timeout_seconds = request_timeout_seconds
+        self._max_retries = max_retries
+        self._deterministic = deterministic
+        self._restart = restart
+        self._vocab_size: int | None = None
+        self._shares_prefixes = False
+        self._warned_of_seeds = False
+        self._weight_version: str | None = None
+        self._loaded: Path | None = None
+        """Folder last given to `load_weights`; None: the servers serve what they started with."""
+
+    async def __aenter__(self) -> "SGLangEngine":
+        connector = aiohttp.TCPConnector(limit=0)  # Workers bounds what is in flight
+        self._http = aiohttp.ClientSession(connector=connector, trust_env=False)
+        self._workers = Workers(self._urls, self._concurrency, self._revive)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._workers.close()
+        await self._http.close()
+
+    @property
+    def capacity(self) -> int:
+        """Samples in flight over all servers."""
+        return self._concurrency * len(self._urls)
+
+    # -- what the servers serve --
+
+    async def check_model(self, model: Path) -> None:
+        """Check that every server serves the model in the Hugging Face folder `model`, and how it treats seeds.
+
+        Raises:
+            ValueError: other weights or another vocabulary are served, or seeds must be honoured and are not.
+            RolloutError: a server does not answer.
+        """
+        self._vocab_size = read_vocab_size(model)
+        versions = await self._on_every_worker(lambda worker: self._check_worker(worker, model))
+        if len(set(versions)) > 1:
+            raise ValueError(f"the SGLang servers serve different weight versions {versions}; call load_weights.")
+        self._weight_version = versions[0]
+
+    async def _check_worker(self, worker: Worker, model: Path) -> str:
+        info = await self._get(worker, "/model_info")
+        served = str(info["model_path"])
+        if Path(served).resolve() != model.resolve():
+            raise ValueError(
+                f"{worker.url} serves {served}, expected {model}; start it with --model-path {model.resolve()}, or "
+                "correct rollout.urls."
+            )
+        await self._check_vocabulary(worker)
+        await self._check_seeds(worker)
+        return str(info["weight_version"])
+
+    async def _check_vocabulary(self, worker: Worker) -> None:
+        """Compare vocabulary sizes.
+
+        No endpoint tells the server's. Yet it must be the expected one: a prompt token outside of it is not refused
+        but kills the server (on GPU, a device-side assert). The size is asked for through the validation of
+        `logit_bias` (sglang/srt/sampling/sampling_params.py, `verify`), which names it when it refuses a key.
+        """
+        assert self._vocab_size is not None
+        for token, accepted in ((self._vocab_size - 1, True), (self._vocab_size, False)):
+            sampling = {"max_new_tokens": 1, "temperature": 0.0, "logit_bias": {str(token): 0.0}}
+            try:
+                await self._post(worker, "/generate", {"input_ids": [0], "sampling_params": sampling})
+                answer = None
+            except RequestRejected as error:
+                answer = str(error)
+            if (answer is None) != accepted:
+                raise ValueError(
+                    f"{worker.url} has another vocabulary than the expected {self._vocab_size} rows "
+                    f"({answer or f'it knows token {token}'}); serve the model that the run is configured with."
+                )
+
+    async def _check_seeds(self, worker: Worker) -> None:
+        info = await self._get(worker, "/server_info")
+        self._shares_prefixes = not info.get("disable_radix_cache", False)
+        if info.get("enable_deterministic_inference", False):
+            return
+        if self._deterministic:
+            raise ValueError(
+                f"rollout.deterministic=true, but {worker.url} runs without deterministic inference and would ignore "
+                "seeds; start it with --enable-deterministic-inference or set rollout.deterministic=false."
+            )
+        if self._warned_of_seeds:
+            return
+        self._warned_of_seeds = True
+        logger.warning(
+            "SGLang server %s runs without deterministic inference: seeds are recorded but NOT replayable. "
+            "Set rollout.deterministic=true if samples must repeat.",
+            worker.url,
+        )
+
+    async def served_by_us(self) -> bool:
+        """Whether every server's weights were loaded by `load_weights`, of this process or of an earlier one."""
+        infos = await self._on_every_worker(lambda worker: self._get(worker, "/model_info"))
+        return all(str(info["weight_version"]).startswith(LOADED_BY_US) for info in infos)
+
+    async def load_weights(self, model: Path) -> None:
+        """Load the weights in `model` into every server, drop cached prefixes, and check that all serve the same.
+
+        No request may be in flight. A server that is out of use meanwhile gets the weights when it is back.
+
+        Raises:
+            ValueError: a server refuses them, is a router, or serves other weights afterwards.
+            NoWorkerLeft: no server is left to load them.
+        """
+        vocab_size = read_vocab_size(model)
+        if self._vocab_size is not None and vocab_size != self._vocab_size:
+            raise ValueError(
+                f"{model} has a vocabulary of {vocab_size} rows, the served model {self._vocab_size}; weights "
+                "can be exchanged within one architecture only."
+            )
+        self._loaded, self._weight_version = model, f"{LOADED_BY_US}{model.resolve()}"
+        digests = await self._on_every_worker(self._load_worker, must_answer=False)
+        if len(set(digests)) > 1:
+            raise ValueError(f"after loading {model} the servers {', '.join(self._urls)} hold different weights.")
+        async with self._workers.lease(1):  # waits for a server to come back if none was left
+            await self._on_every_worker(lambda worker: self._check_worker(worker, model), must_answer=False)
+
+    async def _load_worker(self, worker: Worker) -> str:
+        assert self._loaded is not None
+        body = {
+            "model_path": str(self._loaded.resolve()),
+            "weight_version": self._weight_version,
+            "flush_cache": True,  # prefixes computed with the old weights
+        }
+        try:
+            await self._post(worker, "/update_weights_from_disk", body, CONTROL_TIMEOUT_SECONDS)
+        except RequestRejected as error:
+            raise ValueError(
+                f"{worker.url} did not load {self._loaded}: {error}. The folder must be readable by the server; and "
+                "a router cannot load weights: give the workers' own URLs in rollout.urls."
+            ) from error
+        checksum = await self._post(worker, "/weights_checker", {"action": "checksum"}, CONTROL_TIMEOUT_SECONDS)
+        return json.dumps([rank["checksums"] for rank in checksum["ranks"]], sort_keys=True)
+
+    async def _revive(self, worker: Worker) -> None:
+        """Return once the worker is healthy and serves what it should; reload what a restart has lost."""
+        if self._restart is not None:
+            await self._restart(worker.url)
+        await self._get(worker, "/health", HEALTH_TIMEOUT_SECONDS)
+        if self._weight_version is None:
+            return
+        info = await self._get(worker, "/model_info")
+        if str(info["weight_version"]) == self._weight_version:
+            return
+        if self._loaded is None:
+            raise RolloutError(f"serves weight version {info['weight_version']}, expected {self._weight_version}")
+        await self._load_worker(worker)
+
+    async def _on_every_worker(self, call: Callable[[Worker], Awaitable[Any]], must_answer: bool = True) -> list[Any]:
+        """What `call` returns for each worker in use; one that does not answer is an error or goes out of use."""
+
+        async def attempt(worker: Worker) -> list[Any]:
+            try:
+                return [await call(worker)]
+            except ServerFault as fault:
+                if must_answer:
+                    raise RolloutError(f"{fault}; is an SGLang server running there?") from fault
+                self._workers.failed(worker, str(fault), out_of_use=True)
+                return []
+
+        answers = await asyncio.gather(*(attempt(worker) for worker in self._workers.all if worker.available))
+        return [answer for found in answers for answer in found]
+
+    # -- sampling --
+
+    async def generate(self, request: GenerateRequest) -> list[Generation]:
+        """Sample from the least loaded server; see `Engine.generate`."""
+        self._check_request(request)
+        for attempt in range(self._max_retries + 1):
+            if attempt:
+                backoff_seconds = min(FIRST_BACKOFF_SECONDS * 2 ** (attempt - 1), MAX_BACKOFF_SECONDS)
+                await asyncio.sleep(backoff_seconds * random.uniform(0.5, 1.5))
+            async with self._workers.lease(request.num_samples) as worker:
+                try:
+                    generations = await self._generate_on(worker, request)
+                except ServerFault as fault:
+                    last_fault = fault
+                    self._workers.failed(worker, str(fault), out_of_use=fault.broken)
+                else:
+                    self._workers.succeeded(worker)
+                    return generations
+        raise RolloutError(f"gave up after {self._max_retries + 1} tries; the last: {last_fault}") from last_fault
+
+    def _check_request(self, request: GenerateRequest) -> None:
+        if self._vocab_size is None:
+            raise RuntimeError("check_model must be awaited before generate.")
+        if len(request.prompt_ids) == 0:
+            raise RequestRejected("prompt_ids is empty; a prompt has at least one token.")
+        low, high = int(min(request.prompt_ids)), int(max(request.prompt_ids))
+        if low < 0 or high >= self._vocab_size:
+            raise RequestRejected(
+                f"prompt_ids has token {low if low < 0 else high}, outside of the served vocabulary of "
+                f"{self._vocab_size} (SGLang would die of it); tokenize with the tokenizer of the served model."
+            )
+
+    async def _generate_on(self, worker: Worker, request: GenerateRequest) -> list[Generation]:
+        prompt_ids = [int(token) for token in request.prompt_ids]
+        body: dict[str, Any]
+        if request.num_samples > 1 and self._shares_prefixes:
+            # Fills the prefix cache, so that the samples compute the prompt once. SGLang's own `n` does the same,
+            # but gives all samples one seed (sglang/srt/managers/tokenizer_manager.py, _handle_batch_request).
+            body = {"input_ids": prompt_ids, "sampling_params": {"max_new_tokens": 0}}
+            await self._post(worker, "/generate", body)
+        seeds = [sample_seed(request.seed, index) for index in range(request.num_samples)]
+        body = {
+            "input_ids": [prompt_ids] * len(seeds),
+            "sampling_params": [sampling_params(request, seed) for seed in seeds],
+            "return_logprob": True,
+        }
+        answers = await self._post(worker, "/generate", body)
+        if not isinstance(answers, list) or len(answers) != len(seeds):
+            raise ServerFault(f"{worker.url} answered {str(answers)[:200]}, expected {len(seeds)} samples", False)
+        for answer in answers:
+            version = answer["meta_info"]["weight_version"]
+            if version != self._weight_version:
+                message = f"{worker.url} sampled with weight version {version}, expected {self._weight_version}"
+                raise ServerFault(message, broken=True)
+        return [read_generation(answer, request, seed) for answer, seed in zip(answers, seeds, strict=True)]
+
+    # -- HTTP --
+
+    async def _get(self, worker: Worker, path: str, timeout_seconds: float = HEALTH_TIMEOUT_SECONDS) -> Any:
+        return await self._send(worker, "GET", path, None, timeout_seconds)
+
+    async def _post(self, worker: Worker, path: str, body: Any, timeout_seconds: float | None = None) -> Any:
+        return await self._send(worker, "POST", path, body, timeout_seconds or self._timeout_seconds)
+
+    async def _send(self, worker: Worker, method: str, path: str, body: Any, timeout_seconds: float) -> Any:
+        """One HTTP exchange.
+
+        Raises:
+            RequestRejected: on a 4xx status, with the server's message.
+            ServerFault: on a 5xx status, a broken connection, a time-out, or an answer cut short.
+        """
+        url = worker.url + path
+        timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        try:
+            async with self._http.request(method, url, json=body, timeout=timeout) as response:
+                text = await response.text()
+                if response.status >= 500:
+                    raise ServerFault(f"{url}: HTTP {response.status}: {text[:500]}", broken=False)
+                if response.status >= 400:
+                    raise RequestRejected(f"{url}: HTTP {response.status}: {error_message(text)}")
+                return json.loads(text) if text else None
+        except TimeoutError as error:
+            raise ServerFault(f"{url}: no answer within {timeout_seconds:g} s", broken=False) from error
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise ServerFault(f"{url}: {type(error).__name__}: {error}", broken=True) from error
+        except json.JSONDecodeError as error:
+            raise ServerFault(f"{url}: the answer is not JSON: {text[:200]}", broken=False) from error
+
+
+def sampling_params(request: GenerateRequest, seed: int) -> dict[str, Any]:
+    """SGLang's sampling parameters of one sample."""
+    return {
+        "max_new_tokens": request.max_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "sampling_seed": seed,
+        "stop_token_ids": list(request.stop_token_ids) or None,
+        "stop": list(request.stop) or None,
+        "no_stop_trim": True,  # the text keeps the stop string, as the ids do
+    }
+
+
+def read_generation(answer: dict[str, Any], request: GenerateRequest, seed: int) -> Generation:
+    """One sample of /generate's answer.
+
+    Raises:
+        RolloutError: the answer contradicts itself, or the model computed NaN.
+    """
+    meta, ids = answer["meta_info"], answer["output_ids"]
+    logps = meta["output_token_logprobs"]
+    if ids != [token for _, token, _ in logps]:
+        raise RolloutError(f"SGLang's log-probs are of other tokens than its output: {logps[:5]} against {ids[:5]}")
+    finish = meta["finish_reason"]
+    if finish.get("matched") == "NaN happened" and "NaN happened" not in request.stop:
+        # sglang/srt/managers/schedule_batch.py, _check_vocab_boundary_finish: it replaces the token and says "stop"
+        raise RolloutError("the served model computes NaN; check the checkpoint, or serve it in another dtype.")
+    return Generation(
+        ids=np.array(ids, dtype=np.int32),
+        logps=np.array([logp for logp, _, _ in logps], dtype=np.float32),
+        finish=finish["type"],
+        text=answer["text"],
+        seed=seed,
+    )
+
+
+def error_message(body: str) -> str:
+    """The message in an error answer, or the answer itself."""
+    try:
+        error = json.loads(body)
+        error = error.get("error", error.get("message", error))
+        return str(error["message"] if isinstance(error, dict) and "message" in error else error)
+    except (ValueError, AttributeError):
+        return body[:1000]
+
+
+def read_vocab_size(model: Path) -> int:
+    """Embedding rows of the model in a Hugging Face folder."""
+    path = model / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{model} has no config.json; give a Hugging Face model folder.")
+    return int(json.loads(path.read_text())["vocab_size"])

@@ -1,0 +1,129 @@
+"""The servers a client talks to: which one takes the next request, and which are out of use for now.
+
+Knows no HTTP: `sglang.py` reports how requests ended and supplies the coroutine that brings a worker back.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from megavar.rollout.engine import NoWorkerLeft
+
+logger = logging.getLogger(__name__)
+
+MAX_CONSECUTIVE_FAILURES = 3
+"""Failed answers in a row after which a worker is taken out of use."""
+FIRST_REVIVAL_SECONDS = 1.0
+MAX_REVIVAL_SECONDS = 30.0
+REVIVALS_UNTIL_LOST = 5
+"""Failed revivals after which requests no longer wait for a worker (it is still tried, and taken back)."""
+
+
+@dataclass(eq=False)
+class Worker:
+    """One server."""
+
+    url: str
+    samples_in_flight: int = 0
+    failures: int = 0
+    """In a row."""
+    last_error: str = ""
+    available: bool = True
+    lost: bool = False
+    revival: asyncio.Task[None] | None = field(default=None, repr=False)
+
+
+class Workers:
+    """Hands each request to the available worker with the fewest samples in flight.
+
+    Args:
+        urls: base URLs.
+        concurrency: samples in flight for each worker.
+        revive: brings a worker back (waits, restarts, checks what it serves), or raises.
+    """
+
+    def __init__(self, urls: list[str], concurrency: int, revive: Callable[[Worker], Awaitable[None]]) -> None:
+        self.all = [Worker(url) for url in urls]
+        self._concurrency = concurrency
+        self._revive = revive
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def lease(self, num_samples: int) -> AsyncIterator[Worker]:
+        """A worker for one request, waiting until one has room; one with nothing in flight always has.
+
+        Raises:
+            NoWorkerLeft: every worker is lost.
+        """
+        async with self._changed:
+            worker = self._choose(num_samples)
+            while worker is None:
+                if all(worker.lost for worker in self.all):
+                    errors = "; ".join(f"{worker.url}: {worker.last_error}" for worker in self.all)
+                    raise NoWorkerLeft(f"none of the {len(self.all)} SGLang servers answers any more: {errors}")
+                await self._changed.wait()
+                worker = self._choose(num_samples)
+            worker.samples_in_flight += num_samples
+        try:
+            yield worker
+        finally:
+            worker.samples_in_flight -= num_samples
+            await self._notify()
+
+    def _choose(self, num_samples: int) -> Worker | None:
+        def has_room(worker: Worker) -> bool:
+            return not worker.samples_in_flight or worker.samples_in_flight + num_samples <= self._concurrency
+
+        ready = [worker for worker in self.all if worker.available and has_room(worker)]
+        return min(ready, key=lambda worker: worker.samples_in_flight, default=None)
+
+    def succeeded(self, worker: Worker) -> None:
+        """A request was answered."""
+        worker.failures = 0
+
+    def failed(self, worker: Worker, error: str, out_of_use: bool) -> None:
+        """A request failed by the server's fault.
+
+        Args:
+            worker: who failed.
+            error: what happened.
+            out_of_use: take the worker out of use at once (the connection broke, it serves other weights).
+        """
+        worker.failures += 1
+        worker.last_error = error
+        if worker.available and (out_of_use or worker.failures >= MAX_CONSECUTIVE_FAILURES):
+            worker.available = False
+            logger.warning("SGLang server %s is out of use until it recovers: %s", worker.url, error)
+            worker.revival = asyncio.create_task(self._bring_back(worker))
+
+    async def _bring_back(self, worker: Worker) -> None:
+        pause_seconds, attempt = FIRST_REVIVAL_SECONDS, 0
+        while True:
+            try:
+                await self._revive(worker)
+                break
+            except Exception as error:  # whatever it is, the other workers go on and this one is tried again
+                worker.last_error = str(error) or repr(error)
+            attempt += 1
+            if attempt >= REVIVALS_UNTIL_LOST and not worker.lost:
+                worker.lost = True
+                logger.error("SGLang server %s did not come back: %s", worker.url, worker.last_error)
+                await self._notify()
+            await asyncio.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, MAX_REVIVAL_SECONDS)
+        worker.failures, worker.lost, worker.available = 0, False, True
+        logger.info("SGLang server %s is back in use.", worker.url)
+        await self._notify()
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def close(self) -> None:
+        """Stop trying to bring workers back."""
+        tasks = [worker.revival for worker in self.all if worker.revival is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

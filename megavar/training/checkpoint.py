@@ -1,0 +1,81 @@
+"""Training checkpoints: sharded by Megatron's dist_checkpointing, loadable on another grid, complete or absent.
+
+A checkpoint is the folder `step_NNNNNN`, written aside and renamed. Nothing random happens in training (no dropout;
+the data order is a function of seed and step), so weights, optimizer, schedule and step are the whole state.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.utils import unwrap_model
+
+from megavar.training.parallel import barrier, is_rank_zero
+
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("step_*"))
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps done at a checkpoint."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def save_checkpoint(
+    folder: Path, step: int, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any, keep: int
+) -> None:
+    """Save after `step` optimizer steps and remove all but the last `keep` checkpoints; all ranks call it."""
+    name = f"step_{step:06d}"
+    aside = folder / f".{name}.tmp"
+    if is_rank_zero():
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    barrier()
+    state = _model_state(chunks)
+    state["optimizer"] = optimizer.sharded_state_dict(state, metadata=_SHARDING)
+    state["scheduler"] = scheduler.state_dict()
+    dist_checkpointing.save(state, str(aside), content_metadata=_SHARDING)
+    barrier()
+    if is_rank_zero():
+        os.replace(aside, folder / name)
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    barrier()
+
+
+def load_checkpoint(checkpoint: Path, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any) -> None:
+    """Restore weights, optimizer and schedule, on this grid or another one."""
+    wanted = _model_state(chunks)
+    wanted["optimizer"] = optimizer.sharded_state_dict(wanted, is_loading=True, metadata=_SHARDING)
+    state = _load(wanted, checkpoint)
+    _fill(chunks, state)
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+
+
+def load_model(checkpoint: Path, chunks: list[torch.nn.Module]) -> None:
+    """Restore weights only."""
+    _fill(chunks, _load(_model_state(chunks), checkpoint))
+
+
+def _model_state(chunks: list[torch.nn.Module]) -> dict[str, Any]:
+    return {f"model{index}": unwrap_model(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
+
+
+def _load(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    state: dict[str, Any] = dist_checkpointing.load(wanted, str(checkpoint))
+    return state
+
+
+def _fill(chunks: list[torch.nn.Module], state: dict[str, Any]) -> None:
+    for index, chunk in enumerate(chunks):
+        missing, unexpected = unwrap_model(chunk).load_state_dict(state[f"model{index}"], strict=False)
+        lost = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
+        assert not lost, f"checkpoint and model differ in {lost}"

@@ -1,0 +1,121 @@
+"""The training loop: weighted sequences in, checkpoints out. It knows nothing of objectives."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from megatron.core import parallel_state
+
+from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
+from megavar.models.dims import read_dims
+from megavar.packing import Microbatch, PackShape, data_order, pack, partition
+from megavar.records import TrainSequence
+from megavar.training.checkpoint import list_checkpoints, load_checkpoint, load_model, save_checkpoint, step_of
+from megavar.training.convert import export_weights, load_weights
+from megavar.training.model import build_model, transformer_config
+from megavar.training.optimizer import build_optimizer, wrap_for_gradients
+from megavar.training.step import configure_gradients, gradient_pass, pack_shape
+
+Report = Callable[[int, int, dict[str, float]], None]
+"""Called on every rank with (steps done, steps in all, metrics of the last step)."""
+
+
+def num_training_steps(num_sequences: int, train: TrainConfig) -> int:
+    """Optimizer steps of the job; the stream of shuffled epochs runs on over epoch bounds."""
+    return max(1, round(train.epochs * num_sequences / train.batch_sequences))
+
+
+def loss_normalizer(sequences: Sequence[TrainSequence], train: TrainConfig) -> float:
+    """C of the loss: B x the mean over the data set of (weight x trained tokens), unless set by config."""
+    if train.loss_normalizer is not None:
+        return train.loss_normalizer
+    return train.batch_sequences * float(
+        np.mean([sequence.weight * len(sequence.target_ids) for sequence in sequences], dtype=np.float64)
+    )
+
+
+def train_model(
+    init: Path,
+    sequences: Sequence[TrainSequence],
+    train: TrainConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    seed: int,
+    folder: Path,
+    report: Report,
+) -> None:
+    """Train from the Hugging Face folder `init` to the last step, going on from the newest checkpoint in `folder`.
+
+    Args:
+        sequences: the data set, the same on every rank.
+        folder: holds the checkpoints; the last one is the result.
+
+    Raises:
+        ValueError: if a sequence does not fit the microbatch.
+        FloatingPointError: if the loss or the gradient norm is not finite.
+    """
+    dims = read_dims(init)
+    num_steps = num_training_steps(len(sequences), train)
+    normalizer = loss_normalizer(sequences, train)
+    config = transformer_config(dims, parallel, precision, train.recompute)
+    configure_gradients(config)
+    chunks = build_model(config, dims)
+    done = list_checkpoints(folder)
+    if not done:
+        load_weights(chunks, init, dims)
+    chunks = wrap_for_gradients(config, chunks, train)
+    optimizer, scheduler = build_optimizer(chunks, train, config.bf16, num_steps)
+    if done:
+        load_checkpoint(done[-1], chunks, optimizer, scheduler)
+    else:
+        optimizer.reload_model_params()
+    shape = pack_shape(parallel, precision)
+    for step in range(step_of(done[-1]) if done else 0, num_steps):
+        started = time.perf_counter()
+        indices = data_order(len(sequences), step * train.batch_sequences, (step + 1) * train.batch_sequences, seed)
+        batch = [sequences[index] for index in indices]
+        for chunk in chunks:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        optimizer.zero_grad()
+        sums = gradient_pass(chunks, _microbatches(batch, train.microbatch_tokens, parallel, shape), normalizer)
+        learning_rate = max(group["lr"] for group in optimizer.param_groups)
+        _, grad_norm, _ = optimizer.step()
+        if not math.isfinite(sums.loss) or (grad_norm is not None and not math.isfinite(grad_norm)):
+            raise FloatingPointError(f"step {step + 1}: loss {sums.loss}, gradient norm {grad_norm}; stopped.")
+        scheduler.step(1)
+        seconds = time.perf_counter() - started
+        metrics = {
+            "loss": sums.loss,
+            "token_nll": sums.nll / sums.num_target_tokens,
+            "grad_norm": float(grad_norm or 0.0),
+            "learning_rate": float(learning_rate),
+            "target_tokens": float(sums.num_target_tokens),
+            "tokens_per_second": sum(sequence.num_tokens for sequence in batch) / seconds,
+            "seconds": seconds,
+        }
+        if (step + 1) % train.save_interval == 0 or step + 1 == num_steps:
+            save_checkpoint(folder, step + 1, chunks, optimizer, scheduler, train.keep_checkpoints)
+        report(step + 1, num_steps, metrics)
+
+
+def _microbatches(
+    batch: list[TrainSequence], budget_tokens: int, parallel: ParallelConfig, shape: PackShape
+) -> list[Microbatch]:
+    """This data-parallel rank's microbatches of the global batch."""
+    lengths = [sequence.num_tokens for sequence in batch]
+    multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+    plan = partition(lengths, budget_tokens, parallel_state.get_data_parallel_world_size(), multiple)
+    mine = plan[parallel_state.get_data_parallel_rank()]
+    return [pack(batch, indices, shape, parallel_state.get_context_parallel_rank()) for indices in mine]
+
+
+def export_checkpoint(
+    checkpoint: Path, source: Path, target: Path, parallel: ParallelConfig, precision: PrecisionConfig
+) -> None:
+    """Write a checkpoint's weights as the Hugging Face folder `target`, with the side files of `source`."""
+    dims = read_dims(source)
+    chunks = build_model(transformer_config(dims, parallel, precision, "none"), dims)
+    load_model(checkpoint, chunks)
+    export_weights(chunks, dims, source, target)

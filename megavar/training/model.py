@@ -1,0 +1,150 @@
+"""The Megatron model of a Hugging Face model's sizes, whose output is log-probs of chosen tokens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import Tensor
+
+from megavar.config.schema import ParallelConfig, PrecisionConfig
+from megavar.models.dims import ModelDims
+from megavar.training.attention import PackedAttention, RMSNorm
+from megavar.training.device import device
+from megavar.training.logprobs import token_logps
+from megavar.training.precision import has_transformer_engine, transformer_config_arguments
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the last pipeline stage is asked for: the log-prob of `ids[i]` following position `positions[i]`."""
+
+    positions: Tensor
+    ids: Tensor
+    temperature: float
+
+
+class LogProbModel(GPTModel):  # type: ignore[misc]
+    """GPTModel whose `labels` are `Targets` and whose output on the last stage is their log-probs [S], float32."""
+
+    vocab_rows: int
+    """Real rows of the vocabulary; the rest is padding."""
+
+    def _postprocess(self, hidden_states: Tensor, labels: Targets, **_: Any) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        table = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if self.config.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+            chosen = whole.squeeze(1)[labels.positions]
+        else:
+            chosen = copy_to_tensor_model_parallel_region(hidden_states.squeeze(1)[labels.positions])
+        return token_logps(
+            chosen,
+            self.output_layer.weight if table is None else table,
+            labels.ids,
+            self.vocab_rows,
+            labels.temperature,
+            parallel_state.get_tensor_model_parallel_group(),
+        )
+
+
+def transformer_config(
+    dims: ModelDims, parallel: ParallelConfig, precision: PrecisionConfig, recompute: str
+) -> TransformerConfig:
+    """Megatron's configuration of a model of these sizes on this grid."""
+    recomputations: dict[str, dict[str, Any]] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }
+    interleaved = parallel.virtual_pipeline > 1
+    on_gpu = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=dims.num_layers,
+        hidden_size=dims.hidden_size,
+        num_attention_heads=dims.num_heads,
+        num_query_groups=dims.num_query_groups,
+        kv_channels=dims.head_dim,
+        ffn_hidden_size=dims.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=dims.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=dims.qkv_bias,
+        qk_layernorm=dims.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        # Packed microbatches differ in length. Megatron allows that with this dispatcher only (experts or not).
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # Interleaving with batched point-to-point calls is silently wrong at two pipeline ranks.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=True,
+        # Weights come from a checkpoint; every parameter is checked to be filled.
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu,
+        # The loss has its own constant normaliser: Megatron shall divide by nothing.
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=has_transformer_engine(),
+        **recomputations[recompute],
+        **transformer_config_arguments(precision),
+    )
+
+
+def build_model(config: TransformerConfig, dims: ModelDims) -> list[torch.nn.Module]:
+    """This rank's model chunks, on its device, with uninitialised weights.
+
+    Returns:
+        One chunk, or `virtual_pipeline` chunks; wrapped for bf16 where asked.
+    """
+    stages = range(config.virtual_pipeline_model_parallel_size or 1)
+    chunks: list[torch.nn.Module] = []
+    for stage in stages:
+        vp_stage = stage if len(stages) > 1 else None
+        chunk = LogProbModel(
+            config,
+            _layer_spec(config, vp_stage),
+            vocab_size=dims.padded_vocab_size(config.tensor_model_parallel_size),
+            max_sequence_length=dims.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+            position_embedding_type="rope",
+            rotary_base=dims.rope_base,
+            share_embeddings_and_output_weights=dims.tied_embeddings,
+            vp_stage=vp_stage,
+        ).to(device())
+        chunk.vocab_rows = dims.vocab_size
+        chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
+    return chunks
+
+
+def _layer_spec(config: TransformerConfig, vp_stage: int | None) -> Any:
+    if has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    num_layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)

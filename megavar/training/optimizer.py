@@ -1,0 +1,63 @@
+"""Megatron's DDP wrapper, AdamW and schedule for one training job."""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megavar.config.schema import TrainConfig
+
+
+def wrap_for_gradients(config: Any, chunks: list[torch.nn.Module], train: TrainConfig) -> list[torch.nn.Module]:
+    """Wrap each chunk in Megatron's DistributedDataParallel: gradients are added up in float32."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=train.distributed_optimizer
+    )
+    return [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(
+    chunks: list[torch.nn.Module], train: TrainConfig, bf16: bool, num_steps: int
+) -> tuple[Any, OptimizerParamScheduler]:
+    """AdamW without weight decay on norms and biases, and its schedule over `num_steps` steps.
+
+    The schedule applies the learning rate and also the weight-decay groups: Megatron writes a group's weight decay
+    only there, so it is stepped once here, before the first update.
+    """
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=train.learning_rate,
+            min_lr=train.learning_rate * train.min_learning_rate_ratio,
+            weight_decay=train.weight_decay,
+            adam_beta1=train.adam_beta1,
+            adam_beta2=train.adam_beta2,
+            adam_eps=train.adam_eps,
+            clip_grad=train.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=train.distributed_optimizer,
+        ),
+        chunks,
+    )
+    warmup_steps = round(train.warmup_ratio * num_steps)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=train.learning_rate,
+        min_lr=train.learning_rate * train.min_learning_rate_ratio,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=max(num_steps, warmup_steps + 1),
+        lr_decay_style=train.decay,
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
+        wd_incr_steps=num_steps,
+        wd_incr_style="constant",
+    )
+    scheduler.step(1)
+    return optimizer, scheduler

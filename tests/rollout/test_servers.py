@@ -1,0 +1,166 @@
+"""Managed servers: started, restarted, stopped, and never left behind."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import CONFIG
+
+from megavar.rollout import servers as servers_module
+from megavar.rollout.engine import GenerateRequest, Generation, RolloutError
+from megavar.rollout.running import run_requests
+from megavar.rollout.servers import ManagedServers, check_interpreter, device_slices, open_engine
+from megavar.rollout.sglang import SGLangEngine
+
+GREEDY = GenerateRequest([40, 41, 42], max_tokens=64, temperature=0.0)
+
+
+def processes_of_group(group: int) -> list[psutil.Process]:
+    def belongs(process: psutil.Process) -> bool:
+        try:
+            return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            return False
+
+    return [process for process in psutil.process_iter() if belongs(process)]
+
+
+def wait_until_gone(group: int, seconds: float) -> list[psutil.Process]:
+    deadline = time.monotonic() + seconds
+    while (left := processes_of_group(group)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def test_a_killed_server_is_restarted_with_the_loaded_weights_and_all_requests_finish(
+    runner: asyncio.Runner, model: Path, other_model: Path, tmp_path: Path
+) -> None:
+    """One server through the life of a run: start, new weights, death, restart, stop."""
+    results: dict[int, list[Generation]] = {}
+
+    async def run() -> tuple[list[int], list[int], int]:
+        async with (
+            ManagedServers(CONFIG, model, tmp_path) as servers,
+            SGLangEngine(
+                servers.urls,
+                concurrency=8,
+                request_timeout_seconds=60,
+                max_retries=2,
+                deterministic=False,
+                restart=servers.restart,
+            ) as engine,
+        ):
+            await engine.check_model(model)
+            [first] = await engine.generate(GREEDY)
+            await engine.load_weights(other_model)
+            [second] = await engine.generate(GREEDY)
+
+            def on_result(key: int, generations: list[Generation]) -> None:
+                results[key] = generations
+                if len(results) == 10:
+                    os.killpg(servers.servers[0].pid, signal.SIGKILL)
+
+            requests = [(key, GREEDY) for key in range(60)]
+            await run_requests(engine, requests, on_result, description="killed", show_progress=False)
+            return first.ids.tolist(), second.ids.tolist(), servers.servers[0].pid
+
+    first, second, group = runner.run(run())
+    assert first != second
+    assert [generations[0].ids.tolist() for generations in results.values()] == [second] * 60
+    assert not processes_of_group(group)
+
+
+def test_no_server_outlives_a_killed_parent(model: Path, tmp_path: Path) -> None:
+    script = """
+import asyncio, json, sys
+from pathlib import Path
+from megavar.config.schema import RolloutConfig
+from megavar.rollout.servers import ManagedServers
+
+async def main():
+    servers = ManagedServers(RolloutConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]))
+    async with servers:
+        print(servers.servers[0].pid, flush=True)
+        await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, json.dumps(asdict(CONFIG)), str(model), str(tmp_path)], stdout=subprocess.PIPE
+    )
+    try:
+        assert parent.stdout is not None
+        group = int(parent.stdout.readline())
+        assert len(processes_of_group(group)) >= 4  # guard, HTTP server, scheduler, detokenizer
+    finally:
+        parent.kill()
+        parent.wait()
+    assert not wait_until_gone(group, seconds=15)
+
+
+def test_a_server_that_dies_at_start_is_reported_with_the_end_of_its_log(
+    runner: asyncio.Runner, model: Path, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, server_args=["--no-such-option"])
+
+    async def run() -> None:
+        async with ManagedServers(config, model, tmp_path):
+            pass
+
+    with pytest.raises(RolloutError, match=r"(?s)ended before it was healthy.*unrecognized arguments: --no-such"):
+        runner.run(run())
+
+
+def test_missing_pieces_are_reported_before_anything_starts(model: Path, tmp_path: Path) -> None:
+    def check(message: str, model: Path = model, **changes: object) -> None:
+        with pytest.raises(ValueError, match=message):
+            ManagedServers(replace(CONFIG, **changes), model, tmp_path)  # type: ignore[arg-type]
+
+    check("rollout.python=/no/python is not an executable; run `make sglang`", python="/no/python")
+    check("has no config.json", model=tmp_path)
+    check("rollout.tensor_parallel_size=2 needs GPUs", tensor_parallel_size=2)
+    with pytest.raises(ValueError, match=r"cannot import sglang; run `make sglang`, or set rollout\.python"):
+        check_interpreter(sys.executable)
+
+
+def test_servers_get_disjoint_devices() -> None:
+    assert device_slices(["4", "5", "6", "7"], 2, 2) == [["4", "5"], ["6", "7"]]
+    assert device_slices([], 2, 1) == [[], []]
+    with pytest.raises(ValueError, match=r"rollout\.num_servers=3 x rollout\.tensor_parallel_size=2 need 6 GPUs"):
+        device_slices(["0", "1", "2", "3"], 3, 2)
+
+
+def test_the_command_on_gpus_is_the_stock_launcher(model: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, dtype="bfloat16", tensor_parallel_size=2, deterministic=True, max_total_tokens=None)
+    server = servers_module.Server(0, config, model, tmp_path, gpus=["2", "3"])
+    assert " ".join(server._command()[1:]) == (
+        f"-m sglang.launch_server --model-path {model} --host 127.0.0.1 --port 0 --dtype bfloat16 "
+        "--tensor-parallel-size 2 --sleep-on-idle --enable-deterministic-inference"
+    )
+
+
+def test_an_external_server_is_taken_as_it_is_or_reloaded_if_we_loaded_it_before(
+    runner: asyncio.Runner, server: str, model: Path, other_model: Path, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, mode="external", urls=[server])
+
+    async def sample(expected: Path) -> list[int]:
+        async with open_engine(config, expected, tmp_path) as engine:
+            [generation] = await engine.generate(GREEDY)
+            return generation.ids.tolist()
+
+    async def load(weights: Path) -> None:
+        async with open_engine(config, model, tmp_path) as engine:
+            await engine.load_weights(weights)
+
+    first = runner.run(sample(model))
+    runner.run(load(other_model))  # as a run does that stops there
+    assert runner.run(sample(model)) == first
