@@ -4,9 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from megavar.records import TrainSequence
+
+transformers.utils.logging.disable_progress_bar()
 
 VOCAB = 203  # divides by no tensor-parallel size: padding rows are always there
 

@@ -22,6 +22,7 @@ _MODULES_NAMING_CUDA = (
     "optimizer.optimizer",  # 473 to 907: found_inf and tensor types
     "optimizer.distrib_optimizer",  # 361, 420, 582: tensor types
     "distributed.param_and_grad_buffer",  # 768: gradient buffers
+    "utils",  # 1207: the local norm of gradients
     "dist_checkpointing.strategies.state_dict_saver",  # 204: plan reduction
     "dist_checkpointing.exchange_utils",  # 104, 110, 326: fully parallel loading
 )

@@ -97,8 +97,10 @@ def transformer_config(
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=True,
-        # Weights come from a checkpoint; every parameter is checked to be filled.
-        perform_initialization=False,
+        # Weights come from a checkpoint, which fills every parameter. Initialisation stays on, as it is also what
+        # marks weights as split over tensor-parallel ranks (layers.py:127); unmarked, the gradient norm is wrong.
+        init_method=_leave_uninitialised,
+        output_layer_init_method=_leave_uninitialised,
         use_cpu_initialization=not on_gpu,
         # The loss has its own constant normaliser: Megatron shall divide by nothing.
         calculate_per_token_loss=True,
@@ -108,6 +110,10 @@ def transformer_config(
         **recomputations[recompute],
         **transformer_config_arguments(precision),
     )
+
+
+def _leave_uninitialised(weight: Tensor) -> Tensor:
+    return weight
 
 
 def build_model(config: TransformerConfig, dims: ModelDims) -> list[torch.nn.Module]:
