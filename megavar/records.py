@@ -150,16 +150,29 @@ def write_records(file: Path, records: Iterable[Record], record_type: type[Recor
         pq.write_table(table, aside, compression="zstd")
 
 
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a Parquet file of anybody's, as plain Python values.
+
+    Raises:
+        ValueError: if the file is no Parquet file.
+    """
+    return list(_read_table(file).to_pylist())
+
+
+def _read_table(file: Path) -> pa.Table:
+    try:
+        return pq.read_table(file)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{file} is not a readable Parquet file: {error}") from error
+
+
 def read_records(file: Path, record_type: type[Record]) -> list[Record]:
     """Read a file of records; id and log-prob columns come back as numpy arrays.
 
     Raises:
         ValueError: if the file is no Parquet file or its columns are not those of `record_type`.
     """
-    try:
-        table = pq.read_table(file)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"{file} is not a readable Parquet file: {error}") from error
+    table = _read_table(file)
     schema = schema_of(record_type)
     if table.schema.names != schema.names:
         raise ValueError(
@@ -219,9 +232,9 @@ class RecordWriter:
         records = {identity(row): row for file in files + self._parts() for row in read_records(file, self.record_type)}
         return [records[key] for key in sorted(records)]
 
-    def append(self, record: Any) -> None:
-        """Take one record; written now if the last write is `flush_seconds` ago."""
-        self._pending.append(record)
+    def append(self, *records: Any) -> None:
+        """Take records, which stay together; written now if the last write is `flush_seconds` ago."""
+        self._pending += records
         if time.monotonic() - self._flushed_at >= self.flush_seconds:
             self.flush()
 

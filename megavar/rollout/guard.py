@@ -24,11 +24,9 @@ def die_with_parent() -> None:
 
 def main(parent_pid: int, command: list[str]) -> int:
     """Run `command` until it ends, returning its exit status, or kill the process group once orphaned."""
-    # The process group gets the signal, the server with it; the guard stays to report how the server ended. A
-    # handler, unlike SIG_IGN, is not inherited by the server.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, lambda *_: None)
     server = subprocess.Popen(command, preexec_fn=die_with_parent if sys.platform == "linux" else None)
+    # For the server's main process only, which then ends its own children in order.
+    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
     while os.getppid() == parent_pid:
         try:
             return server.wait(POLL_SECONDS)

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -37,8 +38,10 @@ MAX_RESTARTS = 3
 """Of one server in a run."""
 POLL_SECONDS = 0.5
 STOP_SECONDS = 10.0
-"""From SIGTERM to SIGKILL."""
+"""From SIGTERM to SIGKILL; SGLang takes 6 s to end by itself."""
 LOG_TAIL_LINES = 30
+BIND_ERROR = "error while attempting to bind on address"
+"""In the log of a server whose port was taken while it loaded (uvicorn, asyncio)."""
 CPU_MAX_TOTAL_TOKENS = 65_536
 """Size of the KV cache on CPU if the configuration names none: SGLang would take most of the memory."""
 
@@ -48,7 +51,7 @@ class ServerDied(RolloutError):
 
     def __init__(self, message: str, log_tail: str) -> None:
         super().__init__(f"{message} The end of its log:\n{log_tail}")
-        self.port_taken = "address already in use" in log_tail.lower() or "port is already in use" in log_tail.lower()
+        self.port_taken = "already in use" in log_tail.lower()
 
 
 class Server:
@@ -62,6 +65,8 @@ class Server:
         self.port = 0
         self.num_restarts = 0
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+        self._temporary: tempfile.TemporaryDirectory[str]
         self._reviving = asyncio.Lock()
 
     @property
@@ -107,6 +112,9 @@ class Server:
         environment = dict(os.environ)
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus)
+        # SGLang leaves the files of its sockets behind, so they get a folder that goes with the server.
+        self._temporary = tempfile.TemporaryDirectory(prefix="sglang-", ignore_cleanup_errors=True)
+        environment["TMPDIR"] = self._temporary.name
         # A path of this interpreter's packages must not reach the other one.
         for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
             environment.pop(name, None)
@@ -114,6 +122,7 @@ class Server:
         with self.log.open("ab") as log:
             log.write(f"\n$ {' '.join(command)}\n".encode())
             log.flush()
+            self._log_start = log.tell()
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -169,37 +178,54 @@ class Server:
 
     async def _wait_until_healthy(self) -> None:
         start = time.monotonic()
-        deadline = start + self._config.start_timeout_seconds
-        while not await self._healthy():
-            if not self._alive():
-                raise ServerDied(f"{self.name} ended before it was healthy ({self.log}).", self._log_tail())
-            if time.monotonic() > deadline:
-                raise ServerDied(
-                    f"{self.name} was not healthy after rollout.start_timeout_seconds="
-                    f"{self._config.start_timeout_seconds:g} ({self.log}).",
-                    self._log_tail(),
-                )
-            await asyncio.sleep(POLL_SECONDS)
+        healthy = False
+        while not healthy:
+            probe = asyncio.create_task(self._healthy())
+            try:
+                while not (await asyncio.wait([probe], timeout=POLL_SECONDS))[0]:
+                    self._check_start(start)
+                self._check_start(start)
+                healthy = probe.result()
+            finally:
+                probe.cancel()
+            if not healthy:
+                await asyncio.sleep(POLL_SECONDS)
         logger.info("%s serves %s at %s after %.0f s.", self.name, self._model, self.url, time.monotonic() - start)
 
+    def _check_start(self, start: float) -> None:
+        tail = self._log_tail()
+        if not self._alive():
+            raise ServerDied(f"{self.name} ended before it was healthy ({self.log}).", tail)
+        if BIND_ERROR in tail:  # SGLang lives on then, without serving
+            raise ServerDied(f"{self.name} could not listen on port {self.port} ({self.log}).", tail)
+        limit_seconds = self._config.start_timeout_seconds
+        if time.monotonic() - start > limit_seconds:
+            reason = f"was not healthy after rollout.start_timeout_seconds={limit_seconds:g}"
+            raise ServerDied(f"{self.name} {reason} ({self.log}).", tail)
+
     def _log_tail(self) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+        """Of the current process only."""
+        with self.log.open(errors="replace") as log:
+            log.seek(self._log_start)
+            return "".join(log.readlines()[-LOG_TAIL_LINES:])
 
     async def stop(self) -> None:
-        """End the whole process group: SIGTERM, and SIGKILL for what is left of it."""
+        """End the server: SIGTERM through its guard, then SIGKILL for what is left of the process group."""
         if self._process is None:
             return
         group = self._process.pid
-        for signum, patience_seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
-            try:
-                os.killpg(group, signum)
-            except ProcessLookupError:
-                break
-            deadline = time.monotonic() + patience_seconds
-            while group_exists(group, self._process) and time.monotonic() < deadline:
-                await asyncio.sleep(0.05)
-        self._process.wait(STOP_SECONDS)
+        self._process.terminate()
+        await self._wait_until_gone(group)
+        if group_exists(group):
+            os.killpg(group, signal.SIGKILL)
+            await self._wait_until_gone(group)
         self._process = None
+        self._temporary.cleanup()
+
+    async def _wait_until_gone(self, group: int) -> None:
+        deadline = time.monotonic() + STOP_SECONDS
+        while (self._alive() or group_exists(group)) and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
 
 
 class ManagedServers:
@@ -341,9 +367,8 @@ def free_port() -> int:
     raise RolloutError(f"no free port in {PORTS.start}-{PORTS.stop - 1}.")
 
 
-def group_exists(group: int, leader: subprocess.Popen[bytes]) -> bool:
-    """Whether a process of the group is left, the leader's zombie not counted."""
-    leader.poll()  # reaps it
+def group_exists(group: int) -> bool:
+    """Whether a process of the group is left."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:

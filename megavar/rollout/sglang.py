@@ -81,7 +81,9 @@ class SGLangEngine:
         """Folder last given to `load_weights`; None: the servers serve what they started with."""
 
     async def __aenter__(self) -> "SGLangEngine":
-        connector = aiohttp.TCPConnector(limit=0)  # Workers bounds what is in flight
+        # Workers bounds what is in flight. Idle connections are dropped before the server does (uvicorn: after 5 s):
+        # a request sent on one that it is just closing would look like a dying server.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
         self._http = aiohttp.ClientSession(connector=connector, trust_env=False)
         self._workers = Workers(self._urls, self._concurrency, self._revive)
         return self
@@ -128,7 +130,7 @@ class SGLangEngine:
         """Compare vocabulary sizes.
 
         No endpoint tells the server's. Yet it must be the expected one: a prompt token outside of it is not refused
-        but kills the server (on GPU, a device-side assert). The size is asked for through the validation of
+        but kills the server (IndexError in the scheduler, on CPU). The size is asked for through the validation of
         `logit_bias` (sglang/srt/sampling/sampling_params.py, `verify`), which names it when it refuses a key.
         """
         assert self._vocab_size is not None
@@ -179,7 +181,10 @@ class SGLangEngine:
             NoWorkerLeft: no server is left to load them.
         """
         vocab_size = read_vocab_size(model)
-        if self._vocab_size is not None and vocab_size != self._vocab_size:
+        if self._vocab_size is None:
+            self._vocab_size = vocab_size
+            await self._on_every_worker(self._check_vocabulary)
+        if vocab_size != self._vocab_size:
             raise ValueError(
                 f"{model} has a vocabulary of {vocab_size} rows, the served model {self._vocab_size}; weights "
                 "can be exchanged within one architecture only."

@@ -15,8 +15,9 @@ logger = logging.getLogger(__name__)
 
 MAX_CONSECUTIVE_FAILURES = 3
 """Failed answers in a row after which a worker is taken out of use."""
-FIRST_REVIVAL_SECONDS = 1.0
-MAX_REVIVAL_SECONDS = 30.0
+FIRST_PAUSE_SECONDS = 1.0
+"""Before the first revival; doubled for each further one until the worker answers a request again."""
+MAX_PAUSE_SECONDS = 30.0
 REVIVALS_UNTIL_LOST = 5
 """Failed revivals after which requests no longer wait for a worker (it is still tried, and taken back)."""
 
@@ -30,6 +31,7 @@ class Worker:
     failures: int = 0
     """In a row."""
     last_error: str = ""
+    pause_seconds: float = FIRST_PAUSE_SECONDS
     available: bool = True
     lost: bool = False
     revival: asyncio.Task[None] | None = field(default=None, repr=False)
@@ -81,7 +83,7 @@ class Workers:
 
     def succeeded(self, worker: Worker) -> None:
         """A request was answered."""
-        worker.failures = 0
+        worker.failures, worker.pause_seconds = 0, FIRST_PAUSE_SECONDS
 
     def failed(self, worker: Worker, error: str, out_of_use: bool) -> None:
         """A request failed by the server's fault.
@@ -99,20 +101,22 @@ class Workers:
             worker.revival = asyncio.create_task(self._bring_back(worker))
 
     async def _bring_back(self, worker: Worker) -> None:
-        pause_seconds, attempt = FIRST_REVIVAL_SECONDS, 0
+        num_revivals = 0
         while True:
+            # First of all, since a server that is healthy by its own account and fails every request must not
+            # get the next ones at once: failing fast, it would seem the least loaded.
+            await asyncio.sleep(worker.pause_seconds)
+            worker.pause_seconds = min(2 * worker.pause_seconds, MAX_PAUSE_SECONDS)
             try:
                 await self._revive(worker)
                 break
             except Exception as error:  # whatever it is, the other workers go on and this one is tried again
                 worker.last_error = str(error) or repr(error)
-            attempt += 1
-            if attempt >= REVIVALS_UNTIL_LOST and not worker.lost:
+            num_revivals += 1
+            if num_revivals >= REVIVALS_UNTIL_LOST and not worker.lost:
                 worker.lost = True
                 logger.error("SGLang server %s did not come back: %s", worker.url, worker.last_error)
                 await self._notify()
-            await asyncio.sleep(pause_seconds)
-            pause_seconds = min(2 * pause_seconds, MAX_REVIVAL_SECONDS)
         worker.failures, worker.lost, worker.available = 0, False, True
         logger.info("SGLang server %s is back in use.", worker.url)
         await self._notify()

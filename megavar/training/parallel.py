@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from megavar.config.schema import ParallelConfig
 from megavar.models.dims import ModelDims
-from megavar.training.device import retarget_megatron
 
 _POLL_SECONDS = 0.2
 _collective_calls = 0
@@ -68,7 +67,6 @@ def check_parallel(config: ParallelConfig, dims: ModelDims, ranks: int) -> None:
 
 def start(config: ParallelConfig) -> None:
     """Join torch.distributed and make Megatron's process groups."""
-    retarget_megatron()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

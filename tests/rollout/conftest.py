@@ -6,23 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from tiny_serving import CONFIG, write_model
 
 from megavar.config.schema import RolloutConfig
-from megavar.rollout.servers import ManagedServers, check_interpreter
-from megavar.rollout.sglang import SGLangEngine
-
-ROOT = Path(__file__).parents[2]
-CONFIG = RolloutConfig(
-    python=str(ROOT / ".venv-sglang/bin/python"),
-    dtype="float32",
-    max_total_tokens=16_384,
-    concurrency=32,
-    request_timeout_seconds=60.0,
-    start_timeout_seconds=300.0,
-)
+from megavar.rollout.servers import ManagedServers, check_interpreter, group_exists
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,40 +28,6 @@ def runner() -> Iterator[asyncio.Runner]:
         yield runner
 
 
-def write_model(folder: Path, seed: int, vocab_size: int = 512) -> Path:
-    """A random Qwen3 of two layers with a byte-level tokenizer; end of sequence is `<|im_end|>`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=special
-    )
-    tokenizer.train_from_iterator(["The quick brown fox jumps over the lazy dog. two plus two"] * 10, trainer)
-    tokenizer.add_tokens(["<think>", "</think>"])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    ).save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        # The default leaves logits so flat that two models may agree on a greedy token by chance.
-        initializer_range=0.3,
-        eos_token_id=tokenizer.token_to_id("<|im_end|>"),
-        pad_token_id=tokenizer.token_to_id("<|endoftext|>"),
-        tie_word_embeddings=False,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model that the servers start with."""
@@ -88,29 +41,30 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(runner: asyncio.Runner, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a server without deterministic inference, on `model`."""
-    servers = ManagedServers(CONFIG, model, tmp_path_factory.mktemp("server"))
-    runner.run(servers.__aenter__())
-    yield servers.urls[0]
-    runner.run(servers.stop())
+def managed(runner: asyncio.Runner, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ManagedServers]:
+    """A server without deterministic inference, on `model`."""
+    yield from start(runner, CONFIG, model, tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture(scope="session")
+def server(managed: ManagedServers) -> str:
+    """URL of `managed`."""
+    return managed.urls[0]
 
 
 @pytest.fixture(scope="session")
 def seeded_server(runner: asyncio.Runner, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a server with deterministic inference, on `model`."""
-    servers = ManagedServers(replace(CONFIG, deterministic=True), model, tmp_path_factory.mktemp("seeded_server"))
+    config = replace(CONFIG, deterministic=True)
+    for servers in start(runner, config, model, tmp_path_factory.mktemp("seeded_server")):
+        yield servers.urls[0]
+
+
+def start(runner: asyncio.Runner, config: RolloutConfig, model: Path, log_dir: Path) -> Iterator[ManagedServers]:
+    """Managed servers until the session ends, when nothing of them may be left."""
+    servers = ManagedServers(config, model, log_dir)
     runner.run(servers.__aenter__())
-    yield servers.urls[0]
+    yield servers
+    groups = [server.pid for server in servers.servers]
     runner.run(servers.stop())
-
-
-def client(*urls: str, deterministic: bool = False, max_retries: int = 5, timeout_seconds: float = 60) -> SGLangEngine:
-    """A client of servers that nobody here restarts."""
-    return SGLangEngine(
-        list(urls),
-        concurrency=CONFIG.concurrency,
-        request_timeout_seconds=timeout_seconds,
-        max_retries=max_retries,
-        deterministic=deterministic,
-    )
+    assert not any(group_exists(group) for group in groups)

@@ -1,0 +1,19 @@
+"""The posterior's weights on policy rollouts: w_m / sum_j w_j, w_m the accuracy of trace m (method.md, equation 9)."""
+
+from collections.abc import Sequence
+
+from megavar.config.schema import ObjectiveConfig
+from megavar.objectives.weights import log_answer, make_weights
+from megavar.records import Score, Weight
+
+
+def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveConfig) -> list[Weight]:
+    """Weights of one question's rollouts, in their order; `config` changes nothing here.
+
+    Raises:
+        ValueError: if a trace has no counted answers.
+    """
+    answers = [
+        float("-inf") if cut else log_answer(score, "accuracy") for score, cut in zip(scores, truncated, strict=True)
+    ]
+    return make_weights(scores, truncated, [0.0] * len(scores), answers)

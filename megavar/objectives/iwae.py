@@ -1,0 +1,34 @@
+"""The multi-trace bound's policy weights: rho_k / sum_j rho_j (method.md, equations 5, 6 and 8)."""
+
+from collections.abc import Sequence
+
+from megavar.config.schema import ObjectiveConfig
+from megavar.objectives.weights import log_answer, log_ratio, make_weights
+from megavar.records import Float64, Score, Weight
+
+
+def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveConfig) -> list[Weight]:
+    """Weights of one question's traces, in their order.
+
+    A question without a correct trace follows `on_no_correct_trace`: its weights stay 0 (`drop`), the answer estimator
+    falls back to the geometric mean (`geometric_mean`), or a last row with trace index -1 and weight 1 stands for the
+    data set's own trace (`gold`).
+
+    Raises:
+        ValueError: if a score lacks what the settings need.
+    """
+    weights = _weigh(scores, truncated, config.ratio, config.answer)
+    if any(weight.weight > 0 for weight in weights) or config.on_no_correct_trace == "drop":
+        return weights
+    if config.on_no_correct_trace == "geometric_mean":
+        return _weigh(scores, truncated, config.ratio, "geometric_mean")
+    nothing, one = Float64(0.0), Float64(1.0)
+    first = scores[0]
+    return [*weights, Weight(first.question_id, -1, first.round, nothing, nothing, nothing, one, "gold")]
+
+
+def _weigh(scores: Sequence[Score], truncated: Sequence[bool], ratio: str, answer: str) -> list[Weight]:
+    pairs = list(zip(scores, truncated, strict=True))
+    ratios = [0.0 if cut else log_ratio(score, ratio) for score, cut in pairs]
+    answers = [float("-inf") if cut else log_answer(score, answer) for score, cut in pairs]
+    return make_weights(scores, truncated, ratios, answers)

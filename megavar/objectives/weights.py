@@ -1,0 +1,141 @@
+"""Log-weights of traces and what is done with them (method.md, equation 8); all arithmetic in float64.
+
+log rho_k = d_k + log a_k: d_k compares policy and posterior on the trace, a_k estimates pi(Y_x | x, z_k).
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megavar.records import Float64, LogProbs, Score, Weight
+
+
+def log_ratio(score: Score, ratio: str) -> float:
+    """d_k: mean (`geometric_mean`) or sum (`sequence`) over the trace of log pi - log q, or 0 (`none`).
+
+    Raises:
+        ValueError: if the posterior's log-probs are missing, of another length, or not finite.
+    """
+    if ratio == "none":
+        return 0.0
+    policy = _checked(score, "logp_policy", score.logp_policy)
+    posterior = _checked(score, "logp_posterior", score.logp_posterior)
+    if len(policy) != len(posterior):
+        raise ValueError(
+            f"{_name(score)}: logp_policy has {len(policy)} tokens, logp_posterior {len(posterior)}; score it again."
+        )
+    difference = policy - posterior
+    return float(difference.mean() if ratio == "geometric_mean" else difference.sum())
+
+
+def log_answer(score: Score, answer: str) -> float:
+    """log a_k: share of correct sampled answers (`accuracy`), or mean (`geometric_mean`) or sum (`likelihood`) of the
+    reference answer's log-probs.
+
+    Raises:
+        ValueError: if what the estimator needs is missing.
+    """
+    if answer == "accuracy":
+        if score.num_answers is None or score.num_correct is None:
+            raise ValueError(f"{_name(score)} has no counted answers; run the sample and verify stages.")
+        return float(np.log(score.num_correct / score.num_answers)) if score.num_correct else -np.inf
+    logps = _checked(score, "logp_answer", score.logp_answer)
+    return float(logps.mean() if answer == "geometric_mean" else logps.sum())
+
+
+def normalise(log_weights: Sequence[float]) -> NDArray[np.float64]:
+    """exp(log_weights) / sum, by log-sum-exp; all zero if every log-weight is -inf."""
+    values = np.asarray(log_weights, np.float64)
+    largest = values.max(initial=-np.inf)
+    if largest == -np.inf:
+        return np.zeros_like(values)
+    shifted = np.exp(values - largest)
+    normalised: NDArray[np.float64] = shifted / shifted.sum()
+    return normalised
+
+
+def effective_sample_size(weights: NDArray[np.float64]) -> float:
+    """(sum w)^2 / sum w^2: how many equally weighted traces the weights amount to."""
+    return float(weights.sum() ** 2 / (weights**2).sum())
+
+
+def make_weights(
+    scores: Sequence[Score],
+    truncated: Sequence[bool],
+    log_ratios: Sequence[float],
+    log_answers: Sequence[float],
+) -> list[Weight]:
+    """Normalised weights of one question's traces; truncated traces are left out.
+
+    If no trace has weight, those that are not truncated get the status `no_correct_trace`.
+    """
+    sums = [
+        -np.inf if cut else ratio + answer
+        for cut, ratio, answer in zip(truncated, log_ratios, log_answers, strict=True)
+    ]
+    weights = normalise(sums)
+    usual = "ok" if weights.any() else "no_correct_trace"
+    return [
+        Weight(
+            score.question_id,
+            score.trace_index,
+            score.round,
+            Float64(ratio),
+            Float64(answer),
+            Float64(total),
+            Float64(float(weight)),
+            "truncated" if cut else usual,
+        )
+        for score, cut, ratio, answer, total, weight in zip(
+            scores, truncated, log_ratios, log_answers, sums, weights, strict=True
+        )
+    ]
+
+
+def select(weights: Sequence[Weight], selection: str, min_weight: float, seed: int) -> tuple[list[Weight], float]:
+    """Choose the traces to train on, of all questions.
+
+    Args:
+        selection: `weighted`: every trace with its weight, without those under `min_weight` (the rest is not
+            normalised again: a dropped trace's share is lost, not given to others); `resample`: one trace a question
+            drawn from its weights, weight 1; `best`: the trace of the largest weight, weight 1.
+        seed: of the draw, which depends on it and the question's id only.
+
+    Returns:
+        The chosen weights, and the mean weight a question lost to `min_weight`.
+    """
+    groups: dict[str, list[Weight]] = defaultdict(list)
+    for weight in sorted(weights, key=lambda row: (row.question_id, row.trace_index)):
+        if weight.weight > 0:
+            groups[weight.question_id].append(weight)
+    if selection == "weighted":
+        kept = [row for group in groups.values() for row in group if row.weight >= min_weight]
+        lost = sum(row.weight for group in groups.values() for row in group if row.weight < min_weight)
+        return kept, lost / max(len(groups), 1)
+    chosen = []
+    for question_id, group in groups.items():
+        shares = np.array([row.weight for row in group])
+        if selection == "best":
+            index = int(shares.argmax())
+        else:
+            digest = blake2b(f"{seed}/{question_id}".encode(), digest_size=8).digest()
+            index = int(np.random.default_rng(int.from_bytes(digest)).choice(len(group), p=shares / shares.sum()))
+        chosen.append(replace(group[index], weight=Float64(1.0)))
+    return chosen, 0.0
+
+
+def _checked(score: Score, column: str, logps: LogProbs | None) -> NDArray[np.float64]:
+    if logps is None or len(logps) == 0:
+        raise ValueError(f"{_name(score)} has no {column}; run the score stage, or choose settings without it.")
+    values = np.asarray(logps, np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{_name(score)}: {column} is not finite; the scored model is broken.")
+    return values
+
+
+def _name(score: Score) -> str:
+    return f"trace {score.trace_index} of question {score.question_id!r}"

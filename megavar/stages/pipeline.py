@@ -1,0 +1,337 @@
+"""The stages of a run, in order, each with the settings it depends on and the records it moves.
+
+Every rank calls every stage: training and scoring use all of them, the rest runs on rank 0 while the others wait.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megavar.config.schema import RunConfig, TrainConfig
+from megavar.data.questions import read_questions
+from megavar.data.templates import Templates
+from megavar.data.tokens import (
+    gold_posterior_sequences,
+    gold_sequences,
+    policy_sequences,
+    rollout_posterior_sequences,
+)
+from megavar.objectives.weights import select
+from megavar.records import Answer, Question, Record, Score, Trace, TrainSequence, Weight, read_records
+from megavar.rollout.engine import Engine
+from megavar.rollout.servers import open_engine
+from megavar.stages import report
+from megavar.stages.evaluate import evaluate_model
+from megavar.stages.metrics import Metrics
+from megavar.stages.run import ROUND, Manifest, Run, file_digest, flat, run_once
+from megavar.stages.sample import Sampling, sample_answers, sample_traces
+from megavar.stages.score import score_traces
+from megavar.stages.train import export_stage, train_stage
+from megavar.stages.verify import verify_answers
+from megavar.stages.weigh import counted_scores, weigh_traces
+from megavar.training.parallel import is_rank_zero, on_rank_zero
+
+
+def run_pipeline(config: RunConfig) -> None:
+    """Run every stage that is not finished, then print the table of results."""
+    run = Run(config)
+    on_rank_zero(run.open)
+    for stage in stages_of(config):
+        STAGES[stage](run)
+    if is_rank_zero():
+        report.print_summary(run)
+
+
+def run_stage(config: RunConfig, stage: str) -> None:
+    """Run one stage; those it reads from must be finished.
+
+    Raises:
+        ValueError: for an unknown stage, or one that this configuration has no use for.
+    """
+    if stage not in stages_of(config):
+        raise ValueError(f"no stage {stage!r} in this run; its stages are {', '.join(stages_of(config))}.")
+    run = Run(config)
+    on_rank_zero(run.open)
+    STAGES[stage](run)
+
+
+def stages_of(config: RunConfig) -> list[str]:
+    """Names of the run's stages, in order."""
+    skipped = set()
+    if config.posterior.source == "gold":
+        skipped.add("rollouts")
+    if config.data.eval is None:
+        skipped.add("eval")
+    return [stage for stage in STAGES if stage not in skipped]
+
+
+def run_sft(run: Run) -> None:
+    """pi_0 from the base on the gold data."""
+    train = run.config.sft
+
+    def work() -> None:
+        _train(run, "sft", run.base, gold_sequences(*_gold(run)), train, run.sft)
+        export_stage(run.sft, run.base, run.sft / "hf", run.config)
+
+    run_once(run, "sft", {**_common(run), **flat("sft", train)}, work)
+
+
+def run_rollouts(run: Run) -> None:
+    """Traces of pi_0 with verdicts and weights, for the posterior to learn from (equation 9)."""
+    config, folder = run.config, run.round / "rollouts"
+
+    async def draw(questions: list[Question], templates: Templates) -> tuple[list[Trace], list[Answer]]:
+        sampling = Sampling(config.sample, templates, config.seed, ROUND)
+        async with open_engine(config.rollout, run.sft / "hf", run.folder / "servers") as engine:
+            return await _draw_policy(engine, questions, sampling, config.posterior.num_rollouts, folder)
+
+    def work() -> None:
+        questions = _round_questions(run)
+        traces, answers = asyncio.run(draw(questions, _templates(run)))
+        verified = _verify(run, questions, answers, folder / "verified")
+        scores = counted_scores(traces, verified)
+        _log(run, "rollouts", weigh_traces(traces, scores, "forward_kl", config.objective, folder / "weights"))
+
+    settings = {
+        **_common(run),
+        **flat("sample", config.sample),
+        "posterior.num_rollouts": config.posterior.num_rollouts,
+        "sft": _after(run, "sft"),
+    }
+    run_once(run, "rollouts", settings, lambda: on_rank_zero(work))
+
+
+def run_posterior(run: Run) -> None:
+    """q from the base: on the gold traces, or on weighted rollouts of pi_0."""
+    config, train, rollouts = run.config, run.config.posterior.train, run.round / "rollouts"
+
+    def work() -> None:
+        if config.posterior.source == "gold":
+            sequences = gold_posterior_sequences(*_gold(run))
+        else:
+            sequences = rollout_posterior_sequences(
+                _round_questions(run), _read(rollouts / "traces", Trace), _read(rollouts / "weights", Weight),
+                _templates(run),
+            )  # fmt: skip
+        _train(run, "posterior", run.base, sequences, train, run.posterior)
+        export_stage(run.posterior, run.base, run.posterior / "hf", config)
+
+    settings = {**_common(run), **flat("posterior.train", train), "posterior.source": config.posterior.source}
+    if config.posterior.source == "rollout":
+        settings["rollouts"] = _after(run, "rollouts")
+    run_once(run, "posterior", settings, work)
+
+
+def run_sample(run: Run) -> None:
+    """K traces a question from q, and n answers a trace from pi_0."""
+    config = run.config
+
+    async def draw() -> None:
+        questions, templates = _round_questions(run), _templates(run)
+        sampling = Sampling(config.sample, templates, config.seed, ROUND)
+        async with open_engine(config.rollout, run.posterior / "hf", run.folder / "servers") as engine:
+            traces = await sample_traces(
+                engine, questions, templates.posterior_prompt, "posterior", config.sample.num_traces, sampling,
+                run.round / "traces",
+            )  # fmt: skip
+            await engine.load_weights(run.sft / "hf")
+            await sample_answers(engine, traces, questions, config.sample.num_answers, sampling, run.round / "answers")
+
+    settings = {
+        **_common(run),
+        **flat("sample", config.sample),
+        "sft": _after(run, "sft"),
+        "posterior": _after(run, "posterior"),
+    }
+    run_once(run, "sample", settings, lambda: on_rank_zero(lambda: asyncio.run(draw())))
+
+
+def run_verify(run: Run) -> None:
+    """A verdict for every answer."""
+
+    def work() -> None:
+        _verify(run, _round_questions(run), _read(run.round / "answers", Answer), run.round / "verified")
+
+    settings = {**flat("verify", run.config.verify), "sample": _after(run, "sample")}
+    run_once(run, "verify", settings, lambda: on_rank_zero(work))
+
+
+def run_score(run: Run) -> None:
+    """Log-probs of every trace under pi_0 and q."""
+    config = run.config
+
+    def work() -> None:
+        score_traces(
+            _round_questions(run), _read(run.round / "traces", Trace), _read(run.round / "verified", Answer),
+            run.sft / "hf", run.posterior / "hf", config.score, config.parallel, config.precision, _templates(run),
+            run.round / "scores",
+        )  # fmt: skip
+
+    settings = {
+        "score.temperature": config.score.temperature,
+        **flat("precision", config.precision),
+        "verify": _after(run, "verify"),
+    }
+    run_once(run, "score", settings, work)
+
+
+def run_weigh(run: Run) -> None:
+    """The weight of every trace among those of its question."""
+
+    def work() -> None:
+        traces, scores = _read(run.round / "traces", Trace), _read(run.round / "scores", Score)
+        objective = run.config.objective
+        _log(run, "weigh", weigh_traces(traces, scores, objective.name, objective, run.round / "weights"))
+
+    settings = {**flat("objective", run.config.objective), "score": _after(run, "score")}
+    run_once(run, "weigh", settings, lambda: on_rank_zero(work))
+
+
+def run_policy(run: Run) -> None:
+    """The final policy, on the weighted traces and, by configuration, the gold data."""
+    config, objective, train = run.config, run.config.objective, run.config.policy.train
+
+    def work() -> None:
+        weights, lost = select(
+            _read(run.round / "weights", Weight), objective.selection, objective.min_weight, config.seed
+        )
+        if is_rank_zero():
+            print(f"policy: {len(weights)} weighted traces; weight left out by min_weight: {lost:.4f}", flush=True)
+        traces, answers = _read(run.round / "traces", Trace), _read(run.round / "verified", Answer)
+        sequences = policy_sequences(
+            _round_questions(run), traces, answers, weights, _templates(run), objective.answers
+        )
+        if config.policy.mix_gold:
+            sequences += gold_sequences(*_gold(run))
+        init = run.base if config.policy.init == "base" else run.sft / "hf"
+        _train(run, "policy", init, sequences, train, run.policy)
+
+    settings = {
+        **_common(run),
+        **flat("policy.train", train),
+        "policy.init": config.policy.init,
+        "policy.mix_gold": config.policy.mix_gold,
+        "weigh": _after(run, "weigh"),
+    }
+    run_once(run, "policy", settings, work)
+
+
+def run_export(run: Run) -> None:
+    """The final policy as a Hugging Face folder."""
+
+    def work() -> None:
+        export_stage(run.policy, run.base, run.final, run.config)
+
+    run_once(run, "export", {"policy": _after(run, "policy")}, work)
+
+
+def run_eval(run: Run) -> None:
+    """Held-out accuracy of pi_0 and of the final policy."""
+    config = run.config
+    models = {"pi_0": run.sft / "hf", "final": run.final}
+
+    async def draw(questions: list[Question]) -> dict[str, list[Answer]]:
+        sampling = Sampling(config.sample, _templates(run), config.seed, ROUND)
+        found = {}
+        async with open_engine(config.rollout, models["pi_0"], run.folder / "servers") as engine:
+            for name, model in models.items():
+                await engine.load_weights(model)
+                folder = run.folder / "eval" / name
+                found[name] = (
+                    await _draw_policy(engine, questions, sampling, config.eval.num_samples, folder, num_answers=1)
+                )[1]
+        return found
+
+    def work() -> None:
+        assert config.data.eval is not None
+        questions = read_questions(Path(config.data.eval))
+        for name, answers in asyncio.run(draw(questions)).items():
+            verified = _verify(run, questions, answers, run.folder / "eval" / name / "verified")
+            evaluate_model(questions, verified, config.eval, config.seed, run.folder / "eval" / f"{name}.json")
+
+    settings = {
+        **flat("eval", config.eval),
+        **flat("sample", config.sample),
+        "data.eval": file_digest(Path(config.data.eval or "")),
+        "export": _after(run, "export"),
+    }
+    run_once(run, "eval", settings, lambda: on_rank_zero(work))
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    "sft": run_sft,
+    "rollouts": run_rollouts,
+    "posterior": run_posterior,
+    "sample": run_sample,
+    "verify": run_verify,
+    "score": run_score,
+    "weigh": run_weigh,
+    "policy": run_policy,
+    "export": run_export,
+    "eval": run_eval,
+}
+TRAINING_STAGES = ("sft", "posterior", "score", "policy", "export")
+"""Stages that need every rank, and so torchrun."""
+
+
+async def _draw_policy(
+    engine: Engine, questions: list[Question], sampling: Sampling, num_traces: int, folder: Path, num_answers: int = 0
+) -> tuple[list[Trace], list[Answer]]:
+    """Traces of the served policy and answers after them."""
+    prompt_of = sampling.templates.policy_prompt
+    traces = await sample_traces(engine, questions, prompt_of, "policy", num_traces, sampling, folder / "traces")
+    num_answers = num_answers or sampling.config.num_answers
+    answers = await sample_answers(engine, traces, questions, num_answers, sampling, folder / "answers")
+    return traces, answers
+
+
+def _common(run: Run) -> dict[str, Any]:
+    """Settings that every trained or sampled result depends on."""
+    config = run.config
+    return {
+        "seed": config.seed,
+        "model": config.model,
+        "data.train": file_digest(Path(config.data.train)),
+        "data.num_round_questions": config.data.num_round_questions,
+        **flat("templates", config.templates),
+        **flat("precision", config.precision),
+    }
+
+
+def _after(run: Run, stage: str) -> str:
+    return Manifest(run.folder).digest(stage)
+
+
+def _templates(run: Run) -> Templates:
+    return Templates(run.base, run.config.templates)
+
+
+def _gold(run: Run) -> tuple[list[Question], Templates, int]:
+    questions = read_questions(Path(run.config.data.train))
+    return questions, _templates(run), run.config.data.max_sequence_tokens
+
+
+def _round_questions(run: Run) -> list[Question]:
+    return read_questions(Path(run.config.data.train))[: run.config.data.num_round_questions]
+
+
+def _read(folder: Path, record_type: type[Record]) -> list[Record]:
+    return read_records(folder / "data.parquet", record_type)
+
+
+def _verify(run: Run, questions: Sequence[Question], answers: Sequence[Answer], folder: Path) -> list[Answer]:
+    return verify_answers(questions, answers, run.config.verify, run.config.sample.flush_seconds, folder)
+
+
+def _train(
+    run: Run, stage: str, init: Path, sequences: Sequence[TrainSequence], train: TrainConfig, folder: Path
+) -> None:
+    train_stage(stage, init, sequences, train, run.config, folder, run.folder)
+
+
+def _log(run: Run, stage: str, values: dict[str, float]) -> None:
+    metrics = Metrics(run.folder, run.config.logging, run.config.name)
+    metrics.drop_from(stage, 0)
+    metrics.log(stage, 0, values)
+    metrics.close()

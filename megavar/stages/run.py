@@ -1,0 +1,158 @@
+"""A run's folder, and its manifest: which stage is finished, under which settings, from which inputs.
+
+A stage whose settings and inputs are those it was finished under is skipped; if they differ, finished or begun, it is
+refused with the differing key. Settings that cannot change a result (grid, log and save intervals) are not compared.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megavar.config.load import save_config
+from megavar.config.schema import RunConfig, TrainConfig
+from megavar.records import write_aside
+from megavar.training.parallel import barrier, is_rank_zero
+
+ROUND = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration and the places its stages read and write."""
+
+    config: RunConfig
+
+    @property
+    def folder(self) -> Path:
+        """Everything the run writes."""
+        return Path(self.config.runs_dir) / self.config.name
+
+    @property
+    def base(self) -> Path:
+        """Hugging Face folder of the base model."""
+        return Path(self.config.model)
+
+    @property
+    def sft(self) -> Path:
+        """pi_0: checkpoints/ and hf/."""
+        return self.folder / "sft"
+
+    @property
+    def round(self) -> Path:
+        """What this round samples, scores, weighs and trains."""
+        return self.folder / f"round_{ROUND:02d}"
+
+    @property
+    def posterior(self) -> Path:
+        """q: checkpoints/ and hf/."""
+        return self.round / "posterior"
+
+    @property
+    def policy(self) -> Path:
+        """The final policy: checkpoints/."""
+        return self.round / "policy"
+
+    @property
+    def final(self) -> Path:
+        """The final policy as a Hugging Face folder."""
+        return self.folder / "hf"
+
+    def open(self) -> None:
+        """Make the folder, with the resolved configuration in it; rank 0 only."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with write_aside(self.folder / "config.yaml") as aside:
+            save_config(self.config, aside)
+
+
+class Manifest:
+    """manifest.json of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "manifest.json"
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """Stage -> settings, digest, status (begun or finished), seconds."""
+        found: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        return found
+
+    def check(self, stage: str, settings: dict[str, Any]) -> bool:
+        """Whether the stage is finished under these settings.
+
+        Raises:
+            ValueError: if it was begun or finished under others, naming the first differing key.
+        """
+        entry = self.entries().get(stage)
+        if entry is None:
+            return False
+        old, new = entry["settings"], json.loads(json.dumps(settings))
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                raise ValueError(
+                    f"{self.file.parent}: stage {stage} was {entry['status']} with {key}={old.get(key)!r}, now it is "
+                    f"{new.get(key)!r}; restore it, or choose another run name, or remove the stage's outputs and its "
+                    "entry in manifest.json."
+                )
+        return bool(entry["status"] == "finished")
+
+    def digest(self, stage: str) -> str:
+        """Digest of a finished stage, as an input of later ones.
+
+        Raises:
+            ValueError: if the stage is not finished.
+        """
+        entry = self.entries().get(stage)
+        if entry is None or entry["status"] != "finished":
+            raise ValueError(f"{self.file.parent}: stage {stage} is not finished; run `megavar {stage}` first.")
+        return str(entry["digest"])
+
+    def begin(self, stage: str, settings: dict[str, Any]) -> None:
+        """Note that the stage works under these settings now."""
+        self._put(stage, {**self.entries().get(stage, {"seconds": 0.0}), "settings": settings, "status": "begun"})
+
+    def finish(self, stage: str, seconds: float) -> None:
+        """Note that the stage is finished; seconds add up over restarts."""
+        entry = self.entries()[stage]
+        digest = hashlib.sha256(json.dumps(entry["settings"], sort_keys=True).encode()).hexdigest()[:16]
+        self._put(
+            stage, {**entry, "status": "finished", "digest": digest, "seconds": round(entry["seconds"] + seconds, 1)}
+        )
+
+    def _put(self, stage: str, entry: dict[str, Any]) -> None:
+        with write_aside(self.file) as aside:
+            aside.write_text(json.dumps({**self.entries(), stage: entry}, indent=2) + "\n")
+
+
+def run_once(run: Run, stage: str, settings: dict[str, Any], work: Callable[[], None]) -> None:
+    """Do a stage's work unless it is finished under these settings; every rank calls it."""
+    manifest = Manifest(run.folder)
+    if manifest.check(stage, settings):
+        if is_rank_zero():
+            print(f"{stage}: finished already, skipped", flush=True)
+        return
+    barrier()
+    started = time.monotonic()
+    if is_rank_zero():
+        manifest.begin(stage, settings)
+        print(f"{stage}: begins", flush=True)
+    barrier()
+    work()
+    barrier()
+    if is_rank_zero():
+        manifest.finish(stage, time.monotonic() - started)
+    barrier()
+
+
+def flat(prefix: str, section: Any) -> dict[str, Any]:
+    """A configuration section as {prefix.key: value}; a training job without its log and save intervals."""
+    if isinstance(section, TrainConfig):
+        section = replace(section, log_interval=1, save_interval=1, keep_checkpoints=1)
+    return {f"{prefix}.{key}": value for key, value in asdict(section).items()}
+
+
+def file_digest(file: Path) -> str:
+    """Digest of a file's bytes."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]

@@ -1,0 +1,183 @@
+"""Samples traces and answers from SGLang servers onto disk, asking only for what is not there yet."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megavar.config.schema import SampleConfig
+from megavar.data.templates import Templates
+from megavar.data.tokens import answers_by_trace, by_trace
+from megavar.records import Answer, Question, RecordWriter, TokenIds, Trace
+from megavar.rollout.engine import Engine, GenerateRequest, Generation
+from megavar.rollout.running import run_requests
+
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What all samples of a round share."""
+
+    config: SampleConfig
+    templates: Templates
+    seed: int
+    round_index: int
+
+
+async def sample_traces(
+    engine: Engine,
+    questions: Sequence[Question],
+    prompt_of: Callable[[Question], TokenIds],
+    sampler: str,
+    num_traces: int,
+    sampling: Sampling,
+    folder: Path,
+) -> list[Trace]:
+    """Sample `num_traces` traces a question into `folder`.
+
+    Args:
+        engine: serving the model to sample from.
+        prompt_of: the prompt that the sampler is shown.
+        sampler: `policy` or `posterior`, as recorded.
+
+    Returns:
+        All traces, those sampled by an earlier, interrupted call included.
+    """
+    config, templates = sampling.config, sampling.templates
+    writer = RecordWriter(folder, Trace, config.flush_seconds)
+    have = by_trace(writer.existing())
+    close = templates.close_token
+    missing = {
+        question.id: [index for index in range(num_traces) if (question.id, index) not in have]
+        for question in questions
+    }
+
+    def requests() -> Iterable[tuple[str, GenerateRequest]]:
+        for question in questions:
+            if missing[question.id]:
+                yield (
+                    question.id,
+                    GenerateRequest(
+                        prompt_of(question),
+                        max_tokens=config.max_trace_tokens,
+                        temperature=config.temperature,
+                        top_p=config.top_p,
+                        seed=derive_seed(
+                            sampling.seed, sampler, sampling.round_index, question.id, missing[question.id][0]
+                        ),
+                        stop_token_ids=() if close is None else (close,),
+                        stop=(templates.config.close_marker,) if close is None else (),
+                        num_samples=len(missing[question.id]),
+                    ),
+                )
+
+    question_of = {question.id: question for question in questions}
+
+    def keep(question_id: str, generations: list[Generation]) -> None:
+        prompt_ids = prompt_of(question_of[question_id])
+        writer.append(
+            *(
+                Trace(
+                    question_id=question_id,
+                    trace_index=index,
+                    round=sampling.round_index,
+                    sampler=sampler,
+                    prompt_ids=prompt_ids,
+                    trace_ids=generation.ids,
+                    logp_engine=generation.logps,
+                    finish=_trace_finish(generation, templates),
+                    seed=generation.seed,
+                )
+                for index, generation in zip(missing[question_id], generations, strict=True)
+            )
+        )
+
+    await _run(engine, list(requests()), keep, writer, f"{sampler} traces")
+    writer.finish()
+    return list(writer.existing())
+
+
+async def sample_answers(
+    engine: Engine,
+    traces: Sequence[Trace],
+    questions: Sequence[Question],
+    num_answers: int,
+    sampling: Sampling,
+    folder: Path,
+) -> list[Answer]:
+    """Sample `num_answers` answers after each closed trace, from the policy's prompt, into `folder`.
+
+    The prompt is the policy's whoever sampled the trace, and the trace follows it as ids, so that the answers of a
+    trace share their prefix on the server.
+    """
+    config = sampling.config
+    writer = RecordWriter(folder, Answer, config.flush_seconds)
+    have = answers_by_trace(writer.existing())
+    prompt_of = {question.id: sampling.templates.policy_prompt(question) for question in questions}
+    missing: dict[Key, list[int]] = {}
+    requests: list[tuple[Key, GenerateRequest]] = []
+    for trace in traces:
+        key = (trace.question_id, trace.trace_index)
+        present = {answer.answer_index for answer in have[key]}
+        missing[key] = [index for index in range(num_answers) if index not in present]
+        if trace.finish == "closed" and missing[key]:
+            request = GenerateRequest(
+                np.concatenate([prompt_of[trace.question_id], trace.trace_ids]),
+                max_tokens=config.max_answer_tokens,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                seed=derive_seed(sampling.seed, "answer", trace.sampler, sampling.round_index, *key, missing[key][0]),
+                num_samples=len(missing[key]),
+            )
+            requests.append((key, request))
+
+    def keep(key: Key, generations: list[Generation]) -> None:
+        writer.append(
+            *(
+                Answer(*key, index, sampling.round_index, drawn.ids, drawn.text, _answer_finish(drawn), drawn.seed)
+                for index, drawn in zip(missing[key], generations, strict=True)
+            )
+        )
+
+    await _run(engine, requests, keep, writer, "answers")
+    writer.finish()
+    return list(writer.existing())
+
+
+def derive_seed(*identity: str | int) -> int:
+    """A seed of its own for each (run seed, sampler, round, question, trace, answer), in [0, 2^63)."""
+    digest = hashlib.blake2b("/".join(map(str, identity)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+async def _run(
+    engine: Engine,
+    requests: list[tuple[Key, GenerateRequest]] | list[tuple[str, GenerateRequest]],
+    keep: Callable[..., None],
+    writer: RecordWriter,
+    description: str,
+) -> None:
+    """Run the requests; what finished is on disk even if some fail."""
+    try:
+        await run_requests(engine, requests, keep, description=description)
+    finally:
+        writer.flush()
+
+
+def _trace_finish(generation: Generation, templates: Templates) -> str:
+    """`closed` only if the trace ends with its close marker: one that ended its turn instead is not usable."""
+    if generation.finish == "length":
+        return "length"
+    close = templates.close_token
+    if close is None:
+        closed = templates.config.close_marker in generation.text
+    else:
+        closed = len(generation.ids) > 0 and int(generation.ids[-1]) == close
+    return "closed" if closed and generation.finish == "stop" else "aborted"
+
+
+def _answer_finish(generation: Generation) -> str:
+    return "aborted" if generation.finish == "abort" else generation.finish

@@ -1,0 +1,55 @@
+"""One training stage: sequences in, checkpoints and metrics out, and the result as a Hugging Face folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megavar.config.schema import RunConfig, TrainConfig
+from megavar.records import TrainSequence
+from megavar.stages.metrics import Metrics, TrainingProgress
+from megavar.training.checkpoint import list_checkpoints, step_of
+from megavar.training.loop import export_checkpoint, train_model
+from megavar.training.parallel import is_rank_zero
+
+
+def train_stage(
+    stage: str,
+    init: Path,
+    sequences: Sequence[TrainSequence],
+    train: TrainConfig,
+    config: RunConfig,
+    folder: Path,
+    run_folder: Path,
+) -> None:
+    """Train from the Hugging Face folder `init`; checkpoints go to `folder`/checkpoints. Every rank calls it."""
+    checkpoints = folder / "checkpoints"
+
+    def run(progress: TrainingProgress | None, metrics: Metrics | None) -> None:
+        def report(step: int, num_steps: int, values: dict[str, float]) -> None:
+            if metrics and (step % train.log_interval == 0 or step == num_steps):
+                metrics.log(stage, step, values)
+            if progress:
+                progress.update(step, num_steps, values)
+
+        train_model(init, sequences, train, config.parallel, config.precision, config.seed, checkpoints, report)
+
+    if not is_rank_zero():
+        run(None, None)
+        return
+    done = list_checkpoints(checkpoints)
+    metrics = Metrics(run_folder, config.logging, config.name)
+    metrics.drop_from(stage, step_of(done[-1]) + 1 if done else 0)
+    with TrainingProgress(stage) as progress:
+        run(progress, metrics)
+    metrics.close()
+
+
+def export_stage(folder: Path, base: Path, target: Path, config: RunConfig) -> None:
+    """Write the newest checkpoint of `folder` as the Hugging Face folder `target`. Every rank calls it.
+
+    Raises:
+        ValueError: if there is no checkpoint.
+    """
+    done = list_checkpoints(folder / "checkpoints")
+    if not done:
+        raise ValueError(f"{folder}/checkpoints holds no checkpoint; run the training stage first.")
+    export_checkpoint(done[-1], base, target, config.parallel, config.precision)

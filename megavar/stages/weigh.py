@@ -1,0 +1,77 @@
+"""Turns scores into weights, question by question, and reports how they are spread."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megavar.config.schema import ObjectiveConfig
+from megavar.data.tokens import answers_by_trace
+from megavar.objectives import get_objective
+from megavar.objectives.weights import effective_sample_size
+from megavar.records import Answer, Score, Trace, Weight, write_records
+
+
+def weigh_traces(
+    traces: Sequence[Trace], scores: Sequence[Score], objective: str, config: ObjectiveConfig, folder: Path
+) -> dict[str, float]:
+    """Write a `Weight` for every trace to `folder` by the named objective, and return the totals.
+
+    Raises:
+        ValueError: if scores and traces are not of the same traces, or lack what the objective needs.
+    """
+    finish_of = {(trace.question_id, trace.trace_index): trace.finish for trace in traces}
+    of_question: dict[str, list[Score]] = defaultdict(list)
+    for score in scores:
+        of_question[score.question_id].append(score)
+    scored = {(score.question_id, score.trace_index) for score in scores}
+    if scored != finish_of.keys() or len(scored) != len(scores):
+        odd = sorted(scored ^ finish_of.keys())
+        raise ValueError(f"scores and traces differ in {odd[:3] or 'doubled rows'}; run `megavar score` again.")
+    weigh = get_objective(objective)
+    weights: list[Weight] = []
+    sizes: list[float] = []
+    for question_id in sorted(of_question):
+        group = sorted(of_question[question_id], key=lambda score: score.trace_index)
+        truncated = [finish_of[question_id, score.trace_index] != "closed" for score in group]
+        found = weigh(group, truncated, config)
+        weights += found
+        if any(weight.weight > 0 for weight in found):
+            sizes.append(effective_sample_size(np.array([weight.weight for weight in found])))
+    write_records(folder / "data.parquet", weights, Weight)
+    statuses = Counter(weight.status for weight in weights)
+    return {
+        "questions": float(len(of_question)),
+        "questions_with_weight": float(len(sizes)),
+        "ess": float(np.mean(sizes)) if sizes else 0.0,
+        "largest_engine_difference": _engine_difference(traces, scores),
+        **{f"traces_{status}": float(count) for status, count in sorted(statuses.items())},
+    }
+
+
+def counted_scores(traces: Sequence[Trace], answers: Sequence[Answer]) -> list[Score]:
+    """Scores of policy rollouts that only count answers: no log-probs but the serving engine's."""
+    answers_of = answers_by_trace(answers)
+    scores = []
+    for trace in traces:
+        group = answers_of[trace.question_id, trace.trace_index]
+        logps = np.zeros(0, np.float32) if trace.logp_engine is None else trace.logp_engine
+        num_correct = sum(bool(answer.correct) for answer in group)
+        key = (trace.question_id, trace.trace_index, trace.round)
+        scores.append(Score(*key, logps, None, None, len(group) or None, num_correct if group else None))
+    return scores
+
+
+def _engine_difference(traces: Sequence[Trace], scores: Sequence[Score]) -> float:
+    """Largest difference between the serving and the training engine's log-probs of the sampler's traces.
+
+    Both are right where sampling and scoring temperatures are equal; otherwise they differ by the temperature.
+    """
+    score_of = {(score.question_id, score.trace_index): score for score in scores}
+    largest = 0.0
+    for trace in traces:
+        scored = score_of[trace.question_id, trace.trace_index].logp_posterior
+        if trace.logp_engine is not None and scored is not None and len(scored):
+            largest = max(largest, float(np.abs(trace.logp_engine - scored).max()))
+    return largest
