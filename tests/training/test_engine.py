@@ -68,9 +68,7 @@ def results(models, launch_engine):
                     cases.append({"kind": kind, "model": str(root / name), "out": out, **common})
             train = {**TRAIN, "microbatch_tokens": common["microbatch_tokens"]}
             out = str(root / f"train-{grid_name}")
-            cases.append(
-                {"kind": "train", "model": str(root / "qwen3-tied"), "out": out, "train": train, "grid": grid}
-            )
+            cases.append({"kind": "train", "model": str(root / "qwen3-tied"), "out": out, "train": train, "grid": grid})
         launch_engine(cases, SEQUENCES, ranks)
     return root
 

@@ -1,0 +1,62 @@
+# make demo   environments, then one round on two CPU cores
+# make test   environments, then the test suite
+# make check  formatting, lint and types
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# The CPU build of torch is small, and SGLang on CPUs needs it; where this index is out of reach, pip's own is asked.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+VENV := .venv
+SGLANG := .venv-sglang
+BIN := $(VENV)/bin
+DEMO_RANKS ?= 4
+DEMO_FLAGS ?= --tp 2 --pp 2
+export OMP_NUM_THREADS ?= 1
+export PYTHONWARNINGS ?= ignore
+
+install_torch = $(1)/pip install --quiet --retries 0 --index-url $(TORCH_INDEX) "$(TORCH)" 2>/dev/null || \
+	$(1)/pip install --quiet "$(TORCH)"
+
+.PHONY: demo test check sglang clean
+
+demo: $(VENV)/.done $(SGLANG)/.done runs/demo_data/train.jsonl
+	$(BIN)/torchrun --standalone --nproc-per-node $(DEMO_RANKS) examples/pretrain_variational.py \
+		--config conf/demo.yaml $(DEMO_FLAGS)
+
+test: $(VENV)/.done $(SGLANG)/.done
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.done
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+sglang: $(SGLANG)/.done
+
+runs/demo_data/train.jsonl: examples/data/generate.py $(VENV)/.done
+	$(BIN)/python examples/data/generate.py --out runs/demo_data
+
+$(VENV)/.done: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "megavar needs Python 3.11 or newer; name one with: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(call install_torch,$(BIN))
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+# SGLang pins other versions of torch and transformers than training: it has an environment of its own.
+$(SGLANG)/.done: requirements/sglang-cpu.txt requirements/sglang-cpu-nodeps.txt
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/pip install --quiet --upgrade pip
+	$(call install_torch,$(SGLANG)/bin)
+	@$(SGLANG)/bin/pip install --quiet -r requirements/sglang-cpu.txt && \
+		$(SGLANG)/bin/pip install --quiet --no-deps -r requirements/sglang-cpu-nodeps.txt && \
+		$(SGLANG)/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("sglang") is None)' || \
+		{ echo "SGLang for CPUs could not be installed here (it needs Linux on x86-64 and the pinned wheels of"; \
+		  echo "requirements/sglang-cpu*.txt). Use a machine that has them, or start servers elsewhere and set"; \
+		  echo "rollout.mode=external rollout.urls=[http://HOST:PORT] in the configuration."; exit 1; }
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(SGLANG)

@@ -1,0 +1,61 @@
+"""Configuration: one default each, unknown keys fail, contradictions name both keys, shipped files load."""
+
+from pathlib import Path
+
+import pytest
+
+from megavar.config.load import load_config, save_config
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = "name: a\nmodel: m\ndata: {train: t.jsonl}\n"
+
+
+def load(folder, *overrides, text=MINIMAL):
+    (folder / "run.yaml").write_text(text)
+    return load_config(folder / "run.yaml", list(overrides))
+
+
+def test_overrides_win_over_the_file_and_the_file_over_includes(tmp_path):
+    (tmp_path / "base.yaml").write_text("seed: 5\nsample: {num_traces: 5, num_answers: 5}\n")
+    text = MINIMAL + "include: [base.yaml]\nsample: {num_traces: 6}\n"
+    config = load(tmp_path, "sample.num_answers=7", text=text)
+    assert (config.seed, config.sample.num_traces, config.sample.num_answers) == (5, 6, 7)
+
+
+def test_a_saved_configuration_loads_to_the_same(tmp_path):
+    config = load(tmp_path, "posterior.train.learning_rate=1e-4")
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml", []) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sample.nope=1"], "nope"),
+        (["sample.num_traces=many"], "many"),
+        (["sample.num_traces=0"], r"sample\.num_traces=0 is too small"),
+        (["precision.dtype=fp16"], r"precision\.dtype='fp16' is unknown; use one of bf16, fp32"),
+        (["seed"], "not of the form key=value"),
+        (["objective.answer=likelihood"], r"objective\.answer=likelihood.*objective\.answers=all_correct"),
+        (["sample.max_trace_tokens=4096"], r"sample\.max_trace_tokens.*data\.max_sequence_tokens"),
+        (["rollout.mode=external"], r"rollout\.mode=external needs rollout\.urls"),
+        (["rollout.urls=[http://x]"], r"rollout\.urls.*rollout\.mode"),
+        (["parallel.virtual_pipeline=2"], r"parallel\.virtual_pipeline=2 needs parallel\.pipeline"),
+        (["precision.fp8=delayed", "precision.dtype=fp32"], r"precision\.fp8=delayed needs precision\.dtype=bf16"),
+    ],
+)
+def test_wrong_values_are_refused_by_key(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, *overrides)
+
+
+def test_missing_values_and_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no value for data\.train, model"):
+        load(tmp_path, text="name: a\n")
+    with pytest.raises(ValueError, match="No config file"):
+        load_config(tmp_path / "none.yaml", [])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "conf").glob("*.yaml")), ids=lambda file: file.name)
+def test_shipped_configurations_load(file):
+    assert load_config(file, ["model=m"]).name

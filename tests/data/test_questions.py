@@ -1,0 +1,48 @@
+"""Bad question files are refused with file, line and field."""
+
+import json
+
+import pytest
+
+from megavar.data.questions import read_questions
+from megavar.records import Question, write_records
+
+GOOD = {"id": "a", "question": "1+1", "answer": "2"}
+
+
+def write(folder, *rows):
+    file = folder / "q.jsonl"
+    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return file
+
+
+def test_jsonl_and_parquet_give_the_same_questions(tmp_path):
+    rows = [{**GOOD, "trace": "so 2", "source": "s"}, {**GOOD, "id": "b", "solution": None}]
+    questions = read_questions(write(tmp_path, *rows, ""))
+    assert questions[0] == Question("a", "1+1", "2", None, "so 2", "math", "s")
+    write_records(tmp_path / "q.parquet", questions, Question)
+    assert read_questions(tmp_path / "q.parquet") == questions
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([GOOD, "{broken"], r"line 2: broken JSON"),
+        ([GOOD, GOOD], r"line 2: id 'a' is already on line 1"),
+        ([{"question": "x", "answer": "1"}], r"line 1: field 'id' is missing"),
+        ([{**GOOD, "answer": ""}], r"line 1: field 'answer' is empty"),
+        ([{**GOOD, "id": "  "}], r"line 1: field 'id' is empty"),
+        ([{**GOOD, "answer": 2}], r"line 1: field 'answer' must be a string, got 2"),
+        ([{**GOOD, "hint": "x"}], r"line 1: unknown field 'hint'"),
+        (["[1]"], r"line 1: expected an object"),
+        ([], r"holds no questions"),
+    ],
+)
+def test_bad_files_are_refused_by_line_and_field(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        read_questions(write(tmp_path, *rows))
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="No question file"):
+        read_questions(tmp_path / "none.jsonl")

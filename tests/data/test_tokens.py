@@ -1,0 +1,112 @@
+"""Prompts, targets and weights of training sequences, by the demo's tokenizer."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from megavar.config.schema import TemplateConfig
+from megavar.data.templates import Templates
+from megavar.data.tokens import (
+    gold_posterior_sequences,
+    gold_sequences,
+    policy_sequences,
+    rollout_posterior_sequences,
+)
+from megavar.records import Answer, Question, Trace, Weight
+
+BASE = Path(__file__).parents[2] / "examples" / "base" / "qwen3-tiny"
+TOKENIZER = AutoTokenizer.from_pretrained(BASE)
+TEMPLATES = Templates(BASE, TemplateConfig(posterior="{question}\nHint: {answer}", solution="\n\\boxed{{{answer}}}"))
+QUESTION = Question("q", "1+{2}", "3", trace="1+2=3;")
+
+
+def ids(text):
+    return np.array(TOKENIZER(text, add_special_tokens=False)["input_ids"], np.int32)
+
+
+def decode(tokens):
+    return TOKENIZER.decode(tokens)
+
+
+def trace(index, text="1+2=3;", sampler="posterior"):
+    return Trace("q", index, 1, sampler, ids("p"), ids(text + "</think>"), None, "closed", 0)
+
+
+def answer(trace_index, index, text, correct):
+    return Answer("q", trace_index, index, 1, ids(text), text, "stop", 0, correct, "")
+
+
+def weight(index, value, status="ok"):
+    return Weight("q", index, 1, 0.0, 0.0, 0.0, value, status)
+
+
+def test_prompts_are_the_chat_template_with_an_open_thought():
+    assert decode(TEMPLATES.policy_prompt(QUESTION)) == (
+        "<|im_start|>user\n1+{2}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    )
+    assert decode(TEMPLATES.posterior_prompt(QUESTION)) == (
+        "<|im_start|>user\n1+{2}\nHint: 3<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    )
+
+
+def test_markers_are_single_tokens_and_answers_end_the_turn():
+    assert TEMPLATES.close_token == TOKENIZER.convert_tokens_to_ids("</think>")
+    assert decode(TEMPLATES.answer(QUESTION)) == "\n\\boxed{3}<|im_end|>"
+    assert decode(TEMPLATES.trace("x")) == "x</think>"
+
+
+@pytest.mark.parametrize("text", ["a<|im_end|>b", "a</think>b", "<think>"])
+def test_control_tokens_in_a_question_are_refused(text):
+    with pytest.raises(ValueError, match="question 'q' contains the control token"):
+        TEMPLATES.policy_prompt(Question("q", text, "3"))
+
+
+def test_gold_sequences_train_trace_and_answer_of_the_policy_and_the_trace_of_the_posterior():
+    (policy,) = gold_sequences([QUESTION, Question("r", "x", "1")], TEMPLATES, 100)
+    assert decode(policy.target_ids) == "1+2=3;</think>\n\\boxed{3}<|im_end|>" and policy.weight == 1.0
+    assert policy.prompt_ids.tolist() == TEMPLATES.policy_prompt(QUESTION).tolist()
+    (posterior,) = gold_posterior_sequences([QUESTION], TEMPLATES, 100)
+    assert decode(posterior.target_ids) == "1+2=3;</think>"
+    assert posterior.prompt_ids.tolist() == TEMPLATES.posterior_prompt(QUESTION).tolist()
+
+
+def test_a_gold_sequence_over_the_limit_is_refused_by_question():
+    with pytest.raises(ValueError, match=r"question 'q'.*max_sequence_tokens=10"):
+        gold_sequences([QUESTION], TEMPLATES, 10)
+
+
+def test_distinct_correct_answers_share_their_traces_weight():
+    answers = [answer(0, 0, "a", True), answer(0, 1, "b", True), answer(0, 2, "a", True), answer(0, 3, "c", False)]
+    found = policy_sequences([QUESTION], [trace(0)], answers, [weight(0, 0.6)], TEMPLATES, "all_correct")
+    assert [(decode(s.target_ids), s.weight) for s in found] == [("1+2=3;</think>a", 0.3), ("1+2=3;</think>b", 0.3)]
+    first = policy_sequences([QUESTION], [trace(0)], answers, [weight(0, 0.6)], TEMPLATES, "first_correct")
+    assert [(decode(s.target_ids), s.weight) for s in first] == [("1+2=3;</think>a", 0.6)]
+    reference = policy_sequences([QUESTION], [trace(0)], [], [weight(0, 0.6)], TEMPLATES, "reference")
+    assert [decode(s.target_ids) for s in reference] == ["1+2=3;</think>\n\\boxed{3}<|im_end|>"]
+    assert all(s.prompt_ids.tolist() == TEMPLATES.policy_prompt(QUESTION).tolist() for s in found + first)
+
+
+def test_a_gold_weight_takes_the_data_sets_own_trace():
+    (found,) = policy_sequences([QUESTION], [], [], [weight(-1, 1.0, "gold")], TEMPLATES, "all_correct")
+    assert decode(found.target_ids) == "1+2=3;</think>\n\\boxed{3}<|im_end|>"
+
+
+def test_rows_are_joined_by_identity_not_by_position():
+    traces = [trace(1, "one"), trace(0, "zero")]
+    answers = [answer(1, 0, "A1", True), answer(0, 0, "A0", True)]
+    weights = [weight(0, 0.25), weight(1, 0.75)]
+    found = policy_sequences([QUESTION], traces, answers, weights, TEMPLATES, "all_correct")
+    assert {(decode(s.target_ids), s.weight) for s in found} == {("zero</think>A0", 0.25), ("one</think>A1", 0.75)}
+    rolled = rollout_posterior_sequences([QUESTION], traces, weights, TEMPLATES)
+    assert {(decode(s.target_ids), s.weight) for s in rolled} == {("zero</think>", 0.25), ("one</think>", 0.75)}
+
+
+def test_missing_and_doubled_rows_are_refused_by_name():
+    with pytest.raises(ValueError, match="trace 5 of question 'q' has a weight but is not"):
+        policy_sequences([QUESTION], [trace(0)], [], [weight(5, 1.0)], TEMPLATES, "all_correct")
+    with pytest.raises(ValueError, match="trace 0 of question 'q' occurs twice"):
+        policy_sequences([QUESTION], [trace(0), trace(0)], [], [weight(0, 1.0)], TEMPLATES, "all_correct")
+    with pytest.raises(ValueError, match="has weight but no correct answer"):
+        policy_sequences([QUESTION], [trace(0)], [answer(0, 0, "a", False)], [weight(0, 1.0)], TEMPLATES, "all_correct")

@@ -1,0 +1,104 @@
+"""Operators undo themselves bit for bit, and folders that are not what they seem are refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny_model
+
+from megavar.models import operators
+from megavar.models.dims import read_dims
+from megavar.models.folder import HuggingFaceFolder
+
+FAMILIES = [("qwen2", False), ("qwen2", True), ("qwen3", False), ("qwen3", True)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    save_tiny_model(path, "qwen3", tied=False)
+    return path
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
+def test_shards_go_back_to_the_same_bits(tmp_path, family, tied, size):
+    save_tiny_model(tmp_path, family, tied)
+    dims, source = read_dims(tmp_path), HuggingFaceFolder(tmp_path)
+    source.check(operators(dims), dims)
+    seen = set()
+    for operator in operators(dims):
+        names = [name.format(layer=2) for name in operator.hf_names]
+        tensors = [source.tensor(name) for name in names]
+        shards = [operator.shard(tensors, dims, rank, size) for rank in range(size)]
+        assert len({shard.shape for shard in shards}) == 1
+        back = operator.unshard(shards, dims)
+        assert all(torch.equal(old, new) for old, new in zip(tensors, back, strict=True)), operator
+        seen |= {name.replace(".2.", ".{layer}.") for name in names}
+    assert {key.replace(".2.", ".{layer}.") for key in source.keys() if ".2." in key or "layers" not in key} == seen
+
+
+@pytest.mark.parametrize("layout", ["transformers 5", "transformers 4"])
+def test_the_rope_base_is_read_from_either_layout(folder, tmp_path, layout):
+    shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    assert rope["rope_theta"] == 1e6
+    extra = {"rope_parameters": rope} if layout == "transformers 5" else {"rope_theta": 1e6}
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, **extra}))
+    assert read_dims(tmp_path / "m").rope_base == 1e6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type='llama'; known are qwen2, qwen3"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "RoPE scaling 'yarn'"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+    ],
+)
+def test_configs_the_engine_would_get_wrong_are_refused(folder, tmp_path, changes, message):
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match=message):
+        read_dims(tmp_path)
+
+
+def test_a_folder_without_config_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        read_dims(tmp_path)
+
+
+def test_a_truncated_file_is_refused_by_name(folder, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing, truncated"):
+        HuggingFaceFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"lacks model\.norm\.weight"),
+        (lambda t: t.update(odd=torch.zeros(1)), "unknown tensor odd"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), r"model\.norm\.weight is \(3,\).*\(64,\)"),
+    ],
+)
+def test_tensors_that_contradict_the_config_are_refused(folder, tmp_path, edit, message):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(folder / "config.json", tmp_path)
+    dims = read_dims(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        HuggingFaceFolder(tmp_path).check(operators(dims), dims)
+
+
+def test_an_index_that_names_a_missing_shard_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "m")
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="model-00001-of-00002"):
+        HuggingFaceFolder(tmp_path / "m")

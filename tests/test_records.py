@@ -1,0 +1,78 @@
+"""Records survive the disk, and a killed writer loses nothing that it flushed."""
+
+import numpy as np
+import pytest
+
+from megavar.records import Answer, RecordWriter, Score, Trace, Weight, read_records, schema_of, write_records
+
+
+def answer(index: int, correct: bool | None = None) -> Answer:
+    ids = np.arange(index, dtype=np.int32)
+    return Answer("q", 0, index, 1, ids, f"text {index}", "stop", 2**62 + index, correct)
+
+
+def test_ids_log_probs_nulls_and_seeds_come_back_exactly(tmp_path):
+    logps = np.array([-0.1, -1e-30], np.float32)
+    traces = [
+        Trace("a", 0, 1, "policy", np.array([1, 2], np.int32), np.zeros(0, np.int32), None, "closed", 2**62 + 1),
+        Trace("b", 3, 1, "gold", np.array([7], np.int32), np.array([8, 9], np.int32), logps, "length", 0),
+    ]
+    write_records(tmp_path / "t.parquet", traces, Trace)
+    first, second = read_records(tmp_path / "t.parquet", Trace)
+    assert first.logp_engine is None and first.trace_ids.tolist() == [] and first.seed == 2**62 + 1
+    assert second.trace_ids.tolist() == [8, 9] and second.trace_ids.dtype == np.int32
+    assert second.logp_engine.tobytes() == logps.tobytes()
+
+
+def test_weights_keep_float64_and_minus_infinity(tmp_path):
+    row = Weight("a", 0, 1, 0.1 + 1e-15, -np.inf, -np.inf, 1 / 3, "ok")
+    write_records(tmp_path / "w.parquet", [row], Weight)
+    assert read_records(tmp_path / "w.parquet", Weight) == [row]
+
+
+def test_columns_have_the_documented_types():
+    assert str(schema_of(Score).field("logp_policy").type) == "list<item: float>"
+    assert str(schema_of(Trace).field("seed").type) == "int64"
+    assert str(schema_of(Trace).field("trace_index").type) == "int32"
+    assert not schema_of(Score).field("logp_policy").nullable and schema_of(Score).field("num_correct").nullable
+
+
+def test_another_record_type_or_a_broken_file_is_refused(tmp_path):
+    write_records(tmp_path / "a.parquet", [answer(0)], Answer)
+    with pytest.raises(ValueError, match="expected those of Trace"):
+        read_records(tmp_path / "a.parquet", Trace)
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"b\.parquet is not a readable Parquet file"):
+        read_records(tmp_path / "b.parquet", Answer)
+
+
+def test_a_writer_that_dies_keeps_what_it_flushed_and_the_next_goes_on(tmp_path):
+    killed = RecordWriter(tmp_path, Answer, flush_seconds=0.0)
+    killed.append(answer(2), answer(1))
+    killed.flush_seconds = 1e9
+    killed.append(answer(5))  # never flushed
+    following = RecordWriter(tmp_path, Answer, flush_seconds=0.0)
+    assert [row.answer_index for row in following.existing()] == [1, 2]
+    following.append(answer(0))
+    assert [row.answer_index for row in read_records(following.finish(), Answer)] == [0, 1, 2]
+    assert [file.name for file in tmp_path.iterdir()] == ["data.parquet"]
+
+
+def test_finish_killed_between_merging_and_removing_repeats_to_the_same_file(tmp_path):
+    writer = RecordWriter(tmp_path, Answer, flush_seconds=0.0)
+    writer.append(answer(1))
+    part = next(tmp_path.glob("part-*")).read_bytes()
+    writer.append(answer(0))
+    writer.finish()
+    (tmp_path / "part-000000.parquet").write_bytes(part)  # the removal had not come to it
+    again = RecordWriter(tmp_path, Answer, flush_seconds=0.0)
+    assert [row.answer_index for row in read_records(again.finish(), Answer)] == [0, 1]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    file = tmp_path / "a.parquet"
+    write_records(file, [answer(0)], Answer)
+    with pytest.raises(AttributeError, match="question_id"):
+        write_records(file, [answer(1), object()], Answer)
+    assert [row.answer_index for row in read_records(file, Answer)] == [0]
+    assert [found.name for found in tmp_path.iterdir()] == ["a.parquet"]
