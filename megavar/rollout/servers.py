@@ -109,15 +109,12 @@ class Server:
 
     async def _launch(self) -> None:
         command = [sys.executable, "-I", "-S", str(FOLDER / "guard.py"), str(os.getpid()), *self._command()]
-        environment = dict(os.environ)
+        environment = inherited_environment()
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus)
         # SGLang leaves the files of its sockets behind, so they get a folder that goes with the server.
         self._temporary = tempfile.TemporaryDirectory(prefix="sglang-", ignore_cleanup_errors=True)
         environment["TMPDIR"] = self._temporary.name
-        # A path of this interpreter's packages must not reach the other one.
-        for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
-            environment.pop(name, None)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             log.write(f"\n$ {' '.join(command)}\n".encode())
@@ -300,6 +297,22 @@ async def open_engine(config: RolloutConfig, model: Path, log_dir: Path) -> Asyn
             await engine.load_weights(model)
         await engine.check_model(model)
         yield engine
+
+
+def inherited_environment() -> dict[str, str]:
+    """This process's environment, without what would lead a server astray.
+
+    Paths of this interpreter's packages must not reach the other one. What torchrun set up for its ranks must not
+    either: a server that finds it waits for ever to join their process group.
+    """
+    of_packages = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_", "PET_")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in of_packages + of_torchrun and not name.startswith(prefixes)
+    }
 
 
 def check_interpreter(python: str) -> None:
