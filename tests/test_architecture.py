@@ -1,4 +1,4 @@
-"""The dependency rule: lower rooms never import higher ones, siblings never one another, heavy libraries have one home."""
+"""The dependency rule: rooms import lower ones only, siblings never one another; heavy libraries have one home."""
 
 import ast
 from pathlib import Path

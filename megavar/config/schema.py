@@ -194,6 +194,8 @@ class EvalConfig:
 
     num_samples: int = at_least(1, default=4)
     """Samples for each question; pass@k is reported for k = 1 and k = num_samples."""
+    models: list[str] = field(default_factory=lambda: ["pi_0", "final"])
+    """Which models; `[pi_0]` needs no stage after sft, to measure a run of more SFT."""
     num_bootstrap: int = at_least(1, default=1000)
 
 
@@ -273,6 +275,8 @@ def _validate_pairs(config: RunConfig) -> None:
         raise ValueError("rollout.mode=external needs rollout.urls: the base URLs of running SGLang servers.")
     if rollout.mode == "managed" and rollout.urls:
         raise ValueError(f"rollout.urls={rollout.urls} are ignored in rollout.mode=managed; use rollout.mode=external.")
+    if not config.eval.models or not set(config.eval.models) <= {"pi_0", "final"}:
+        raise ValueError(f"eval.models={config.eval.models} must name one or both of pi_0, final.")
     if config.parallel.virtual_pipeline > 1 and config.parallel.pipeline == 1:
         raise ValueError(
             f"parallel.virtual_pipeline={config.parallel.virtual_pipeline} needs parallel.pipeline of at least 2, "

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 
 from megavar.config.schema import ObjectiveConfig
-from megavar.objectives import forward_kl, iwae
+from megavar.objectives import forward_kl, iwae, sft
 from megavar.records import Score, Weight
 
 Objective = Callable[[Sequence[Score], Sequence[bool], ObjectiveConfig], list[Weight]]
 """(scores, which traces are truncated, settings) -> one weight a trace, in the same order."""
 
-OBJECTIVES: dict[str, Objective] = {"iwae": iwae.weigh, "forward_kl": forward_kl.weigh}
+OBJECTIVES: dict[str, Objective] = {"iwae": iwae.weigh, "forward_kl": forward_kl.weigh, "sft": sft.weigh}
 
 
 def get_objective(name: str) -> Objective:

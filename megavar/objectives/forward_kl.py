@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from megavar.config.schema import ObjectiveConfig
-from megavar.objectives.weights import log_answer, make_weights
+from megavar.objectives.weights import check_traces, log_answer, make_weights
 from megavar.records import Score, Weight
 
 
@@ -11,8 +11,9 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
     """Weights of one question's rollouts, in their order; `config` changes nothing here.
 
     Raises:
-        ValueError: if a trace has no counted answers.
+        ValueError: if a trace has no counted answers, or the scores are not those of one question.
     """
+    check_traces(scores, truncated)
     answers = [
         float("-inf") if cut else log_answer(score, "accuracy") for score, cut in zip(scores, truncated, strict=True)
     ]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from megavar.config.schema import ObjectiveConfig
-from megavar.objectives.weights import log_answer, log_ratio, make_weights
+from megavar.objectives.weights import check_traces, log_answer, log_ratio, make_weights
 from megavar.records import Float64, Score, Weight
 
 
@@ -15,8 +15,9 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
     data set's own trace (`gold`).
 
     Raises:
-        ValueError: if a score lacks what the settings need.
+        ValueError: if a score lacks what the settings need, or the scores are not those of one question.
     """
+    check_traces(scores, truncated)
     weights = _weigh(scores, truncated, config.ratio, config.answer)
     if any(weight.weight > 0 for weight in weights) or config.on_no_correct_trace == "drop":
         return weights

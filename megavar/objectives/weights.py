@@ -18,8 +18,9 @@ def log_ratio(score: Score, ratio: str) -> float:
     """d_k: mean (`geometric_mean`) or sum (`sequence`) over the trace of log pi - log q, or 0 (`none`).
 
     Raises:
-        ValueError: if the posterior's log-probs are missing, of another length, or not finite.
+        ValueError: if log-probs are missing, of unequal lengths, or not finite, or `ratio` is unknown.
     """
+    _check_choice("objective.ratio", ratio, ("geometric_mean", "sequence", "none"))
     if ratio == "none":
         return 0.0
     policy = _checked(score, "logp_policy", score.logp_policy)
@@ -37,19 +38,31 @@ def log_answer(score: Score, answer: str) -> float:
     reference answer's log-probs.
 
     Raises:
-        ValueError: if what the estimator needs is missing.
+        ValueError: if what the estimator needs is missing or impossible, or `answer` is unknown.
     """
+    _check_choice("objective.answer", answer, ("accuracy", "geometric_mean", "likelihood"))
     if answer == "accuracy":
         if score.num_answers is None or score.num_correct is None:
             raise ValueError(f"{_name(score)} has no counted answers; run the sample and verify stages.")
+        if score.num_answers < 1 or not 0 <= score.num_correct <= score.num_answers:
+            raise ValueError(
+                f"{_name(score)} has num_correct={score.num_correct} of num_answers={score.num_answers}; "
+                "run the sample and verify stages again."
+            )
         return float(np.log(score.num_correct / score.num_answers)) if score.num_correct else -np.inf
     logps = _checked(score, "logp_answer", score.logp_answer)
     return float(logps.mean() if answer == "geometric_mean" else logps.sum())
 
 
 def normalise(log_weights: Sequence[float]) -> NDArray[np.float64]:
-    """exp(log_weights) / sum, by log-sum-exp; all zero if every log-weight is -inf."""
+    """exp(log_weights) / sum, by log-sum-exp; all zero if every log-weight is -inf.
+
+    Raises:
+        ValueError: if one is NaN or +inf.
+    """
     values = np.asarray(log_weights, np.float64)
+    if np.isnan(values).any() or np.isposinf(values).any():
+        raise ValueError(f"log-weights {values.tolist()} hold NaN or +inf; expected finite values or -inf.")
     largest = values.max(initial=-np.inf)
     if largest == -np.inf:
         return np.zeros_like(values)
@@ -59,8 +72,30 @@ def normalise(log_weights: Sequence[float]) -> NDArray[np.float64]:
 
 
 def effective_sample_size(weights: NDArray[np.float64]) -> float:
-    """(sum w)^2 / sum w^2: how many equally weighted traces the weights amount to."""
-    return float(weights.sum() ** 2 / (weights**2).sum())
+    """(sum w)^2 / sum w^2: how many equally weighted traces the weights amount to; 0 if all weights are 0."""
+    largest = weights.max(initial=0.0)
+    if largest == 0.0:
+        return 0.0
+    shares = weights / largest
+    return float(shares.sum() ** 2 / (shares**2).sum())
+
+
+def check_traces(scores: Sequence[Score], truncated: Sequence[bool]) -> None:
+    """Refuse what is not the traces of one question, each once and each with its `truncated` flag.
+
+    Raises:
+        ValueError: naming the question, or the questions.
+    """
+    questions = sorted({score.question_id for score in scores})
+    if len(questions) != 1:
+        raise ValueError(f"expected the traces of one question, got those of {questions}.")
+    if len(scores) != len(truncated):
+        raise ValueError(
+            f"question {questions[0]!r} has {len(scores)} scores but {len(truncated)} truncated flags; give one each."
+        )
+    indices = sorted(score.trace_index for score in scores)
+    if len(set(indices)) != len(indices):
+        raise ValueError(f"question {questions[0]!r} has a trace twice: its trace indices are {indices}.")
 
 
 def make_weights(
@@ -101,13 +136,17 @@ def select(weights: Sequence[Weight], selection: str, min_weight: float, seed: i
 
     Args:
         selection: `weighted`: every trace with its weight, without those under `min_weight` (the rest is not
-            normalised again: a dropped trace's share is lost, not given to others); `resample`: one trace a question
+            normalised again: a dropped share is lost, not given to others); `resample`: one trace a question
             drawn from its weights, weight 1; `best`: the trace of the largest weight, weight 1.
         seed: of the draw, which depends on it and the question's id only.
 
     Returns:
-        The chosen weights, and the mean weight a question lost to `min_weight`.
+        The chosen weights, by question id and trace index, and the mean weight a question lost to `min_weight`.
+
+    Raises:
+        ValueError: if `selection` is unknown.
     """
+    _check_choice("objective.selection", selection, ("weighted", "resample", "best"))
     groups: dict[str, list[Weight]] = defaultdict(list)
     for weight in sorted(weights, key=lambda row: (row.question_id, row.trace_index)):
         if weight.weight > 0:
@@ -135,6 +174,11 @@ def _checked(score: Score, column: str, logps: LogProbs | None) -> NDArray[np.fl
     if not np.isfinite(values).all():
         raise ValueError(f"{_name(score)}: {column} is not finite; the scored model is broken.")
     return values
+
+
+def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{key}={value!r} is unknown; use one of {', '.join(known)}.")
 
 
 def _name(score: Score) -> str:

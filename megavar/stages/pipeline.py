@@ -229,12 +229,13 @@ def run_export(run: Run) -> None:
 def run_eval(run: Run) -> None:
     """Held-out accuracy of pi_0 and of the final policy."""
     config = run.config
-    models = {"pi_0": run.sft / "hf", "final": run.final}
+    folders = {"pi_0": run.sft / "hf", "final": run.final}
+    models = {name: folders[name] for name in config.eval.models}
 
     async def draw(questions: list[Question]) -> dict[str, list[Answer]]:
         sampling = Sampling(config.sample, _templates(run), config.seed, ROUND)
         found = {}
-        async with open_engine(config.rollout, models["pi_0"], run.folder / "servers") as engine:
+        async with open_engine(config.rollout, next(iter(models.values())), run.folder / "servers") as engine:
             for name, model in models.items():
                 await engine.load_weights(model)
                 folder = run.folder / "eval" / name
@@ -254,7 +255,7 @@ def run_eval(run: Run) -> None:
         **flat("eval", config.eval),
         **flat("sample", config.sample),
         "data.eval": file_digest(Path(config.data.eval or "")),
-        "export": _after(run, "export"),
+        "trained": _after(run, "export" if "final" in models else "sft"),
     }
     run_once(run, "eval", settings, lambda: on_rank_zero(work))
 

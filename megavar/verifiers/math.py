@@ -1,37 +1,55 @@
 """Mathematical equality of the final answer, by math-verify."""
 
+import logging
+import re
+
 from megavar.verifiers.base import Verdict
 
-_BOX = "\\boxed{"
+_BOX = re.compile(r"\\boxed\s*\{")
+# An escaped character (so that \{ and \} of a set are no group), or a brace of a group.
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def verify(response: str, gold: str) -> Verdict:
-    """Compare the response's last boxed expression (or, without a box, what math-verify finds) with `gold`."""
+    """Compare the response's last boxed expression (or, without a box, what math-verify finds) with `gold`.
+
+    Args:
+        gold: the known answer, as an expression or already as \\boxed{expression}.
+
+    Raises:
+        ValueError: if `gold` holds nothing that math-verify can read.
+    """
     from math_verify import parse
     from math_verify import verify as equal
 
+    # It warns in every process that its time-outs are off. They are, because they need the main thread's SIGALRM: the
+    # process around this call has the deadline.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     boxed = last_box(response)
     if boxed is not None and not boxed.strip():
         return "no_answer"
-    # Several boxes would be read as a set; its own time-outs need the main thread's SIGALRM, so they are off: the
-    # process around this call has the deadline.
-    found = parse(response if boxed is None else f"{_BOX}{boxed}}}", parsing_timeout=None)
-    expected = parse(f"{_BOX}{gold}}}", parsing_timeout=None)
+    # Several boxes would be read as a set.
+    found = parse(response if boxed is None else _as_box(boxed), parsing_timeout=None)
     if not found:
         return "no_answer"
+    known = last_box(gold)
+    expected = parse(_as_box(gold if known is None else known), parsing_timeout=None)
     if not expected:
         raise ValueError(f"the known answer {gold!r} is no mathematical expression")
+    # Asymmetric: the known answer is first.
     return "correct" if equal(expected, found, timeout_seconds=None) else "wrong"
 
 
 def last_box(text: str) -> str | None:
     """Content of the last \\boxed{...} with balanced braces, or None."""
-    start = text.rfind(_BOX)
-    if start < 0:
-        return None
-    depth = 1
-    for end in range(start + len(_BOX), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[start + len(_BOX) : end]
+    for box in reversed(list(_BOX.finditer(text))):
+        depth = 1
+        for brace in _BRACE.finditer(text, box.end()):
+            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+            if depth == 0:
+                return text[box.end() : brace.start()]
     return None
+
+
+def _as_box(expression: str) -> str:
+    return f"\\boxed{{{expression}}}"

@@ -1,7 +1,9 @@
 """Verifiers that misbehave, importable by worker processes."""
 
 import os
+import sys
 import time
+from pathlib import Path
 
 
 def sleep_then_match(response: str, gold: str) -> str:
@@ -16,3 +18,26 @@ def die(response: str, gold: str) -> str:
 
 def fail(response: str, gold: str) -> str:
     raise RuntimeError("odd")
+
+
+def return_something_else(response: str, gold: str) -> str:
+    return "ready"
+
+
+def count_calls(response: str, gold: str) -> str:
+    """Leaves one more file in the folder that `gold` names."""
+    (Path(gold) / f"{time.monotonic_ns()}").touch()
+    return "correct"
+
+
+def name_process_and_hang(response: str, gold: str) -> str:
+    """Writes its process id to the file that `gold` names."""
+    aside = Path(gold + ".tmp")
+    aside.write_text(str(os.getpid()))
+    aside.rename(gold)
+    time.sleep(60)
+    return "correct"
+
+
+def has_no_torch(response: str, gold: str) -> str:
+    return "wrong" if "torch" in sys.modules else "correct"

@@ -1,0 +1,80 @@
+"""What needs CUDA and Transformer Engine: packed TE attention, bf16 against float32, FP8 recipes against bf16."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import random_sequences, reference_logps, save_tiny_model
+
+from megavar.training.precision import _LEAST_CAPABILITY, has_transformer_engine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+BF16_TOLERANCE = 0.05
+"""Largest difference of a log-prob, nats: bf16 has 8 bits, and these models' logits reach tens."""
+FP8_TOLERANCE = 0.5
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4,
+         "num_key_value_heads": 2}  # fmt: skip
+SCRIPT = """
+import pickle, sys
+from pathlib import Path
+from megavar.config.schema import ParallelConfig, PrecisionConfig
+from megavar.training import parallel
+from megavar.training.score import Scorer
+model, sequences, out, dtype, fp8 = sys.argv[1:]
+parallel.start(ParallelConfig())
+scorer = Scorer(Path(model), ParallelConfig(), PrecisionConfig(dtype=dtype, fp8=fp8))
+Path(out).write_bytes(pickle.dumps(scorer.score(pickle.loads(Path(sequences).read_bytes()), 1.0, 512)))
+parallel.stop()
+"""
+
+
+def score(folder: Path, name: str, dtype: str, fp8: str = "none") -> list[np.ndarray]:
+    out = folder / name
+    (folder / "score.py").write_text(SCRIPT)
+    environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
+                   "MASTER_PORT": "0"}  # fmt: skip
+    arguments = [str(folder / "model"), str(folder / "sequences.pkl"), str(out), dtype, fp8]
+    subprocess.run([sys.executable, str(folder / "score.py"), *arguments], check=True, env=environment)
+    return pickle.loads(out.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gpu")
+    model = save_tiny_model(path / "model", "qwen3", tied=False, **SIZES)
+    sequences = random_sequences(16, longest=120)
+    (path / "sequences.pkl").write_bytes(pickle.dumps(sequences))
+    with torch.no_grad():
+        reference = [reference_logps(model, sequence).numpy() for sequence in sequences]
+    return path, reference
+
+
+def largest(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
+
+
+def test_packed_transformer_engine_layers_in_bf16_equal_float32_transformers(folder):
+    if not has_transformer_engine():
+        pytest.skip("needs Transformer Engine")
+    path, reference = folder
+    assert largest(score(path, "bf16", "bf16"), reference) <= BF16_TOLERANCE
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_fp8_recipes_stay_close_to_bf16(folder, recipe):
+    if not has_transformer_engine():
+        pytest.skip("needs Transformer Engine")
+    if torch.cuda.get_device_capability() < _LEAST_CAPABILITY[recipe]:
+        pytest.skip(f"{recipe} needs compute capability {_LEAST_CAPABILITY[recipe]}")
+    path, reference = folder
+    found = score(path, recipe, "bf16", recipe)
+    assert largest(found, reference) <= FP8_TOLERANCE
+    assert largest(found, score(path, "bf16-again", "bf16")) > 0  # FP8 was really used

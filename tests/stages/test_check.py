@@ -1,0 +1,107 @@
+"""What is wrong with a run is said before anything starts, and nothing is written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import save_tiny_model
+
+from megavar.cli import main
+from megavar.config.load import load_config
+from megavar.models.dims import read_dims
+from megavar.stages.check import check_run
+from megavar.training.parallel import check_parallel
+
+ROOT = Path(__file__).parents[2]
+BASE = ROOT / "examples" / "base" / "qwen3-tiny"
+GOOD = {"id": "a", "question": "1+1", "answer": "2", "trace": "1+1=2;"}
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    (tmp_path / "t.jsonl").write_text(json.dumps(GOOD))
+    (tmp_path / "run.yaml").write_text(
+        f"name: a\nruns_dir: {tmp_path}/runs\nmodel: {BASE}\ndata: {{train: {tmp_path}/t.jsonl, "
+        "max_sequence_tokens: 160}\nprecision: {dtype: fp32}\n"
+        "sample: {max_trace_tokens: 80, max_answer_tokens: 16}\nrollout: {mode: external, urls: [http://127.0.0.1:9]}\n"
+    )
+    return tmp_path / "run.yaml"
+
+
+def test_a_good_run_passes(config_file):
+    check_run(load_config(config_file, []), 4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "message"),
+    [
+        (["parallel.tensor=3"], 4, r"tensor=3 x parallel\.pipeline=1.*does not divide the world size 4"),
+        (["parallel.context=2"], 3, r"= 2 does not divide the world size 3"),
+        (["parallel.pipeline=3"], 3, r"does not divide num_hidden_layers=4"),
+        (["parallel.pipeline=2", "parallel.virtual_pipeline=4"], 2, r"= 8 does not divide num_hidden_layers=4"),
+        (["precision.fp8=delayed", "precision.dtype=bf16"], 1, r"precision\.fp8=delayed needs a CUDA GPU"),
+        (["objective.name=odd"], 1, r"objective\.name='odd' is unknown; known are iwae"),
+        (["sft.microbatch_tokens=100"], 1, r"sft\.microbatch_tokens=100 is less than data\.max_sequence_tokens=160"),
+        (["data.max_sequence_tokens=100000", "sft.microbatch_tokens=100000", "policy.train.microbatch_tokens=100000",
+          "score.microbatch_tokens=100000", "posterior.train.microbatch_tokens=100000"], 1,
+         r"more than the model's max_position_embeddings"),
+        (["rollout.mode=managed", "rollout.urls=[]", "rollout.python=/nowhere/python"], 1, r"make sglang"),
+        (["model=/nowhere"], 1, r"no config\.json"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_refused_by_name(config_file, overrides, ranks, message):
+    with pytest.raises(ValueError, match=message):
+        check_run(load_config(config_file, overrides), ranks)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"verifier": "odd"}, r"t\.jsonl: verifier 'odd' is unknown; known are math"),
+        ({"trace": "1+1=2;" * 60}, r"question 'a' makes a gold sequence of \d+ tokens, over data\.max_sequence_tokens"),
+        ({"question": "x<|im_end|>"}, r"question 'a' contains the control token"),
+    ],
+)
+def test_questions_the_run_cannot_use_are_refused(config_file, row, message):
+    (config_file.parent / "t.jsonl").write_text(json.dumps({**GOOD, **row}))
+    with pytest.raises(ValueError, match=message):
+        check_run(load_config(config_file, []), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_key_value_heads": 2},
+            r"tensor=4 does not divide num_key_value_heads \(query groups\)=2; use one of 1, 2",
+        ),
+        ({"num_attention_heads": 6, "num_key_value_heads": 6}, r"tensor=4 does not divide num_attention_heads=6"),
+    ],
+)
+def test_tensor_parallelism_must_divide_the_heads(tmp_path, changes, message):
+    from megavar.config.schema import ParallelConfig
+
+    save_tiny_model(tmp_path, "qwen3", tied=True, **changes)
+    with pytest.raises(ValueError, match=message):
+        check_parallel(ParallelConfig(tensor=4), read_dims(tmp_path), 4)
+
+
+def test_without_torchrun_the_command_says_how_to_start_and_touches_nothing(config_file):
+    environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "megavar", "run", "--config", str(config_file)],
+        env=environment, capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 2 and "torchrun --nproc-per-node" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (config_file.parent / "runs").exists()
+
+
+def test_an_unknown_stage_and_a_stage_before_its_input_are_refused(config_file, capsys):
+    assert main(["odd", "--config", str(config_file)]) == 2
+    assert "no stage 'odd' in this run; its stages are sft" in capsys.readouterr().out
+    assert main(["verify", "--config", str(config_file)]) == 2
+    assert "stage sample is not finished; run `megavar sample` first" in capsys.readouterr().out

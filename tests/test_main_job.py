@@ -1,0 +1,203 @@
+"""The main job for real: two ranks, a real SGLang server, killed three times in the middle, and its results."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from megavar.records import Answer, Score, Trace, Weight, read_records
+from megavar.stages.metrics import Metrics
+
+ROOT = Path(__file__).parents[1]
+NUM_QUESTIONS, NUM_TRACES, NUM_ANSWERS = 60, 4, 3
+
+
+def config_of(folder: Path) -> str:
+    return f"""
+name: job
+runs_dir: {folder}
+model: {ROOT}/examples/base/qwen3-tiny
+data: {{train: {folder}/data/train.jsonl, eval: {folder}/data/eval.jsonl, max_sequence_tokens: 160}}
+precision: {{dtype: fp32}}
+rollout: {{python: {ROOT}/.venv-sglang/bin/python, dtype: float32, max_total_tokens: 8192, context_length: 256,
+           concurrency: 8}}
+sft: &train {{epochs: 4, batch_sequences: 16, microbatch_tokens: 1024, learning_rate: 2.0e-3, save_interval: 5}}
+posterior: {{source: rollout, num_rollouts: 2, train: {{<<: *train, epochs: 1}}}}
+sample: {{num_traces: {NUM_TRACES}, num_answers: {NUM_ANSWERS}, max_trace_tokens: 80, max_answer_tokens: 16,
+          temperature: 0.7, flush_seconds: 0.1}}
+score: {{temperature: 0.7, microbatch_tokens: 2048, chunk_sequences: 100}}
+objective: {{on_no_correct_trace: gold}}
+policy: {{mix_gold: true, train: {{<<: *train, epochs: 5, save_interval: 3}}}}
+eval: {{num_samples: 2}}
+"""
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    log = (folder / "log.txt").open("a")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*torchrun, *arguments],
+        cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+    )  # fmt: skip
+
+
+def kill_when(process: subprocess.Popen, ready: Callable[[], bool]) -> None:
+    """SIGKILL to torchrun and all it started, at the moment `ready` holds."""
+    for _ in range(30_000):
+        if ready():
+            break
+        assert process.poll() is None, "the job ended before it could be killed"
+        time.sleep(0.01)
+    else:
+        pytest.fail("the moment never came")
+    for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def begun(run: Path, stage: str) -> bool:
+    file = run / "manifest.json"
+    return file.exists() and json.loads(file.read_text()).get(stage, {}).get("status") == "begun"
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The run's folder, after kills in the middle of sampling, policy training and export, and a last full run."""
+    folder = tmp_path_factory.mktemp("job")
+    subprocess.run(
+        [sys.executable, "examples/data/generate.py", "--out", folder / "data",
+         "--num-train", str(NUM_QUESTIONS), "--num-eval", "10"], cwd=ROOT, check=True,
+    )  # fmt: skip
+    (folder / "run.yaml").write_text(config_of(folder))
+    run = folder / "job"
+    command = ["examples/pretrain_variational.py", "--config", str(folder / "run.yaml"), "--tp", "2"]
+
+    kill_when(start(folder, *command), lambda: len(list((run / "round_01" / "traces").glob("part-*"))) >= 2)
+    partial = [row for part in (run / "round_01" / "traces").glob("part-*") for row in read_records(part, Trace)]
+    assert 0 < len(partial) < NUM_QUESTIONS * NUM_TRACES
+    kill_when(start(folder, *command), lambda: bool(list((run / "round_01" / "policy" / "checkpoints").glob("step_*"))))
+    assert json.loads((run / "manifest.json").read_text())["policy"]["status"] != "finished"
+    kill_when(start(folder, *command), lambda: begun(run, "export"))
+    assert not (run / "hf").exists()
+    last = start(folder, *command)
+    assert last.wait(timeout=600) == 0, (folder / "log.txt").read_text()[-4000:]
+    return folder, run, partial
+
+
+def test_no_trace_is_lost_or_doubled_and_those_sampled_before_the_kill_are_kept(job):
+    _, run, partial = job
+    traces = read_records(run / "round_01" / "traces" / "data.parquet", Trace)
+    found = {(trace.question_id, trace.trace_index): trace for trace in traces}
+    assert len(found) == len(traces) == NUM_QUESTIONS * NUM_TRACES
+    for trace in partial:
+        kept = found[trace.question_id, trace.trace_index]
+        assert kept.trace_ids.tolist() == trace.trace_ids.tolist() and kept.seed == trace.seed
+    assert len({trace.seed for trace in traces}) == len(traces)
+
+
+def test_every_closed_trace_has_its_answers_verdicts_scores_and_weight(job):
+    _, run, _ = job
+    traces = read_records(run / "round_01" / "traces" / "data.parquet", Trace)
+    closed = {(trace.question_id, trace.trace_index) for trace in traces if trace.finish == "closed"}
+    answers = read_records(run / "round_01" / "verified" / "data.parquet", Answer)
+    assert {(row.question_id, row.trace_index, row.answer_index) for row in answers} == {
+        (*key, index) for key in closed for index in range(NUM_ANSWERS)
+    }
+    assert all(row.verdict in ("correct", "wrong", "no_answer") for row in answers)
+    scores = read_records(run / "round_01" / "scores" / "data.parquet", Score)
+    assert len(scores) == len(traces)
+    weights = read_records(run / "round_01" / "weights" / "data.parquet", Weight)
+    totals: dict[str, float] = {}
+    for row in weights:
+        totals[row.question_id] = totals.get(row.question_id, 0.0) + row.weight
+    assert totals.keys() == {trace.question_id for trace in traces}
+    assert all(total == pytest.approx(1.0) for total in totals.values())
+
+
+def test_the_serving_engine_and_the_training_engine_agree_on_the_posteriors_log_probs(job):
+    _, run, _ = job
+    (row,) = [row for row in Metrics.read(run) if row["stage"] == "weigh"]
+    assert row["largest_engine_difference"] < 1e-4
+
+
+def test_scores_equal_transformers_under_both_prompts(job):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, run, _ = job
+    models = {
+        name: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for name, folder in (("policy", run / "sft" / "hf"), ("posterior", run / "round_01" / "posterior" / "hf"))
+    }
+    tokenizer = AutoTokenizer.from_pretrained(run / "sft" / "hf")
+    traces = read_records(run / "round_01" / "traces" / "data.parquet", Trace)
+    scores = {(row.question_id, row.trace_index): row
+              for row in read_records(run / "round_01" / "scores" / "data.parquet", Score)}  # fmt: skip
+    for trace in [trace for trace in traces if trace.finish == "closed"][:20]:
+        prompt = tokenizer.decode(trace.prompt_ids)
+        without_hint = prompt.replace(prompt[prompt.index("\n\nHint:") : prompt.index("<|im_end|>")], "")
+        score = scores[trace.question_id, trace.trace_index]
+        for name, text, logps in (
+            ("policy", without_hint, score.logp_policy), ("posterior", prompt, score.logp_posterior),
+        ):  # fmt: skip
+            start_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([[*start_ids, *trace.trace_ids.tolist()]])
+            with torch.no_grad():
+                expected = (models[name](ids).logits[0] / 0.7).log_softmax(-1)
+            rows = expected[len(start_ids) - 1 : -1].gather(1, ids[0, len(start_ids) :, None]).squeeze(1)
+            assert (rows - torch.from_numpy(logps)).abs().max() < 2e-5, name
+
+
+def test_the_exported_policy_loads_with_no_missing_or_unexpected_key(job):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, run, _ = job
+    model, info = AutoModelForCausalLM.from_pretrained(run / "hf", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert AutoTokenizer.from_pretrained(run / "hf").chat_template
+    assert model.generation_config.eos_token_id is not None
+    assert not list(run.glob(".*tmp")) and not list((run / "round_01").rglob(".*tmp"))
+
+
+def test_the_killed_training_has_exactly_the_losses_of_one_that_was_not(job):
+    folder, run, _ = job
+    killed = [row["loss"] for row in Metrics.read(run) if row["stage"] == "policy"]
+    again = folder / "again"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "round_01" / "policy")
+    manifest = json.loads((again / "manifest.json").read_text())
+    del manifest["policy"]
+    (again / "manifest.json").write_text(json.dumps(manifest))
+    arguments = ["-m", "megavar", "policy", "--config", str(folder / "run.yaml"), "name=again", "parallel.tensor=2"]
+    assert start(folder, *arguments).wait(timeout=300) == 0
+    straight = [row["loss"] for row in Metrics.read(again) if row["stage"] == "policy"]
+    assert len(straight) > 6 and killed == straight
+
+
+def test_a_finished_run_starts_nothing_and_other_settings_are_refused(job):
+    folder, run, _ = job
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
+    command = ["examples/pretrain_variational.py", "--config", str(folder / "run.yaml"), "--tp", "2"]
+    assert start(folder, *command).wait(timeout=120) == 0
+    assert before == {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
+    assert start(folder, *command, "sft.learning_rate=1e-4").wait(timeout=120) != 0
+    assert "sft.learning_rate=0.002, now it is 0.0001" in (folder / "log.txt").read_text()
+
+
+def test_the_run_ends_with_its_table(job):
+    _, run, _ = job
+    summary = json.loads((run / "report" / "summary.json").read_text())
+    assert summary["traces_sampled"] == NUM_QUESTIONS * NUM_TRACES and 0 < summary["ess"] <= NUM_TRACES
+    for name in ("pi_0", "final"):
+        pass_1, pass_2 = summary["accuracy"][name]
+        assert 0 <= pass_1["low"] <= pass_1["mean"] <= pass_1["high"] <= 1 and pass_2["mean"] >= pass_1["mean"]

@@ -1,0 +1,135 @@
+"""Memory and speed of scoring, against transformers with a full float32 log_softmax, in one run.
+
+    python tools/bench_score.py
+
+Both score the same sequences of 300 to 1,500 tokens under the same 4-layer Qwen3 of hidden size 1,024 and vocabulary
+151,936 in float32, each in a process of its own. Ratios are ours / transformers.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megavar.records import TrainSequence
+
+VOCAB_SIZE = 151_936
+MICROBATCH_TOKENS = 2048
+
+
+def make_model(folder: Path) -> None:
+    """The model both sides load."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+def make_sequences(count: int) -> list[TrainSequence]:
+    """Sequences of 300 to 1,500 tokens, the first 100 of them prompt; the longest length is always among them."""
+    random = np.random.default_rng(0)
+    lengths = [1500, *random.integers(300, 1501, count - 1)]
+    ids = [random.integers(0, VOCAB_SIZE, length).astype(np.int32) for length in lengths]
+    return [TrainSequence(row[:100], row[100:], 1.0) for row in ids]
+
+
+def score_with_transformers(model_folder: Path, sequences: list[TrainSequence]) -> tuple[list[np.ndarray], float]:
+    """Log-probs of the targets and the seconds they took, one sequence at a time."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    started, found = time.perf_counter(), []
+    with torch.no_grad():
+        for sequence in sequences:
+            ids = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.target_ids])).long()
+            logps = model(input_ids=ids[None]).logits[0].float().log_softmax(-1)[:-1]
+            chosen = logps.gather(1, ids[1:, None]).squeeze(1)[len(sequence.prompt_ids) - 1 :]
+            found.append(chosen.numpy().copy())
+    return found, time.perf_counter() - started
+
+
+def score_with_megavar(model_folder: Path, sequences: list[TrainSequence]) -> tuple[list[np.ndarray], float]:
+    """The same by the training engine on one rank."""
+    from megavar.config.schema import ParallelConfig, PrecisionConfig
+    from megavar.training import parallel
+    from megavar.training.score import Scorer
+
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    grid = ParallelConfig()
+    parallel.start(grid)
+    scorer = Scorer(model_folder, grid, PrecisionConfig(dtype="fp32"))
+    started = time.perf_counter()
+    found = scorer.score(sequences, 1.0, MICROBATCH_TOKENS)
+    seconds = time.perf_counter() - started
+    parallel.stop()
+    assert found is not None
+    return list(found), seconds
+
+
+SIDES = {"transformers": score_with_transformers, "megavar": score_with_megavar}
+
+
+def run_side(side: str, folder: Path, count: int) -> None:
+    """Measure one side in this process and leave its numbers in `folder`."""
+    sequences = make_sequences(count)
+    found, seconds = SIDES[side](folder / "model", sequences)
+    np.savez(folder / f"{side}.npz", *found)
+    measured = {
+        "seconds": seconds,
+        "tokens": sum(sequence.num_tokens for sequence in sequences),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    (folder / f"{side}.json").write_text(json.dumps(measured))
+
+
+def main() -> None:
+    """Run both sides and print their figures and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=12, help="sequences")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.side:
+        run_side(chosen.side, chosen.folder, chosen.count)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder / "model")
+        results, logps = {}, {}
+        for side in SIDES:
+            arguments = ["--side", side, "--folder", name, "--count", str(chosen.count)]
+            environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
+            subprocess.run([sys.executable, "-W", "ignore", __file__, *arguments], check=True, env=environment)
+            results[side] = json.loads((folder / f"{side}.json").read_text())
+            with np.load(folder / f"{side}.npz") as arrays:
+                logps[side] = [arrays[key] for key in arrays.files]
+    for side, row in results.items():
+        rate, peak = row["tokens"] / row["seconds"], row["peak_bytes"] / 2**30
+        print(f"{side:13s} {rate:8.1f} tokens/s   peak {peak:.2f} GiB")
+    ours, theirs = results["megavar"], results["transformers"]
+    difference = max(np.abs(a - b).max() for a, b in zip(logps["megavar"], logps["transformers"], strict=True))
+    print(f"speed ratio   {theirs['seconds'] / ours['seconds']:.2f}")
+    print(f"memory ratio  {ours['peak_bytes'] / theirs['peak_bytes']:.2f}")
+    print(f"largest difference of a log-prob {difference:.1e}")
+
+
+if __name__ == "__main__":
+    main()
