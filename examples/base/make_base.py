@@ -3,7 +3,7 @@
     python examples/base/make_base.py --out examples/base/qwen3-tiny
 
 The corpus is endless and drawn from a seed. Most documents are raw text in the notation of the demo task: single
-steps and worked chains of at most two steps, while the task's questions have three and more. The rest are chats about
+steps and worked chains of two or six steps, while the task's questions have three to five. The rest are chats about
 strings of digits, none of them a question of the task, and strings of arbitrary characters, so that the chat
 and thinking markers and all bytes have trained embeddings. The base model can thus do the arithmetic, and has not seen
 the task.
@@ -31,16 +31,16 @@ CHAT_TEMPLATE = (
 
 
 def worked_chain(rng: random.Random) -> str:
-    """One or two steps modulo 10, as raw text: the chain, then a line for each step."""
+    """One, two or six steps modulo 10, as raw text: the chain, then a line for each step."""
     value = rng.randrange(10)
     chain, lines = str(value), ""
-    for _ in range(rng.choice((1, 2))):
+    for _ in range(rng.choice((1, 2, 2, 6, 6))):
         operator, right = rng.choice("+-*"), rng.randrange(10)
         result = {"+": value + right, "-": value - right, "*": value * right}[operator] % 10
         chain += f"{operator}{right}"
         lines += f"{value}{operator}{right}={result}\n"
         value = result
-    return f"{chain} left to right mod 10\n{lines}" if rng.random() < 0.7 else lines
+    return f"{chain} left to right mod 10\n{lines}" if rng.random() < 0.8 else lines
 
 
 def chat(rng: random.Random) -> str:
@@ -167,15 +167,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--num-steps", type=int, default=800)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--num-steps", type=int, default=1000)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; another number may change the last bits")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     tokenizer = make_tokenizer(chosen.seed)
     model = make_model(tokenizer, chosen.seed)
     print(f"{len(tokenizer)} tokens, {model.num_parameters():,} parameters")
-    pretrain(model, rows_of_tokens(tokenizer, chosen.seed, 64, 64), chosen.num_steps, chosen.learning_rate)
+    pretrain(model, rows_of_tokens(tokenizer, chosen.seed, 32, 64), chosen.num_steps, chosen.learning_rate)
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=0.7, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

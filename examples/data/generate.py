@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 NUM_OPERATIONS = (3, 4, 5)
-SLIP_PROBABILITY = 0.25
-"""Of each step. A trace of four steps is then free of slips in about one case of three."""
+SLIP_PROBABILITY = 0.2
+"""Of each step. A trace of four steps is then free of slips in two cases of five."""
 SKIP_PROBABILITY = 0.04
 DETOUR_PROBABILITY = 0.04
 

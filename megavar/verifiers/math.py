@@ -26,8 +26,6 @@ def verify(response: str, gold: str) -> Verdict:
     # process around this call has the deadline.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     boxed = last_box(response)
-    if boxed is not None and not boxed.strip():
-        return "no_answer"
     # Several boxes would be read as a set.
     found = parse(response if boxed is None else _as_box(boxed), parsing_timeout=None)
     if not found:

@@ -1,6 +1,7 @@
 """Verifiers that misbehave, importable by worker processes."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,14 @@ def sleep_then_match(response: str, gold: str) -> str:
     """Sleeps as many seconds as the response starts with."""
     time.sleep(float(response.split()[0]))
     return "correct" if response.split()[1] == gold else "wrong"
+
+
+def hang_deaf_to_signals(response: str, gold: str) -> str:
+    """Hangs, and only SIGKILL ends it."""
+    for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    time.sleep(60)
+    return "correct"
 
 
 def die(response: str, gold: str) -> str:

@@ -39,6 +39,7 @@ TABLE = [
     ("", "", "no_answer"),
     ("\\boxed{}", "", "no_answer"),
     ("\\boxed{}", "5", "no_answer"),
+    ("7, so \\boxed{ }", "7", "no_answer"),
     ("I do not know.", "5", "no_answer"),
 ]
 
