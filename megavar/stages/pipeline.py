@@ -29,7 +29,7 @@ from megavar.stages.sample import Sampling, sample_answers, sample_traces
 from megavar.stages.score import score_traces
 from megavar.stages.train import export_stage, train_stage
 from megavar.stages.verify import verify_answers
-from megavar.stages.weigh import counted_scores, weigh_traces
+from megavar.stages.weigh import counted_scores, engine_difference, weigh_traces
 from megavar.training.parallel import is_rank_zero, on_rank_zero
 
 
@@ -182,7 +182,10 @@ def run_weigh(run: Run) -> None:
     def work() -> None:
         traces, scores = _read(run.round / "traces", Trace), _read(run.round / "scores", Score)
         objective = run.config.objective
-        _log(run, "weigh", weigh_traces(traces, scores, objective.name, objective, run.round / "weights"))
+        values = weigh_traces(traces, scores, objective.name, objective, run.round / "weights")
+        if run.config.score.temperature == run.config.sample.temperature:
+            values["largest_engine_difference"] = engine_difference(traces, scores)
+        _log(run, "weigh", values)
 
     settings = {**flat("objective", run.config.objective), "score": _after(run, "score")}
     run_once(run, "weigh", settings, lambda: on_rank_zero(work))

@@ -23,7 +23,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "accuracy": {name: json.loads(file.read_text()) for name, file in models.items() if file.exists()},
         "ess": rows["weigh"]["ess"],
         "num_traces": run.config.sample.num_traces,
-        "largest_engine_difference": rows["weigh"]["largest_engine_difference"],
+        "largest_engine_difference": rows["weigh"].get("largest_engine_difference"),
         "questions": int(rows["weigh"]["questions"]),
         "questions_with_weight": int(rows["weigh"]["questions_with_weight"]),
         "traces_sampled": len(traces),

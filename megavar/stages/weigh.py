@@ -45,7 +45,6 @@ def weigh_traces(
         "questions": float(len(of_question)),
         "questions_with_weight": float(len(sizes)),
         "ess": float(np.mean(sizes)) if sizes else 0.0,
-        "largest_engine_difference": _engine_difference(traces, scores),
         **{f"traces_{status}": float(count) for status, count in sorted(statuses.items())},
     }
 
@@ -63,10 +62,11 @@ def counted_scores(traces: Sequence[Trace], answers: Sequence[Answer]) -> list[S
     return scores
 
 
-def _engine_difference(traces: Sequence[Trace], scores: Sequence[Score]) -> float:
+def engine_difference(traces: Sequence[Trace], scores: Sequence[Score]) -> float:
     """Largest difference between the serving and the training engine's log-probs of the sampler's traces.
 
-    Both are right where sampling and scoring temperatures are equal; otherwise they differ by the temperature.
+    To be asked only where sampling and scoring temperatures are equal: the serving engine reports log-probs of
+    logits / temperature.
     """
     score_of = {(score.question_id, score.trace_index): score for score in scores}
     largest = 0.0
