@@ -201,3 +201,47 @@ def test_the_run_ends_with_its_table(job):
     for name in ("pi_0", "final"):
         pass_1, pass_2 = summary["accuracy"][name]
         assert 0 <= pass_1["low"] <= pass_1["mean"] <= pass_1["high"] <= 1 and pass_2["mean"] >= pass_1["mean"]
+
+
+def test_sglangs_greedy_output_of_the_exported_policy_equals_transformers(job):
+    """Token by token; the largest difference of a log-prob is printed."""
+    import asyncio
+
+    import numpy as np
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from megavar.config.load import load_config
+    from megavar.rollout.engine import GenerateRequest
+    from megavar.rollout.servers import open_engine
+
+    folder, run, _ = job
+    config = load_config(folder / "run.yaml", [])
+    tokenizer = AutoTokenizer.from_pretrained(run / "hf")
+    model = AutoModelForCausalLM.from_pretrained(run / "hf", dtype=torch.float32).eval()
+    rows = [json.loads(line) for line in (folder / "data" / "eval.jsonl").read_text().splitlines()]
+    prompts = [
+        tokenizer(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": row["question"]}], add_generation_prompt=True, tokenize=False
+            )
+            + "<think>\n",
+            add_special_tokens=False,
+        )["input_ids"]
+        for row in rows
+    ]
+
+    async def serve() -> list:
+        async with open_engine(config.rollout, run / "hf", folder / "servers") as engine:
+            return [(await engine.generate(GenerateRequest(ids, max_tokens=60, temperature=0)))[0] for ids in prompts]
+
+    largest = 0.0
+    for ids, generation in zip(prompts, asyncio.run(serve()), strict=True):
+        start_ids = torch.tensor([ids])
+        with torch.no_grad():
+            expected = model.generate(start_ids, max_new_tokens=60, do_sample=False)[0, len(ids) :]
+            logps = model(torch.cat([start_ids[0], expected])[None]).logits[0].log_softmax(-1)
+        assert generation.ids.tolist() == expected.tolist()
+        rows_of = logps[len(ids) - 1 : -1].gather(1, expected[:, None]).squeeze(1).numpy()
+        largest = max(largest, float(np.abs(rows_of - generation.logps).max()))
+    print(f"largest difference of a log-prob: {largest:.1e}")
+    assert largest < 1e-4

@@ -1,23 +1,27 @@
 """A run's folder, and its manifest: which stage is finished, under which settings, from which inputs.
 
 A stage whose settings and inputs are those it was finished under is skipped; if they differ, finished or begun, it is
-refused with the differing key. Settings that cannot change a result (grid, log and save intervals) are not compared.
+refused with the differing key. Settings that cannot change a result (grid, microbatches, intervals) are not compared.
 """
 
 import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megavar.config.load import save_config
-from megavar.config.schema import RunConfig, TrainConfig
+from megavar.config.schema import RunConfig
 from megavar.records import write_aside
 from megavar.training.parallel import barrier, is_rank_zero
 
 ROUND = 1
+_WITHOUT_EFFECT = {
+    *("log_interval", "save_interval", "keep_checkpoints", "flush_seconds", "num_workers"),
+    *("microbatch_tokens", "recompute", "distributed_optimizer"),
+}
 
 
 @dataclass(frozen=True)
@@ -147,10 +151,8 @@ def run_once(run: Run, stage: str, settings: dict[str, Any], work: Callable[[], 
 
 
 def flat(prefix: str, section: Any) -> dict[str, Any]:
-    """A configuration section as {prefix.key: value}; a training job without its log and save intervals."""
-    if isinstance(section, TrainConfig):
-        section = replace(section, log_interval=1, save_interval=1, keep_checkpoints=1)
-    return {f"{prefix}.{key}": value for key, value in asdict(section).items()}
+    """A configuration section as {prefix.key: value}, without the keys that cannot change a result."""
+    return {f"{prefix}.{key}": value for key, value in asdict(section).items() if key not in _WITHOUT_EFFECT}
 
 
 def file_digest(file: Path) -> str:

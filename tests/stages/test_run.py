@@ -54,8 +54,8 @@ def test_digests_change_with_settings_and_carry_on(run):
     assert manifest.digest("one") != manifest.digest("two")
 
 
-def test_intervals_of_logs_and_checkpoints_may_change_between_restarts():
-    assert flat("t", TrainConfig(save_interval=7)) == flat("t", TrainConfig(log_interval=3))
+def test_intervals_and_microbatches_may_change_between_restarts():
+    assert flat("t", TrainConfig(save_interval=7, microbatch_tokens=99)) == flat("t", TrainConfig(log_interval=3))
     assert flat("t", TrainConfig(learning_rate=7)) != flat("t", TrainConfig())
 
 
