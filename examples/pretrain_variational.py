@@ -23,7 +23,7 @@ def main() -> int:
         parser.add_argument(f"--{flag}", type=int, help=f"parallel.{size}")
     parser.add_argument("--sp", action="store_true", help="parallel.sequence=true")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to change")
-    chosen = parser.parse_args()
+    chosen = parser.parse_intermixed_args()
     overrides = [
         f"parallel.{size}={getattr(chosen, flag)}"
         for flag, size in GRID_FLAGS.items()

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("stage", metavar="STAGE")
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to change")
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_intermixed_args(arguments)
     return launch(chosen.config, chosen.overrides, chosen.stage)
 
 
