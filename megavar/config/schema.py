@@ -264,6 +264,11 @@ def _validate_pairs(config: RunConfig) -> None:
             "objective.answers=reference needs the reference answer's log-probs; "
             "use objective.answer=geometric_mean or likelihood with it."
         )
+    if objective.min_weight > 0 and objective.selection != "weighted":
+        raise ValueError(
+            f"objective.min_weight={objective.min_weight} has no effect with objective.selection="
+            f"{objective.selection}; use selection=weighted or min_weight=0."
+        )
     needed = sample.max_trace_tokens + sample.max_answer_tokens
     if needed >= config.data.max_sequence_tokens:
         raise ValueError(

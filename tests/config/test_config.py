@@ -40,6 +40,11 @@ def test_a_saved_configuration_loads_to_the_same(tmp_path):
         (["sample.max_trace_tokens=4096"], r"sample\.max_trace_tokens.*data\.max_sequence_tokens"),
         (["rollout.mode=external"], r"rollout\.mode=external needs rollout\.urls"),
         (["rollout.urls=[http://x]"], r"rollout\.urls.*rollout\.mode"),
+        (
+            ["objective.min_weight=0.1", "objective.selection=best"],
+            r"objective\.min_weight=0\.1.*objective\.selection=best",
+        ),
+        (["eval.models=[odd]"], r"eval\.models=\['odd'\]"),
         (["parallel.virtual_pipeline=2"], r"parallel\.virtual_pipeline=2 needs parallel\.pipeline"),
         (["precision.fp8=delayed", "precision.dtype=fp32"], r"precision\.fp8=delayed needs precision\.dtype=bf16"),
     ],
