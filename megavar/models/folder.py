@@ -1,6 +1,7 @@
 """A Hugging Face model folder: its tensors by name, checked before use, and a new one written whole.
 
-Tensors are read one at a time from memory-mapped safetensors files. A folder is written aside and renamed.
+Tensors are read one at a time into memory of their own: a memory-mapped file would stay resident beside the model
+made from it. A folder is written aside and renamed.
 """
 
 import json
@@ -9,12 +10,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megavar.models.dims import ModelDims
 from megavar.models.ops import Operator
 
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -30,6 +33,7 @@ class HuggingFaceFolder:
         self.path = path
         self._file_of_key = self._read_index()
         self._handles: dict[str, Any] = {}
+        self._headers: dict[str, dict[str, tuple[list[int], torch.dtype, int]]] = {}
         for file in sorted(set(self._file_of_key.values())):
             handle = self._open(file)
             lost = [key for key, name in self._file_of_key.items() if name == file and key not in handle.keys()]  # noqa: SIM118
@@ -66,8 +70,31 @@ class HuggingFaceFolder:
 
     def tensor(self, key: str) -> Tensor:
         """A tensor, in the file's dtype, on the CPU."""
-        found: Tensor = self._open(self._file_of_key[key]).get_tensor(key)
+        file = self._file_of_key[key]
+        shape, dtype, start = self._header(file)[key]
+        found = torch.empty(shape, dtype=dtype)
+        with open(self.path / file, "rb") as data:
+            data.seek(start)
+            num_bytes = data.readinto(found.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        if num_bytes != found.nbytes:
+            raise ValueError(f"{self.path / file} ended inside {key}; it changed while being read.")
         return found
+
+    def _header(self, file: str) -> dict[str, tuple[list[int], torch.dtype, int]]:
+        """(shape, dtype, first byte in the file) of each tensor of a file."""
+        if file not in self._headers:
+            with open(self.path / file, "rb") as data:
+                length = int.from_bytes(data.read(8), "little")
+                rows = json.loads(data.read(length))
+            rows.pop("__metadata__", None)
+            odd = sorted({row["dtype"] for row in rows.values()} - _DTYPES.keys())
+            if odd:
+                raise ValueError(f"{self.path / file} holds tensors of type {odd[0]}; known are {', '.join(_DTYPES)}.")
+            self._headers[file] = {
+                key: (row["shape"], _DTYPES[row["dtype"]], 8 + length + row["data_offsets"][0])
+                for key, row in rows.items()
+            }
+        return self._headers[file]
 
     def check(self, operators: list[Operator], dims: ModelDims) -> None:
         """Compare names and shapes with what the model's operators expect.

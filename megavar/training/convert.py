@@ -1,6 +1,6 @@
 """Weights between a Hugging Face folder and the model chunks of this grid, through the family's operators.
 
-Reading: every rank takes its shards from the memory-mapped files. Writing: each pipeline stage gathers its tensors
+Reading: every rank takes its shards, a tensor at a time. Writing: each pipeline stage gathers its tensors
 over its tensor-parallel ranks, one at a time, and writes them as one safetensors file of the folder.
 """
 
@@ -48,7 +48,11 @@ def load_weights(chunks: list[torch.nn.Module], folder: Path, dims: ModelDims) -
             tensors = [source.tensor(hf_name.format(layer=layer)) for hf_name in operator.hf_names]
             shard = operator.shard(tensors, dims, rank, size)
             assert shard.shape == parameter.shape, f"{name}: {tuple(shard.shape)} for {tuple(parameter.shape)}"
-            parameter.data.copy_(shard)
+            whole = shard.untyped_storage().nbytes() == shard.nbytes
+            if whole and shard.dtype == parameter.dtype and parameter.device.type == "cpu":
+                parameter.data = shard  # no second copy of the model on the way in
+            else:
+                parameter.data.copy_(shard)
 
 
 def export_weights(chunks: list[torch.nn.Module], dims: ModelDims, source: Path, target: Path) -> None:

@@ -68,7 +68,6 @@ def transformer_config(
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
     interleaved = parallel.virtual_pipeline > 1
-    on_gpu = torch.cuda.is_available()
     return TransformerConfig(
         num_layers=dims.num_layers,
         hidden_size=dims.hidden_size,
@@ -101,7 +100,6 @@ def transformer_config(
         # marks weights as split over tensor-parallel ranks (layers.py:127); unmarked, the gradient norm is wrong.
         init_method=_leave_uninitialised,
         output_layer_init_method=_leave_uninitialised,
-        use_cpu_initialization=not on_gpu,
         # The loss has its own constant normaliser: Megatron shall divide by nothing.
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
