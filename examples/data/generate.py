@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 NUM_OPERATIONS = (3, 4, 5)
-SLIP_PROBABILITY = 0.2
-"""Of each step. A trace of four steps is then free of slips in two cases of five."""
+SLIP_PROBABILITY = 0.15
+"""Of each step. A trace of four steps is then free of slips in about one case of two."""
 SKIP_PROBABILITY = 0.04
 DETOUR_PROBABILITY = 0.04
 
@@ -46,7 +46,7 @@ def write_trace(start: int, steps: list[tuple[str, int]], rng: random.Random) ->
         value = correct
         if draw < SLIP_PROBABILITY + SKIP_PROBABILITY and index < len(steps) - 1:
             continue
-        if draw > 1 - DETOUR_PROBABILITY and wrong != correct and len(lines) == index:
+        if draw > 1 - DETOUR_PROBABILITY and wrong != correct:
             lines.append(f"{restated}{wrong} no")
         lines.append(f"{restated}{correct}")
     return "".join(line + "\n" for line in lines)

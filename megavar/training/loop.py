@@ -71,6 +71,7 @@ def train_model(
         load_checkpoint(done[-1], chunks, optimizer, scheduler)
     else:
         optimizer.reload_model_params()
+        scheduler.step(1)
     shape = pack_shape(parallel, precision)
     for step in range(step_of(done[-1]) if done else 0, num_steps):
         started = time.perf_counter()

@@ -26,8 +26,8 @@ def build_optimizer(
 ) -> tuple[Any, OptimizerParamScheduler]:
     """AdamW without weight decay on norms and biases, and its schedule over `num_steps` steps.
 
-    The schedule applies the learning rate and also the weight-decay groups: Megatron writes a group's weight decay
-    only there, so it is stepped once here, before the first update.
+    The schedule applies the learning rate and also the weight-decay groups, which Megatron writes nowhere else: it is
+    to be stepped before the first update, or restored.
     """
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -59,5 +59,4 @@ def build_optimizer(
         wd_incr_steps=num_steps,
         wd_incr_style="constant",
     )
-    scheduler.step(1)
     return optimizer, scheduler

@@ -142,20 +142,21 @@ def adamw_reference(root: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
     return {key: parameter.detach() for key, parameter in model.named_parameters()}, losses
 
 
-def test_resume_at_the_same_split_repeats_the_losses_exactly(results, models, launch_engine):
-    straight = json.loads((results / "train-tp2_pp2" / "losses.json").read_text())
+def test_resume_at_the_same_split_repeats_the_losses_exactly(models, launch_engine, tmp_path):
+    """Over six steps with warm-up and decay: an off-by-one of the schedule would show in the fifth."""
     case = {
         "kind": "train",
         "model": str(models[0] / "qwen3-tied"),
         "grid": GRIDS["tp2_pp2"][1],
-        "train": {**TRAIN, "microbatch_tokens": BUDGETS["tp2_pp2"]},
-        "out": str(results / "resumed"),
+        "train": {**TRAIN, "epochs": 2.0},
     }
-    launch_engine([{**case, "stop_after": 2}], SEQUENCES, 4)
-    launch_engine([case], SEQUENCES, 4)
-    assert json.loads((results / "resumed" / "losses.json").read_text()) == straight[2:]
-    resumed, whole = load_tensors(results / "resumed" / "hf"), load_tensors(results / "train-tp2_pp2" / "hf")
-    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    straight, resumed = {**case, "out": str(tmp_path / "straight")}, {**case, "out": str(tmp_path / "resumed")}
+    launch_engine([straight, {**resumed, "stop_after": 2}], SEQUENCES, 4)
+    launch_engine([resumed], SEQUENCES, 4)
+    losses = [json.loads((tmp_path / name / "losses.json").read_text()) for name in ("straight", "resumed")]
+    assert len(losses[0]) == 6 and losses[1] == losses[0][2:]
+    left, right = load_tensors(tmp_path / "straight" / "hf"), load_tensors(tmp_path / "resumed" / "hf")
+    assert all(torch.equal(left[key], right[key]) for key in left)
 
 
 def test_resume_at_another_split_continues_the_training(results, models, launch_engine):
