@@ -30,6 +30,16 @@ def test_weights_keep_float64_and_minus_infinity(tmp_path):
     assert read_records(tmp_path / "w.parquet", Weight) == [row]
 
 
+def test_numpy_scalars_and_wider_ids_are_stored_as_the_documented_types(tmp_path):
+    row = Answer(
+        "a", np.int64(1), np.int32(2), 1, np.array([3], np.int64), "t", "stop", np.int64(2**62), np.bool_(True)
+    )
+    write_records(tmp_path / "a.parquet", [row], Answer)
+    (found,) = read_records(tmp_path / "a.parquet", Answer)
+    assert (found.trace_index, found.answer_index, found.seed, found.correct) == (1, 2, 2**62, True)
+    assert found.answer_ids.dtype == np.int32 and found.answer_ids.tolist() == [3] and found.verdict is None
+
+
 def test_columns_have_the_documented_types():
     assert str(schema_of(Score).field("logp_policy").type) == "list<item: float>"
     assert str(schema_of(Trace).field("seed").type) == "int64"

@@ -38,13 +38,14 @@ def _rows(file: Path) -> Iterator[tuple[int, Any]]:
     if file.suffix == ".parquet":
         yield from enumerate(read_rows(file), start=1)
         return
-    with file.open(encoding="utf-8") as lines:
-        for number, text in enumerate(lines, start=1):
-            if not text.strip():
+    # As bytes, so that a line that is not UTF-8 is named too, and a byte order mark is accepted.
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
                 continue
             try:
-                yield number, json.loads(text)
-            except json.JSONDecodeError as error:
+                yield number, json.loads(line)
+            except ValueError as error:
                 raise ValueError(f"{file}, line {number}: broken JSON ({error}).") from error
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from megavar.data.templates import Templates
-from megavar.records import Answer, Question, Score, Trace, TrainSequence, Weight
+from megavar.records import Answer, Question, Score, TokenIds, Trace, TrainSequence, Weight
 
 Key = tuple[str, int]
 Row = TypeVar("Row", Trace, Score, Weight)
@@ -34,10 +34,20 @@ def by_trace(rows: Iterable[Row]) -> dict[Key, Row]:
 
 
 def answers_by_trace(answers: Iterable[Answer]) -> dict[Key, list[Answer]]:
-    """Answers of each trace, in the order of their indices."""
+    """Answers of each trace, in the order of their indices.
+
+    Raises:
+        ValueError: naming an identity that occurs twice.
+    """
     found: dict[Key, list[Answer]] = defaultdict(list)
     for answer in sorted(answers, key=lambda row: row.answer_index):
-        found[answer.question_id, answer.trace_index].append(answer)
+        group = found[answer.question_id, answer.trace_index]
+        if group and group[-1].answer_index == answer.answer_index:
+            raise ValueError(
+                f"answer {answer.answer_index} of trace {answer.trace_index} of question {answer.question_id!r} occurs "
+                "twice; remove the stage's folder, rerun it."
+            )
+        group.append(answer)
     return found
 
 
@@ -47,37 +57,38 @@ def gold_sequences(questions: Sequence[Question], templates: Templates, longest:
     Raises:
         ValueError: naming a question whose sequence is longer than `longest` tokens, or if no question has a trace.
     """
-    sequences = [_gold(question, templates) for question in questions if question.trace is not None]
-    kept = [question for question in questions if question.trace is not None]
-    if not kept:
-        raise ValueError("no question has a gold trace, which this stage trains on; give questions with `trace`.")
-    for question, sequence in zip(kept, sequences, strict=True):
-        _check_length(question.id, sequence, longest)
-    return sequences
+    return [_checked(question, _gold(question, templates), longest) for question in _with_trace(questions)]
 
 
 def gold_posterior_sequences(questions: Sequence[Question], templates: Templates, longest: int) -> list[TrainSequence]:
-    """Posterior sequences of the gold data, weight 1 each: prompt with hint -> trace (equation 9, no answer term)."""
-    sequences = []
-    for question in questions:
-        if question.trace is not None:
-            sequence = TrainSequence(templates.posterior_prompt(question), templates.trace(question.trace), 1.0)
-            _check_length(question.id, sequence, longest)
-            sequences.append(sequence)
-    return sequences
+    """Posterior sequences of the gold data, weight 1 each: prompt with hint -> trace (equation 9, no answer term).
+
+    Raises:
+        ValueError: as `gold_sequences`.
+    """
+    return [
+        _checked(question, TrainSequence(templates.posterior_prompt(question), templates.trace(question), 1.0), longest)
+        for question in _with_trace(questions)
+    ]
 
 
 def rollout_posterior_sequences(
     questions: Sequence[Question], traces: Iterable[Trace], weights: Iterable[Weight], templates: Templates
 ) -> list[TrainSequence]:
-    """Posterior sequences of weighted policy rollouts: prompt with hint -> trace (equation 9)."""
+    """Posterior sequences of weighted policy rollouts: prompt with hint -> trace (equation 9).
+
+    Raises:
+        ValueError: naming a row that is missing or doubled, or if no rollout has weight.
+    """
     question_of, trace_of = {question.id: question for question in questions}, by_trace(traces)
-    sequences = []
-    for key, weight in by_trace(weights).items():
-        if weight.weight > 0:
-            prompt = templates.posterior_prompt(question_of[key[0]])
-            sequences.append(TrainSequence(prompt, _trace_of(trace_of, key).trace_ids, weight.weight))
-    return sequences
+    return [
+        TrainSequence(
+            templates.posterior_prompt(_question_of(question_of, weight)),
+            _trace_of(trace_of, weight).trace_ids,
+            weight.weight,
+        )
+        for weight in _with_weight(weights)
+    ]
 
 
 def policy_sequences(
@@ -95,27 +106,26 @@ def policy_sequences(
         answers: the verified answers of those traces.
         weights: of those traces; trace index -1 stands for the question's gold trace.
         answers_used: `all_correct`: every distinct correct answer of a trace shares its weight equally;
-            `first_correct`: the first one has it all; `reference`: the reference answer has it all.
+            `first_correct`: the first one has it all; `reference`: the reference answer has it all, as it has
+            whatever is used here for a trace with weight and the status `no_correct_trace`.
+
+    Raises:
+        ValueError: naming a row that is missing, doubled or not verified, or if no trace has weight.
     """
     question_of, trace_of = {question.id: question for question in questions}, by_trace(traces)
     answers_of = answers_by_trace(answers)
     sequences = []
-    for key, weight in by_trace(weights).items():
-        if weight.weight <= 0:
-            continue
-        question = question_of[key[0]]
+    for weight in _with_weight(weights):
+        question = _question_of(question_of, weight)
         if weight.status == "gold":
             sequences.append(_gold(question, templates, weight.weight))
             continue
-        trace, prompt = _trace_of(trace_of, key), templates.policy_prompt(question)
-        if answers_used == "reference":
+        trace, prompt = _trace_of(trace_of, weight), templates.policy_prompt(question)
+        if answers_used == "reference" or weight.status == "no_correct_trace":
             written = [templates.answer(question)]
         else:
-            correct = [answer.answer_ids for answer in answers_of[key] if answer.correct]
-            distinct = list({ids.tobytes(): ids for ids in correct}.values())
+            distinct = _distinct_correct(answers_of[weight.question_id, weight.trace_index], weight)
             written = distinct[:1] if answers_used == "first_correct" else distinct
-            if not written:
-                raise ValueError(f"trace {key[1]} of question {key[0]!r} has weight but no correct answer.")
         for ids in written:
             target = np.concatenate([trace.trace_ids, ids])
             sequences.append(TrainSequence(prompt, target, weight.weight / len(written)))
@@ -123,21 +133,58 @@ def policy_sequences(
 
 
 def _gold(question: Question, templates: Templates, weight: float = 1.0) -> TrainSequence:
-    if question.trace is None:
-        raise ValueError(f"question {question.id!r} has no gold trace; use objective.on_no_correct_trace=drop.")
-    target = np.concatenate([templates.trace(question.trace), templates.answer(question)])
+    target = np.concatenate([templates.trace(question), templates.answer(question)])
     return TrainSequence(templates.policy_prompt(question), target, weight)
 
 
-def _trace_of(traces: dict[Key, Trace], key: Key) -> Trace:
-    if key not in traces:
-        raise ValueError(f"trace {key[1]} of question {key[0]!r} has a weight but is not among the sampled traces.")
-    return traces[key]
+def _with_trace(questions: Sequence[Question]) -> list[Question]:
+    kept = [question for question in questions if question.trace is not None]
+    if not kept:
+        raise ValueError("no question has a gold trace, which this stage trains on; give questions with `trace`.")
+    return kept
 
 
-def _check_length(question_id: str, sequence: TrainSequence, longest: int) -> None:
+def _with_weight(weights: Iterable[Weight]) -> list[Weight]:
+    kept = [weight for weight in by_trace(weights).values() if weight.weight > 0]
+    if not kept:
+        raise ValueError("no trace has weight: none was closed and had a correct answer; sample more, or train longer.")
+    return kept
+
+
+def _question_of(questions: dict[str, Question], weight: Weight) -> Question:
+    if weight.question_id not in questions:
+        raise ValueError(f"{_name(weight)} has a weight but its question is not in the question file.")
+    return questions[weight.question_id]
+
+
+def _trace_of(traces: dict[Key, Trace], weight: Weight) -> Trace:
+    trace = traces.get((weight.question_id, weight.trace_index))
+    if trace is None or trace.round != weight.round:
+        raise ValueError(f"{_name(weight)} has a weight but is not among the sampled traces of round {weight.round}.")
+    return trace
+
+
+def _distinct_correct(answers: Sequence[Answer], weight: Weight) -> list[TokenIds]:
+    for answer in answers:
+        if answer.correct is None or answer.round != weight.round:
+            raise ValueError(
+                f"{_name(weight)}: answer {answer.answer_index} has correct={answer.correct}, round={answer.round}; "
+                f"expected a verified one of round {weight.round}; run `megavar verify`."
+            )
+    distinct = {answer.answer_ids.tobytes(): answer.answer_ids for answer in answers if answer.correct}
+    if not distinct:
+        raise ValueError(f"{_name(weight)} has weight but no correct answer; use objective.answers=reference.")
+    return list(distinct.values())
+
+
+def _name(weight: Weight) -> str:
+    return f"trace {weight.trace_index} of question {weight.question_id!r}"
+
+
+def _checked(question: Question, sequence: TrainSequence, longest: int) -> TrainSequence:
     if sequence.num_tokens > longest:
         raise ValueError(
-            f"question {question_id!r} makes a gold sequence of {sequence.num_tokens} tokens, over "
+            f"question {question.id!r} makes a gold sequence of {sequence.num_tokens} tokens, over "
             f"data.max_sequence_tokens={longest}; raise that or remove the question."
         )
+    return sequence

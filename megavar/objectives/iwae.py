@@ -1,6 +1,7 @@
 """The multi-trace bound's policy weights: rho_k / sum_j rho_j (method.md, equations 5, 6 and 8)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megavar.config.schema import ObjectiveConfig
 from megavar.objectives.weights import check_traces, log_answer, log_ratio, make_weights
@@ -10,9 +11,10 @@ from megavar.records import Float64, Score, Weight
 def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveConfig) -> list[Weight]:
     """Weights of one question's traces, in their order.
 
-    A question without a correct trace follows `on_no_correct_trace`: its weights stay 0 (`drop`), the answer estimator
-    falls back to the geometric mean (`geometric_mean`), or a last row with trace index -1 and weight 1 stands for the
-    data set's own trace (`gold`).
+    A question without a correct trace follows `on_no_correct_trace`. `drop`: its weights stay 0. `geometric_mean`: the
+    answer estimator falls back to that; the weights keep the status `no_correct_trace`, which says that there is only
+    the reference answer to train on. `gold`: a last row with trace index -1 and weight 1 stands for the data set's own
+    trace.
 
     Raises:
         ValueError: if a score lacks what the settings need, or the scores are not those of one question.
@@ -22,7 +24,8 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
     if any(weight.weight > 0 for weight in weights) or config.on_no_correct_trace == "drop":
         return weights
     if config.on_no_correct_trace == "geometric_mean":
-        return _weigh(scores, truncated, config.ratio, "geometric_mean")
+        fallback = _weigh(scores, truncated, config.ratio, "geometric_mean")
+        return [replace(row, status="no_correct_trace") if row.status == "ok" else row for row in fallback]
     nothing, one = Float64(0.0), Float64(1.0)
     first = scores[0]
     return [*weights, Weight(first.question_id, -1, first.round, nothing, nothing, nothing, one, "gold")]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from rich.progress import Progress
 
 from megavar.config.schema import VerifyConfig
@@ -15,19 +16,19 @@ from megavar.verifiers.pool import VerifyJob, verify_all
 def verify_answers(
     questions: Sequence[Question], answers: Sequence[Answer], config: VerifyConfig, flush_seconds: float, folder: Path
 ) -> list[Answer]:
-    """Fill `correct` and `verdict` of every answer; verdicts of an interrupted call are kept."""
+    """Fill `correct` and `verdict` of every answer; verdicts of an interrupted call are kept.
+
+    Raises:
+        ValueError: for an answer to an unknown question, a question with an unknown verifier, or a verdict in `folder`
+            that was not given to one of `answers`.
+    """
     writer = RecordWriter(folder, Answer, flush_seconds)
-    have = {identity(row) for row in writer.existing()}
-    question_of = {question.id: question for question in questions}
+    verified = writer.existing()
+    _refuse_others(verified, answers, folder)
+    have = {identity(row) for row in verified}
     pending = [answer for answer in answers if identity(answer) not in have]
-    jobs = [
-        VerifyJob(
-            get_verifier(question_of[answer.question_id].verifier),
-            answer.text,
-            question_of[answer.question_id].answer,
-        )
-        for answer in pending
-    ]
+    question_of = {question.id: question for question in questions}
+    jobs = [_job(answer, question_of) for answer in pending]
     with Progress() as progress:
         task = progress.add_task("verdicts", total=len(jobs))
 
@@ -41,3 +42,22 @@ def verify_answers(
             writer.flush()
     writer.finish()
     return list(writer.existing())
+
+
+def _job(answer: Answer, question_of: dict[str, Question]) -> VerifyJob:
+    if answer.question_id not in question_of:
+        raise ValueError(f"{_name(answer)} has no question in the question file; restore that, or sample again.")
+    question = question_of[answer.question_id]
+    return VerifyJob(get_verifier(question.verifier), answer.text, question.answer)
+
+
+def _refuse_others(verified: Sequence[Answer], answers: Sequence[Answer], folder: Path) -> None:
+    """Refuse verdicts of answers that were sampled again since: they would be joined to traces not theirs."""
+    sampled = {identity(answer): answer.answer_ids for answer in answers}
+    for row in verified:
+        if identity(row) not in sampled or not np.array_equal(row.answer_ids, sampled[identity(row)]):
+            raise ValueError(f"{folder} has a verdict of {_name(row)}, which is not what was sampled; remove {folder}.")
+
+
+def _name(answer: Answer) -> str:
+    return f"answer {answer.answer_index} of trace {answer.trace_index} of question {answer.question_id!r}"

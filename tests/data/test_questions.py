@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megavar.data.questions import read_questions
@@ -46,3 +48,18 @@ def test_bad_files_are_refused_by_line_and_field(tmp_path, rows, message):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="No question file"):
         read_questions(tmp_path / "none.jsonl")
+
+
+def test_a_line_that_is_not_utf8_is_named_and_a_byte_order_mark_is_not_text(tmp_path):
+    file, line = tmp_path / "q.jsonl", json.dumps(GOOD).encode()
+    file.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n")
+    assert read_questions(file) == [Question("a", "1+1", "2")]
+    file.write_bytes(line + b"\n" + line.replace(b'"a"', b'"\xff"'))
+    with pytest.raises(ValueError, match=r"q\.jsonl, line 2: broken JSON"):
+        read_questions(file)
+
+
+def test_parquet_rows_are_checked_like_lines(tmp_path):
+    pq.write_table(pa.table({"id": ["a", "b"], "question": ["x", "y"], "answer": [1, 2]}), tmp_path / "q.parquet")
+    with pytest.raises(ValueError, match=r"q\.parquet, line 1: field 'answer' must be a string, got 1"):
+        read_questions(tmp_path / "q.parquet")

@@ -1,5 +1,6 @@
-"""Prompts, targets and weights of training sequences, by the demo's tokenizer."""
+"""Targets and weights of training sequences, by the demo's tokenizer."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,27 +43,6 @@ def weight(index, value, status="ok"):
     return Weight("q", index, 1, 0.0, 0.0, 0.0, value, status)
 
 
-def test_prompts_are_the_chat_template_with_an_open_thought():
-    assert decode(TEMPLATES.policy_prompt(QUESTION)) == (
-        "<|im_start|>user\n1+{2}<|im_end|>\n<|im_start|>assistant\n<think>\n"
-    )
-    assert decode(TEMPLATES.posterior_prompt(QUESTION)) == (
-        "<|im_start|>user\n1+{2}\nHint: 3<|im_end|>\n<|im_start|>assistant\n<think>\n"
-    )
-
-
-def test_markers_are_single_tokens_and_answers_end_the_turn():
-    assert TEMPLATES.close_token == TOKENIZER.convert_tokens_to_ids("</think>")
-    assert decode(TEMPLATES.answer(QUESTION)) == "\n\\boxed{3}<|im_end|>"
-    assert decode(TEMPLATES.trace("x")) == "x</think>"
-
-
-@pytest.mark.parametrize("text", ["a<|im_end|>b", "a</think>b", "<think>"])
-def test_control_tokens_in_a_question_are_refused(text):
-    with pytest.raises(ValueError, match="question 'q' contains the control token"):
-        TEMPLATES.policy_prompt(Question("q", text, "3"))
-
-
 def test_gold_sequences_train_trace_and_answer_of_the_policy_and_the_trace_of_the_posterior():
     (policy,) = gold_sequences([QUESTION, Question("r", "x", "1")], TEMPLATES, 100)
     assert decode(policy.target_ids) == "1+2=3;</think>\n\\boxed{3}<|im_end|>" and policy.weight == 1.0
@@ -73,8 +53,12 @@ def test_gold_sequences_train_trace_and_answer_of_the_policy_and_the_trace_of_th
 
 
 def test_a_gold_sequence_over_the_limit_is_refused_by_question():
-    with pytest.raises(ValueError, match=r"question 'q'.*max_sequence_tokens=10"):
-        gold_sequences([QUESTION], TEMPLATES, 10)
+    for build in (gold_sequences, gold_posterior_sequences):
+        (sequence,) = build([QUESTION], TEMPLATES, 100)
+        assert len(build([QUESTION], TEMPLATES, sequence.num_tokens)) == 1
+        limit = sequence.num_tokens - 1
+        with pytest.raises(ValueError, match=rf"question 'q'.*{limit + 1} tokens.*max_sequence_tokens={limit}"):
+            build([QUESTION], TEMPLATES, limit)
 
 
 def test_distinct_correct_answers_share_their_traces_weight():
@@ -86,6 +70,12 @@ def test_distinct_correct_answers_share_their_traces_weight():
     reference = policy_sequences([QUESTION], [trace(0)], [], [weight(0, 0.6)], TEMPLATES, "reference")
     assert [decode(s.target_ids) for s in reference] == ["1+2=3;</think>\n\\boxed{3}<|im_end|>"]
     assert all(s.prompt_ids.tolist() == TEMPLATES.policy_prompt(QUESTION).tolist() for s in found + first)
+
+
+def test_fallback_weights_of_a_question_without_correct_answer_train_the_reference_answer():
+    wrong, fallback = [answer(0, 0, "a", False)], [weight(0, 0.6, "no_correct_trace")]
+    (found,) = policy_sequences([QUESTION], [trace(0)], wrong, fallback, TEMPLATES, "all_correct")
+    assert (decode(found.target_ids), found.weight) == ("1+2=3;</think>\n\\boxed{3}<|im_end|>", 0.6)
 
 
 def test_a_gold_weight_takes_the_data_sets_own_trace():
@@ -103,10 +93,42 @@ def test_rows_are_joined_by_identity_not_by_position():
     assert {(decode(s.target_ids), s.weight) for s in rolled} == {("zero</think>", 0.25), ("one</think>", 0.75)}
 
 
-def test_missing_and_doubled_rows_are_refused_by_name():
-    with pytest.raises(ValueError, match="trace 5 of question 'q' has a weight but is not"):
-        policy_sequences([QUESTION], [trace(0)], [], [weight(5, 1.0)], TEMPLATES, "all_correct")
-    with pytest.raises(ValueError, match="trace 0 of question 'q' occurs twice"):
-        policy_sequences([QUESTION], [trace(0), trace(0)], [], [weight(0, 1.0)], TEMPLATES, "all_correct")
-    with pytest.raises(ValueError, match="has weight but no correct answer"):
-        policy_sequences([QUESTION], [trace(0)], [answer(0, 0, "a", False)], [weight(0, 1.0)], TEMPLATES, "all_correct")
+def policy(questions=(QUESTION,), traces=None, answers=None, weights=None):
+    traces, answers = traces or [trace(0)], answers or [answer(0, 0, "a", True)]
+    return policy_sequences(questions, traces, answers, weights or [weight(0, 1.0)], TEMPLATES, "all_correct")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"weights": [weight(5, 1.0)]}, "trace 5 of question 'q' has a weight but is not among the sampled"),
+        ({"weights": [replace(weight(0, 1.0), round=2)]}, "trace 0 of question 'q'.*not among.*round 2"),
+        ({"weights": [weight(0, 1.0), weight(0, 0.5)]}, "trace 0 of question 'q' occurs twice"),
+        ({"weights": [weight(0, 0.0)]}, "no trace has weight"),
+        ({"weights": [weight(-1, 1.0, "gold")], "questions": [Question("q", "x", "1")]}, "'q' has no gold trace"),
+        ({"traces": [trace(0), trace(0)]}, "trace 0 of question 'q' occurs twice"),
+        ({"questions": []}, "trace 0 of question 'q'.*its question is not in the question file"),
+        ({"answers": [answer(0, 0, "a", False)]}, "trace 0 of question 'q' has weight but no correct answer"),
+        ({"answers": [answer(1, 0, "a", True)]}, "trace 0 of question 'q' has weight but no correct answer"),
+        ({"answers": [answer(0, 0, "a", True), answer(0, 0, "b", True)]}, "answer 0 of trace 0 of .* occurs twice"),
+        ({"answers": [answer(0, 0, "a", True), answer(0, 1, "b", None)]}, "trace 0 .* answer 1 .*megavar verify"),
+        ({"answers": [replace(answer(0, 0, "a", True), round=2)]}, "trace 0 .* answer 0 .*round=2"),
+    ],
+)
+def test_missing_doubled_and_foreign_rows_are_refused_by_name(rows, message):
+    assert len(policy()) == 1
+    with pytest.raises(ValueError, match=message):
+        policy(**rows)
+
+
+def test_rollouts_of_unknown_questions_or_without_weight_are_refused():
+    with pytest.raises(ValueError, match=r"trace 0 of question 'q'.*its question is not"):
+        rollout_posterior_sequences([], [trace(0)], [weight(0, 1.0)], TEMPLATES)
+    with pytest.raises(ValueError, match="no trace has weight"):
+        rollout_posterior_sequences([QUESTION], [trace(0)], [weight(0, 0.0)], TEMPLATES)
+
+
+@pytest.mark.parametrize("build", [gold_sequences, gold_posterior_sequences])
+def test_questions_without_any_gold_trace_are_refused(build):
+    with pytest.raises(ValueError, match="no question has a gold trace"):
+        build([Question("q", "x", "1")], TEMPLATES, 100)

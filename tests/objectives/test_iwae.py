@@ -71,7 +71,9 @@ def test_no_correct_trace_falls_back_to_the_geometric_mean():
     scores = [score(0, [-1], [-1], 0, reference=[-1.0, -3.0]), score(1, [-1], [-1], 0, reference=[-1.0, -1.0])]
     found = weigh(scores, on_no_correct_trace="geometric_mean")
     assert weights_of(found) == pytest.approx((np.exp([-2, -1]) / np.exp([-2, -1]).sum()).tolist())
-    assert {row.status for row in found} == {"ok"}
+    assert {row.status for row in found} == {"no_correct_trace"}
+    cut = weigh(scores, [True, False], on_no_correct_trace="geometric_mean")
+    assert [(row.weight, row.status) for row in cut] == [(0.0, "truncated"), (1.0, "no_correct_trace")]
 
 
 @pytest.mark.parametrize("fallback", ["drop", "gold", "geometric_mean"])

@@ -1,5 +1,6 @@
 """Verifiers that misbehave, importable by worker processes."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -37,6 +38,19 @@ def count_calls(response: str, gold: str) -> str:
     """Leaves one more file in the folder that `gold` names."""
     (Path(gold) / f"{time.monotonic_ns()}").touch()
     return "correct"
+
+
+def record_and_kill_caller_once(response: str, gold: str) -> str:
+    """Leaves a file named by the response and the process; on response `kill`, ends the caller, but once only."""
+    folder = Path(gold)
+    (folder / f"{response}-{os.getpid()}").touch()
+    if response == "kill" and not (folder / "killed").exists():
+        (folder / "killed").touch()
+        caller = multiprocessing.parent_process()
+        assert caller is not None and caller.pid is not None
+        os.kill(caller.pid, signal.SIGKILL)
+        time.sleep(60)
+    return "correct" if response == "kill" else "wrong"
 
 
 def name_process_and_hang(response: str, gold: str) -> str:
