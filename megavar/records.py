@@ -93,7 +93,9 @@ class Weight:
     log_answer: Float64
     log_weight: Float64
     weight: Float64
-    status: str  # ok, truncated, no_correct_trace or gold
+    status: str
+    """`ok`; `truncated`: left out; `gold`: the question's own trace; `no_correct_trace`: no trace of the question has a
+    correct answer, and a weight above 0 then comes from the reference answer."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -259,10 +259,10 @@ def _validate_pairs(config: RunConfig) -> None:
             f"objective.answer={objective.answer} weighs the reference answer, but "
             f"objective.answers={objective.answers} trains on sampled ones; use objective.answers=reference."
         )
-    if objective.answer == "accuracy" and objective.answers == "reference":
+    if objective.name == "sft" and objective.answers != "reference":
         raise ValueError(
-            "objective.answers=reference needs the reference answer's log-probs; "
-            "use objective.answer=geometric_mean or likelihood with it."
+            f"objective.name=sft trains on traces without a correct answer too, but objective.answers="
+            f"{objective.answers} needs one; use objective.answers=reference."
         )
     if objective.min_weight > 0 and objective.selection != "weighted":
         raise ValueError(

@@ -51,6 +51,21 @@ def answers_by_trace(answers: Iterable[Answer]) -> dict[Key, list[Answer]]:
     return found
 
 
+def count_correct(answers: Sequence[Answer]) -> int:
+    """How many of a trace's or question's answers are correct.
+
+    Raises:
+        ValueError: naming an answer without a verdict.
+    """
+    for answer in answers:
+        if answer.correct is None:
+            raise ValueError(
+                f"answer {answer.answer_index} of trace {answer.trace_index} of question {answer.question_id!r} has no "
+                "verdict; run `megavar verify`."
+            )
+    return sum(bool(answer.correct) for answer in answers)
+
+
 def gold_sequences(questions: Sequence[Question], templates: Templates, longest: int) -> list[TrainSequence]:
     """Policy sequences of the gold data, weight 1 each: prompt -> trace, answer. Questions without trace are left out.
 
@@ -107,7 +122,8 @@ def policy_sequences(
         weights: of those traces; trace index -1 stands for the question's gold trace.
         answers_used: `all_correct`: every distinct correct answer of a trace shares its weight equally;
             `first_correct`: the first one has it all; `reference`: the reference answer has it all, as it has
-            whatever is used here for a trace with weight and the status `no_correct_trace`.
+            whatever is used here for a trace with weight and the status `no_correct_trace`. A correct answer that
+            was cut by the length limit is used only after a trace that has no complete one: it teaches no end.
 
     Raises:
         ValueError: naming a row that is missing, doubled or not verified, or if no trace has weight.
@@ -171,10 +187,11 @@ def _distinct_correct(answers: Sequence[Answer], weight: Weight) -> list[TokenId
                 f"{_name(weight)}: answer {answer.answer_index} has correct={answer.correct}, round={answer.round}; "
                 f"expected a verified one of round {weight.round}; run `megavar verify`."
             )
-    distinct = {answer.answer_ids.tobytes(): answer.answer_ids for answer in answers if answer.correct}
-    if not distinct:
+    correct = [answer for answer in answers if answer.correct]
+    if not correct:
         raise ValueError(f"{_name(weight)} has weight but no correct answer; use objective.answers=reference.")
-    return list(distinct.values())
+    complete = [answer for answer in correct if answer.finish == "stop"] or correct
+    return list({answer.answer_ids.tobytes(): answer.answer_ids for answer in complete}.values())
 
 
 def _name(weight: Weight) -> str:

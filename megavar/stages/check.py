@@ -1,16 +1,17 @@
 """Everything that can be found wrong with a run before anything is started or written."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megavar.config.schema import RunConfig
 from megavar.data.questions import read_questions
 from megavar.data.templates import Templates
-from megavar.data.tokens import gold_sequences
+from megavar.data.tokens import gold_posterior_sequences, gold_sequences
 from megavar.models import operators
 from megavar.models.dims import read_dims
 from megavar.models.folder import HuggingFaceFolder
 from megavar.objectives import get_objective
-from megavar.records import Question
+from megavar.records import Question, TokenIds
 from megavar.rollout.servers import check_interpreter
 from megavar.training.parallel import check_parallel
 from megavar.training.precision import check_precision
@@ -33,12 +34,21 @@ def check_run(config: RunConfig, ranks: int | None) -> None:
         check_parallel(config.parallel, dims, ranks)
         check_precision(config.precision)
     get_objective(config.objective.name)
-    templates = Templates(base, config.templates)
-    for file in (config.data.train, config.data.eval):
-        if file is not None:
-            check_questions(read_questions(Path(file)), file)
-    limit = config.data.max_sequence_tokens
-    gold_sequences(read_questions(Path(config.data.train)), templates, limit)
+    templates, limit = Templates(base, config.templates), config.data.max_sequence_tokens
+    train = read_questions(Path(config.data.train))
+    check_questions(train, config.data.train)
+    gold_sequences(train, templates, limit)
+    if config.posterior.source == "gold":
+        gold_posterior_sequences(train, templates, limit)
+    sampled = train[: config.data.num_round_questions]
+    check_room(sampled, templates.posterior_prompt, templates.answer, config)
+    check_room(sampled, templates.policy_prompt, templates.answer, config)
+    if config.objective.on_no_correct_trace == "gold":
+        check_traces_given(sampled, config.data.train)
+    if config.data.eval is not None:
+        held_out = read_questions(Path(config.data.eval))
+        check_questions(held_out, config.data.eval)
+        check_room(held_out, templates.policy_prompt, templates.answer, config)
     for name, budget in (
         ("sft", config.sft.microbatch_tokens),
         ("posterior.train", config.posterior.train.microbatch_tokens),
@@ -57,6 +67,38 @@ def check_run(config: RunConfig, ranks: int | None) -> None:
         )
     if config.rollout.mode == "managed":
         check_interpreter(config.rollout.python)
+
+
+def check_room(
+    questions: list[Question],
+    prompt_of: Callable[[Question], TokenIds],
+    answer_of: Callable[[Question], TokenIds],
+    config: RunConfig,
+) -> None:
+    """Check that the longest trace and the longest answer, sampled or reference, fit after every prompt."""
+    for question in questions:
+        answer_tokens = max(config.sample.max_answer_tokens, len(answer_of(question)))
+        num_tokens = len(prompt_of(question)) + config.sample.max_trace_tokens + answer_tokens
+        for key, limit in (
+            ("data.max_sequence_tokens", config.data.max_sequence_tokens),
+            ("rollout.context_length", config.rollout.context_length),
+        ):
+            if limit is not None and num_tokens > limit:
+                raise ValueError(
+                    f"question {question.id!r}: its prompt, a trace of sample.max_trace_tokens="
+                    f"{config.sample.max_trace_tokens} and an answer of {answer_tokens} tokens (the most sampled, or "
+                    f"the reference answer) make {num_tokens} tokens, over {key}={limit}; raise that or lower the rest."
+                )
+
+
+def check_traces_given(questions: list[Question], file: str) -> None:
+    """Check that every question has a gold trace."""
+    for question in questions:
+        if question.trace is None:
+            raise ValueError(
+                f"{file}: question {question.id!r} has no trace, which objective.on_no_correct_trace=gold may need; "
+                "add it, or use drop."
+            )
 
 
 def check_questions(questions: list[Question], file: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megavar.config.schema import EvalConfig
+from megavar.data.tokens import count_correct
 from megavar.records import Answer, Question, write_aside
 
 
@@ -53,10 +54,10 @@ def accuracy(
     Args:
         answers: verified; a sample whose trace was truncated has none, and counts as wrong.
     """
-    correct: dict[str, int] = defaultdict(int)
+    answers_of: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
-        correct[answer.question_id] += bool(answer.correct)
-    rates = np.array([pass_at_k(num_samples, correct[question.id], k) for question in questions])
+        answers_of[answer.question_id].append(answer)
+    rates = np.array([pass_at_k(num_samples, count_correct(answers_of[question.id]), k) for question in questions])
     random = np.random.default_rng(seed)
     means = rates[random.integers(0, len(rates), (num_bootstrap, len(rates)))].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])

@@ -120,7 +120,9 @@ class Manifest:
     def finish(self, stage: str, seconds: float) -> None:
         """Note that the stage is finished; seconds add up over restarts."""
         entry = self.entries()[stage]
-        digest = hashlib.sha256(json.dumps(entry["settings"], sort_keys=True).encode()).hexdigest()[:16]
+        # The time is part of it: what a stage made anew from the same settings is not what later stages read before.
+        made = json.dumps([entry["settings"], time.time_ns()], sort_keys=True)
+        digest = hashlib.sha256(made.encode()).hexdigest()[:16]
         self._put(
             stage, {**entry, "status": "finished", "digest": digest, "seconds": round(entry["seconds"] + seconds, 1)}
         )

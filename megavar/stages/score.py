@@ -8,7 +8,7 @@ import numpy as np
 
 from megavar.config.schema import ParallelConfig, PrecisionConfig, ScoreConfig
 from megavar.data.templates import Templates
-from megavar.data.tokens import answers_by_trace, by_trace
+from megavar.data.tokens import answers_by_trace, by_trace, count_correct
 from megavar.records import Answer, LogProbs, Question, RecordWriter, Score, Trace, TrainSequence
 from megavar.training.parallel import barrier, is_rank_zero
 from megavar.training.score import Scorer
@@ -34,10 +34,7 @@ def score_traces(
     """
     question_of = {question.id: question for question in questions}
     closed = [trace for trace in traces if trace.finish == "closed"]
-    counts = {
-        key: (len(group), sum(bool(answer.correct) for answer in group))
-        for key, group in answers_by_trace(answers).items()
-    }
+    counts = {key: (len(group), count_correct(group)) for key, group in answers_by_trace(answers).items()}
 
     def under_policy(trace: Trace) -> TrainSequence:
         question = question_of[trace.question_id]

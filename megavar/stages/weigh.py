@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megavar.config.schema import ObjectiveConfig
-from megavar.data.tokens import answers_by_trace
+from megavar.data.tokens import answers_by_trace, count_correct
 from megavar.objectives import get_objective
 from megavar.objectives.weights import effective_sample_size
 from megavar.records import Answer, Score, Trace, Weight, write_records
@@ -56,9 +56,8 @@ def counted_scores(traces: Sequence[Trace], answers: Sequence[Answer]) -> list[S
     for trace in traces:
         group = answers_of[trace.question_id, trace.trace_index]
         logps = np.zeros(0, np.float32) if trace.logp_engine is None else trace.logp_engine
-        num_correct = sum(bool(answer.correct) for answer in group)
         key = (trace.question_id, trace.trace_index, trace.round)
-        scores.append(Score(*key, logps, None, None, len(group) or None, num_correct if group else None))
+        scores.append(Score(*key, logps, None, None, len(group) or None, count_correct(group) if group else None))
     return scores
 
 

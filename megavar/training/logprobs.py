@@ -107,7 +107,7 @@ def _local_statistics(ctx: Any, hidden_SH: Tensor, table_VH: Tensor, local_S: Te
 def _chunks(
     ctx: Any, hidden_SH: Tensor, table_VH: Tensor, local_S: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """For each chunk of real rows: which, logits [S, C] float32, the target's place in it [S, 1], whether it is there."""
+    """For each chunk of real rows: which, logits [S, C] float32, the target's place [S, 1], is it there."""
     size = max(1, CHUNK_ELEMENTS // max(1, hidden_SH.shape[0]))
     for start in range(0, ctx.num_real, size):
         rows = slice(start, min(start + size, ctx.num_real))

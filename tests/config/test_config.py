@@ -44,6 +44,7 @@ def test_a_saved_configuration_loads_to_the_same(tmp_path):
             ["objective.min_weight=0.1", "objective.selection=best"],
             r"objective\.min_weight=0\.1.*objective\.selection=best",
         ),
+        (["objective.name=sft"], r"objective\.name=sft .*objective\.answers=all_correct.*answers=reference"),
         (["eval.models=[odd]"], r"eval\.models=\['odd'\]"),
         (["parallel.virtual_pipeline=2"], r"parallel\.virtual_pipeline=2 needs parallel\.pipeline"),
         (["precision.fp8=delayed", "precision.dtype=fp32"], r"precision\.fp8=delayed needs precision\.dtype=bf16"),

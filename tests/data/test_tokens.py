@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from megavar.config.schema import TemplateConfig
 from megavar.data.templates import Templates
 from megavar.data.tokens import (
+    count_correct,
     gold_posterior_sequences,
     gold_sequences,
     policy_sequences,
@@ -70,6 +71,23 @@ def test_distinct_correct_answers_share_their_traces_weight():
     reference = policy_sequences([QUESTION], [trace(0)], [], [weight(0, 0.6)], TEMPLATES, "reference")
     assert [decode(s.target_ids) for s in reference] == ["1+2=3;</think>\n\\boxed{3}<|im_end|>"]
     assert all(s.prompt_ids.tolist() == TEMPLATES.policy_prompt(QUESTION).tolist() for s in found + first)
+
+
+def test_a_correct_answer_cut_by_the_limit_is_used_only_where_none_is_complete():
+    cut = replace(answer(0, 0, "\n\\boxed{3} and", True), finish="length")
+    for group, expected in (
+        ([cut, answer(0, 1, "\n\\boxed{3}", True)], ["1+2=3;</think>\n\\boxed{3}"]),
+        ([cut, answer(0, 1, "\n\\boxed{4}", False)], ["1+2=3;</think>\n\\boxed{3} and"]),
+    ):
+        found = policy_sequences([QUESTION], [trace(0)], group, [weight(0, 1.0)], TEMPLATES, "all_correct")
+        assert [decode(sequence.target_ids) for sequence in found] == expected
+
+
+def test_answers_without_a_verdict_are_not_counted_as_wrong():
+    given = [answer(0, 0, "3", True), answer(0, 1, "4", False)]
+    assert count_correct(given) == 1 and count_correct([]) == 0
+    with pytest.raises(ValueError, match=r"answer 2 of trace 0 of question 'q' has no verdict; run `megavar verify`"):
+        count_correct([*given, answer(0, 2, "5", None)])
 
 
 def test_fallback_weights_of_a_question_without_correct_answer_train_the_reference_answer():

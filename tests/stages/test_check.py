@@ -63,12 +63,23 @@ def test_wrong_settings_are_refused_by_name(config_file, overrides, ranks, messa
         ({"verifier": "odd"}, r"t\.jsonl: verifier 'odd' is unknown; known are math"),
         ({"trace": "1+1=2;" * 60}, r"question 'a' makes a gold sequence of \d+ tokens, over data\.max_sequence_tokens"),
         ({"question": "x<|im_end|>"}, r"question 'a' contains the control token"),
+        ({"question": "1" * 60}, r"question 'a': its prompt, a trace of .* over data\.max_sequence_tokens=160"),
+        ({"solution": "7" * 70}, r"an answer of 71 tokens .* over data\.max_sequence_tokens=160"),
     ],
 )
 def test_questions_the_run_cannot_use_are_refused(config_file, row, message):
     (config_file.parent / "t.jsonl").write_text(json.dumps({**GOOD, **row}))
     with pytest.raises(ValueError, match=message):
         check_run(load_config(config_file, []), 1)
+
+
+def test_gold_as_the_last_resort_needs_gold_traces(config_file):
+    rows = [GOOD, {**GOOD, "id": "b", "trace": None}]
+    (config_file.parent / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    overrides = ["objective.on_no_correct_trace=gold"]
+    with pytest.raises(ValueError, match=r"t\.jsonl: question 'b' has no trace, which .*on_no_correct_trace=gold"):
+        check_run(load_config(config_file, overrides), 1)
+    check_run(load_config(config_file, [*overrides, "data.num_round_questions=1"]), 1)
 
 
 @pytest.mark.parametrize(

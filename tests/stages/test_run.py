@@ -1,6 +1,7 @@
 """The manifest skips what is finished, refuses what changed, and metrics survive a restart."""
 
 import contextlib
+import json
 
 import pytest
 
@@ -47,11 +48,16 @@ def test_a_stage_before_its_input_says_which_is_missing(run):
         Manifest(run.folder).digest("weigh")
 
 
-def test_digests_change_with_settings_and_carry_on(run):
-    run_once(run, "one", {"k": 1}, lambda: None)
-    run_once(run, "two", {"k": 2}, lambda: None)
+def test_what_was_made_from_a_stage_is_refused_once_that_stage_was_made_anew(run):
     manifest = Manifest(run.folder)
-    assert manifest.digest("one") != manifest.digest("two")
+    run_once(run, "sample", {"k": 1}, lambda: None)
+    run_once(run, "verify", {"sample": manifest.digest("sample")}, lambda: None)
+    entries = manifest.entries()
+    del entries["sample"]
+    manifest.file.write_text(json.dumps(entries))
+    run_once(run, "sample", {"k": 1}, lambda: None)
+    with pytest.raises(ValueError, match="stage verify was finished with sample="):
+        run_once(run, "verify", {"sample": manifest.digest("sample")}, lambda: pytest.fail("ran"))
 
 
 def test_intervals_and_microbatches_may_change_between_restarts():
