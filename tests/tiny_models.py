@@ -5,7 +5,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from megavar.records import TrainSequence
 
@@ -29,8 +37,11 @@ def save_tiny_model(folder: Path, family: str, tied: bool, seed: int = 0, **chan
         **changes,
     }
     torch.manual_seed(seed)
-    if family == "qwen3":
-        model: PreTrainedModel = Qwen3ForCausalLM(Qwen3Config(**{"head_dim": 24, **sizes}))
+    if family == "qwen3_moe":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True}
+        model: PreTrainedModel = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{"head_dim": 24, **experts, **sizes}))
+    elif family == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**{"head_dim": 24, **sizes}))
     else:
         model = Qwen2ForCausalLM(Qwen2Config(**sizes))
     with torch.no_grad():

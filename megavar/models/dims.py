@@ -18,6 +18,7 @@ class ModelDims:
     num_query_groups: int
     head_dim: int
     ffn_size: int
+    """Of a dense MLP, or of each expert."""
     vocab_size: int
     """Rows of the embedding, which are more than the tokenizer's entries."""
     tied_embeddings: bool
@@ -26,13 +27,35 @@ class ModelDims:
     max_positions: int
     qkv_bias: bool
     qk_norm: bool
+    num_experts: int
+    """0: dense."""
+    experts_per_token: int
+    normalise_routing: bool
+    """Whether the chosen experts' probabilities sum to one."""
+
+    @property
+    def query_size(self) -> int:
+        """Rows of the query projection."""
+        return self.num_heads * self.head_dim
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """Embedding rows after padding to a multiple of the tensor-parallel size."""
         return -(-self.vocab_size // tensor_parallel) * tensor_parallel
 
 
-KNOWN_FAMILIES = ("qwen2", "qwen3")
+KNOWN_FAMILIES = ("qwen2", "qwen3", "qwen3_moe")
+
+_PLAIN: dict[str, list[tuple[str, Any]]] = {
+    "qwen2": [("use_sliding_window", False)],
+    "qwen3": [("use_sliding_window", False), ("attention_bias", False)],
+    "qwen3_moe": [
+        ("use_sliding_window", False),
+        ("attention_bias", False),
+        ("decoder_sparse_step", 1),
+        ("mlp_only_layers", []),
+    ],
+}
+"""What a family's configuration may hold, where the engine does nothing else."""
 
 
 def read_dims(folder: Path) -> ModelDims:
@@ -40,7 +63,7 @@ def read_dims(folder: Path) -> ModelDims:
 
     Raises:
         ValueError: for a folder without config.json, an unknown `model_type`, or features that the training
-            engine would silently do otherwise (RoPE scaling, sliding windows).
+            engine would silently do otherwise (RoPE scaling, sliding windows, biases, dense layers among experts).
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; give a Hugging Face model folder.")
@@ -52,8 +75,12 @@ def read_dims(folder: Path) -> ModelDims:
         raise ValueError(
             f"{folder}/config.json has model_type={config.model_type!r}; known are {', '.join(KNOWN_FAMILIES)}."
         )
-    if getattr(config, "use_sliding_window", False):
-        raise ValueError(f"{folder}/config.json sets use_sliding_window, which is not supported; set it to false.")
+    mixture = config.model_type == "qwen3_moe"
+    for key, plain in _PLAIN[config.model_type]:
+        if getattr(config, key, plain) != plain:
+            raise ValueError(
+                f"{folder}/config.json has {key}={getattr(config, key)!r}, which is not supported; only {plain!r} is."
+            )
     return ModelDims(
         family=config.model_type,
         num_layers=config.num_hidden_layers,
@@ -61,14 +88,17 @@ def read_dims(folder: Path) -> ModelDims:
         num_heads=config.num_attention_heads,
         num_query_groups=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        ffn_size=config.intermediate_size,
+        ffn_size=config.moe_intermediate_size if mixture else config.intermediate_size,
         vocab_size=config.vocab_size,
         tied_embeddings=config.tie_word_embeddings,
         rope_base=_rope_base(config, folder),
         norm_eps=config.rms_norm_eps,
         max_positions=config.max_position_embeddings,
         qkv_bias=config.model_type == "qwen2",
-        qk_norm=config.model_type == "qwen3",
+        qk_norm=config.model_type != "qwen2",
+        num_experts=config.num_experts if mixture else 0,
+        experts_per_token=config.num_experts_per_tok if mixture else 0,
+        normalise_routing=mixture and config.norm_topk_prob,
     )
 
 

@@ -1,25 +1,43 @@
-"""A Hugging Face model folder: its tensors by name, checked before use, and a new one written whole.
+"""A Hugging Face model folder: its tensors by name, checked before use, and a new one written tensor by tensor.
 
 Tensors are read one at a time into memory of their own: a memory-mapped file would stay resident beside the model
-made from it. A folder is written aside and renamed.
+made from it.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megavar.models.dims import ModelDims
-from megavar.models.ops import Operator
+from megavar.models.ops import Operator, names_at, pieces
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TIED_HEAD = "lm_head.weight"
+"""The output table, which a folder of tied embeddings may hold as a copy of the embedding."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in memory."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 class HuggingFaceFolder:
@@ -31,70 +49,67 @@ class HuggingFaceFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file_of_key = self._read_index()
-        self._handles: dict[str, Any] = {}
-        self._headers: dict[str, dict[str, tuple[list[int], torch.dtype, int]]] = {}
-        for file in sorted(set(self._file_of_key.values())):
-            handle = self._open(file)
-            lost = [key for key, name in self._file_of_key.items() if name == file and key not in handle.keys()]  # noqa: SIM118
-            if lost:
-                raise ValueError(f"{path / file} lacks {lost[0]}, which {INDEX} places there; copy the folder anew.")
+        self._place_of: dict[str, tuple[str, int]] = {}
+        self._info_of: dict[str, TensorInfo] = {}
+        indexed = self._read_index()
+        for file in sorted(set(indexed.values())) if indexed is not None else [SINGLE]:
+            self._read_header(file)
+        for key, file in (indexed or {}).items():
+            if self._place_of.get(key, ("", 0))[0] != file:
+                raise ValueError(f"{path / file} lacks {key}, which {INDEX} places there; copy the folder anew.")
+        if indexed is not None and (stray := sorted(self._place_of.keys() - indexed.keys())):
+            raise ValueError(f"{path / self._place_of[stray[0]][0]} holds {stray[0]}, which {INDEX} does not name.")
 
-    def _read_index(self) -> dict[str, str]:
-        if (self.path / INDEX).is_file():
-            return dict(json.loads((self.path / INDEX).read_text())["weight_map"])
-        if not (self.path / SINGLE).is_file():
-            raise ValueError(f"{self.path} has neither {SINGLE} nor {INDEX}; give a folder with safetensors weights.")
-        return dict.fromkeys(self._open_handle(SINGLE).keys(), SINGLE)
-
-    def _open_handle(self, file: str) -> Any:
+    def _read_index(self) -> dict[str, str] | None:
+        if not (self.path / INDEX).is_file():
+            if not (self.path / SINGLE).is_file():
+                raise ValueError(f"{self.path} has neither {SINGLE} nor {INDEX}; give a folder with safetensors files.")
+            return None
         try:
-            return safe_open(self.path / file, framework="pt")
+            return dict(json.loads((self.path / INDEX).read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.path / INDEX} is no index of safetensors files ({error}); copy it anew."
+            ) from error
+
+    def _read_header(self, file: str) -> None:
+        try:
+            with safe_open(self.path / file, framework="pt"):
+                pass  # safetensors checks the header against the file's size
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{self.path / file} is missing, truncated or no safetensors file ({error}); copy it anew."
             ) from error
+        with open(self.path / file, "rb") as data:
+            length = int.from_bytes(data.read(8), "little")
+            rows: dict[str, Any] = json.loads(data.read(length))
+        rows.pop("__metadata__", None)
+        for key, row in rows.items():
+            if row["dtype"] not in DTYPES:
+                raise ValueError(f"{self.path / file}: {key} is of type {row['dtype']}; known are {', '.join(DTYPES)}.")
+            if key in self._place_of:
+                raise ValueError(f"{self.path / file} holds {key}, as {self._place_of[key][0]} does; remove one.")
+            self._place_of[key] = (file, 8 + length + row["data_offsets"][0])
+            self._info_of[key] = TensorInfo(DTYPES[row["dtype"]], tuple(row["shape"]))
 
-    def _open(self, file: str) -> Any:
-        if file not in self._handles:
-            self._handles[file] = self._open_handle(file)
-        return self._handles[file]
-
-    def keys(self) -> set[str]:
+    def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._file_of_key)
+        return set(self._info_of)
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
-        return tuple(self._open(self._file_of_key[key]).get_slice(key).get_shape())
+    def info(self, key: str) -> TensorInfo:
+        """dtype and shape of a tensor."""
+        return self._info_of[key]
 
     def tensor(self, key: str) -> Tensor:
         """A tensor, in the file's dtype, on the CPU."""
-        file = self._file_of_key[key]
-        shape, dtype, start = self._header(file)[key]
-        found = torch.empty(shape, dtype=dtype)
+        (file, start), info = self._place_of[key], self._info_of[key]
+        found = torch.empty(info.shape, dtype=info.dtype)
         with open(self.path / file, "rb") as data:
             data.seek(start)
-            num_bytes = data.readinto(found.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+            num_bytes = data.readinto(bytes_of(found))
         if num_bytes != found.nbytes:
             raise ValueError(f"{self.path / file} ended inside {key}; it changed while being read.")
         return found
-
-    def _header(self, file: str) -> dict[str, tuple[list[int], torch.dtype, int]]:
-        """(shape, dtype, first byte in the file) of each tensor of a file."""
-        if file not in self._headers:
-            with open(self.path / file, "rb") as data:
-                length = int.from_bytes(data.read(8), "little")
-                rows = json.loads(data.read(length))
-            rows.pop("__metadata__", None)
-            odd = sorted({row["dtype"] for row in rows.values()} - _DTYPES.keys())
-            if odd:
-                raise ValueError(f"{self.path / file} holds tensors of type {odd[0]}; known are {', '.join(_DTYPES)}.")
-            self._headers[file] = {
-                key: (row["shape"], _DTYPES[row["dtype"]], 8 + length + row["data_offsets"][0])
-                for key, row in rows.items()
-            }
-        return self._headers[file]
 
     def check(self, operators: list[Operator], dims: ModelDims) -> None:
         """Compare names and shapes with what the model's operators expect.
@@ -103,12 +118,10 @@ class HuggingFaceFolder:
             ValueError: naming the first missing, unknown or misshapen tensor and its file.
         """
         expected: dict[str, tuple[int, ...]] = {}
-        for operator in operators:
-            for name, shape in zip(operator.hf_names, operator.hf_shapes(dims), strict=True):
-                layers = range(dims.num_layers) if "{layer}" in name else range(1)
-                expected.update({name.format(layer=layer): shape for layer in layers})
-        tied_copy = {"lm_head.weight"} if dims.tied_embeddings else set()
-        missing, extra = sorted(expected.keys() - self.keys()), sorted(self.keys() - expected.keys() - tied_copy)
+        for operator, index in pieces(operators, dims):
+            expected.update(zip(names_at(operator, index), operator.hf_shapes(dims), strict=True))
+        tied_copy = {TIED_HEAD} if dims.tied_embeddings else set()
+        missing, extra = sorted(expected.keys() - self.names()), sorted(self.names() - expected.keys() - tied_copy)
         if missing or extra:
             name = f"lacks {missing[0]}" if missing else f"has an unknown tensor {extra[0]}"
             raise ValueError(
@@ -116,26 +129,146 @@ class HuggingFaceFolder:
                 f"its config.json says {dims.family} with {dims.num_layers} layers."
             )
         for name, shape in expected.items():
-            if self.shape(name) != shape:
+            if self.info(name).shape != shape:
                 raise ValueError(
-                    f"{self.path / self._file_of_key[name]}: {name} is {self.shape(name)}, config.json implies {shape}."
+                    f"{self.path / self._place_of[name][0]}: {name} is {self.info(name).shape}, "
+                    f"config.json implies {shape}."
                 )
 
 
-def copy_side_files(source: Path, target: Path, dtype: str) -> None:
-    """Carry everything but weights over (config, generation config, tokenizer), with the config's dtype set."""
+class HuggingFaceWriter:
+    """Writes tensors, in the order of `tensors`, as the safetensors files of a folder; no tensor is held.
+
+    Args:
+        folder: exists; config and tokenizer files are the caller's.
+        tensors: everything that will be written.
+        max_shard_bytes: a file ends before it would grow over this; a larger tensor has a file of its own.
+    """
+
+    def __init__(self, folder: Path, tensors: Sequence[tuple[str, TensorInfo]], max_shard_bytes: int) -> None:
+        self._folder = folder
+        self._left = list(tensors)
+        self._total_bytes = sum(info.num_bytes for _, info in tensors)
+        shards: list[list[tuple[str, TensorInfo]]] = [[]]
+        held = 0
+        for key, info in tensors:
+            if shards[-1] and held + info.num_bytes > max_shard_bytes:
+                shards.append([])
+                held = 0
+            shards[-1].append((key, info))
+            held += info.num_bytes
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        self._shards = list(zip(names if len(shards) > 1 else [SINGLE], shards, strict=True))
+        self._begins = {shard[0][0]: (file, shard) for file, shard in self._shards}
+        self._data: IO[bytes] | None = None
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        """Write the next tensor."""
+        expected, info = self._left.pop(0)
+        given = TensorInfo(tensor.dtype, tuple(tensor.shape))
+        assert (key, given) == (expected, info), f"{key} {given} came for {expected} {info}"
+        if key in self._begins:
+            self._begin(*self._begins[key])
+        assert self._data is not None
+        self._data.write(bytes_of(tensor.contiguous()))
+
+    def finish(self) -> None:
+        """Close the last file, write the index."""
+        assert not self._left, f"{len(self._left)} tensors were not written, first {self._left[0][0]}"
+        self._close()
+        if len(self._shards) > 1:
+            placed = {key: file for file, shard in self._shards for key, _ in shard}
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(placed.items()))}
+            (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _begin(self, file: str, shard: list[tuple[str, TensorInfo]]) -> None:
+        self._close()
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        start = 0
+        for key, info in shard:
+            end = start + info.num_bytes
+            header[key] = {"dtype": names[info.dtype], "shape": info.shape, "data_offsets": [start, end]}
+            start = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+        self._data = open(self._folder / file, "wb")  # noqa: SIM115
+        self._data.write(len(text).to_bytes(8, "little") + text)
+
+    def _close(self) -> None:
+        if self._data is not None:
+            self._data.close()
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """The memory of a contiguous tensor, as a buffer."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def copy_side_files(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Carry over everything but weights: configuration, with its dtype set if one is given, and tokenizer."""
     for file in source.iterdir():
-        weights = file.suffix in (".safetensors", ".bin", ".pt") or file.name.endswith(".index.json")
+        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(".index.json")
         if file.is_file() and not weights and file.name not in ("README.md", ".gitattributes"):
             shutil.copyfile(file, target / file.name)
-    config = json.loads((source / "config.json").read_text())
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if dtype is not None:
+        config = json.loads((source / "config.json").read_text())
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def sync_folder(folder: Path) -> None:
-    """Put a folder's files and its entries on disk."""
-    for path in [*folder.iterdir(), folder]:
-        handle = os.open(path, os.O_RDONLY)
+@contextmanager
+def new_folder(target: Path, overwrite: bool, num_bytes: int) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the block ends well and vanishes when it fails.
+
+    Args:
+        num_bytes: about what will be written; checked against the free space.
+
+    Raises:
+        ValueError: if `target` exists and may not be overwritten, cannot be written, or there is not enough space.
+    """
+    if target.exists():
+        if not overwrite:
+            raise ValueError(f"{target} exists already; choose another folder, or say --overwrite.")
+        if any(target.iterdir()) and not any((target / name).exists() for name in ("config.json", ".metadata")):
+            raise ValueError(
+                f"{target} holds neither a model nor a checkpoint; it is not overwritten, remove it first."
+            )
+    aside = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        free = shutil.disk_usage(aside).free
+        if free < num_bytes:
+            raise ValueError(
+                f"{target} needs {num_bytes / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; choose another."
+            )
+        yield aside
+        _sync(aside)
+        replaced = target.with_name(f".{target.name}.replaced")
+        if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(target, replaced)
+        os.replace(aside, target)
+        shutil.rmtree(replaced, ignore_errors=True)
+        _sync_entry(target.parent)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise ValueError(f"{target} could not be written: {error}; nothing of it is left.") from error
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _sync(folder: Path) -> None:
+    """Put a folder's files and entries on disk."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
         os.fsync(handle)
+    finally:
         os.close(handle)

@@ -1,11 +1,16 @@
-"""Invertible operators between Hugging Face tensors and one tensor-parallel shard of a Megatron parameter.
+"""Invertible operators between Hugging Face tensors and Megatron's parameters.
 
-A model family is a list of operators (`qwen2.py`, `qwen3.py`). Each knows the Hugging Face names it reads, the
-Megatron name it makes (as Transformer Engine layers call it) and both directions; no second mapping exists.
-Shape suffixes: Q query rows of a group, D head_dim, G query groups, H hidden, F feed-forward, V vocabulary.
+A model family is a list of operators (`qwen2.py`, `qwen3.py`, `qwen3_moe.py`). Each names the Hugging Face tensors it
+takes and the Megatron parameter it makes of them, in both directions; no second mapping exists. Megatron's names are
+those in its sharded checkpoints, which Transformer Engine and local layers share. There a parameter that every layer
+(and every expert) has is one tensor with leading axes [layers, (experts,)]; an operator makes one piece of it.
+Tensor-parallel ranks hold slices of these tensors, which Megatron cuts by itself.
+Shape suffixes: G query groups, R rows of a projection in one group, D head_dim, H hidden, F feed-forward.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Protocol
 
 import torch
@@ -13,98 +18,84 @@ from torch import Tensor
 
 from megavar.models.dims import ModelDims
 
+Index = tuple[int, ...]
+"""Which piece of a parameter: (), (layer,) or (layer, expert)."""
+
 
 class Operator(Protocol):
-    """One Megatron parameter and the Hugging Face tensors that make it; `{layer}` in names is the layer index."""
+    """One Megatron parameter and the Hugging Face tensors that make it, whose names hold `{layer}` and `{expert}`."""
 
     @property
     def megatron_name(self) -> str:
-        """Name in a Megatron model."""
+        """Name in a Megatron checkpoint."""
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """Names of the source tensors, in the order `shard` takes them."""
+        """Names of the source tensors, in the order `merge` takes them."""
 
     def hf_shapes(self, dims: ModelDims) -> list[tuple[int, ...]]:
         """Shapes of the source tensors."""
 
-    def shard(self, tensors: list[Tensor], dims: ModelDims, rank: int, size: int) -> Tensor:
-        """The parameter of tensor-parallel rank `rank` of `size`."""
+    def merge(self, tensors: list[Tensor], dims: ModelDims) -> Tensor:
+        """The piece of the parameter that the source tensors make."""
 
-    def unshard(self, shards: list[Tensor], dims: ModelDims) -> list[Tensor]:
-        """The source tensors, from the parameter's shards in rank order."""
+    def split(self, piece: Tensor, dims: ModelDims) -> list[Tensor]:
+        """The source tensors of a piece."""
+
+
+def leading_axes(operator: Operator, dims: ModelDims) -> Index:
+    """Sizes of the parameter's leading axes: (), (layers,) or (layers, experts)."""
+    sizes = {"{layer}": dims.num_layers, "{expert}": dims.num_experts}
+    return tuple(size for mark, size in sizes.items() if mark in operator.hf_names[0])
+
+
+def piece_shape(operator: Operator, dims: ModelDims) -> tuple[int, ...]:
+    """Shape of a piece of the parameter, without the leading axes."""
+    nothing = [torch.empty(shape, device="meta") for shape in operator.hf_shapes(dims)]
+    return tuple(operator.merge(nothing, dims).shape)
+
+
+def names_at(operator: Operator, index: Index) -> list[str]:
+    """Names of the Hugging Face tensors of one piece."""
+    marks = dict(zip(("layer", "expert"), index, strict=False))
+    return [name.format(**marks) for name in operator.hf_names]
+
+
+def pieces(operators: list[Operator], dims: ModelDims) -> Iterator[tuple[Operator, Index]]:
+    """Every piece of the model once: what is outside the layers, then layer by layer."""
+    every = [
+        (operator, index)
+        for operator in operators
+        for index in product(*(range(size) for size in leading_axes(operator, dims)))
+    ]
+    return iter(sorted(every, key=lambda item: item[1][:1]))
 
 
 @dataclass(frozen=True)
-class Replicate:
-    """The same vector on every rank: norm weights."""
+class Rename:
+    """One tensor under another name. `sizes` are the fields of `ModelDims` that make its shape."""
 
     hf_name: str
     megatron_name: str
-    size_of: str
+    sizes: tuple[str, ...]
 
     @property
     def hf_names(self) -> tuple[str, ...]:
         return (self.hf_name,)
 
     def hf_shapes(self, dims: ModelDims) -> list[tuple[int, ...]]:
-        return [(getattr(dims, self.size_of),)]
+        return [tuple(getattr(dims, size) for size in self.sizes)]
 
-    def shard(self, tensors: list[Tensor], dims: ModelDims, rank: int, size: int) -> Tensor:
+    def merge(self, tensors: list[Tensor], dims: ModelDims) -> Tensor:
         return tensors[0]
 
-    def unshard(self, shards: list[Tensor], dims: ModelDims) -> list[Tensor]:
-        return [shards[0]]
-
-
-@dataclass(frozen=True)
-class SplitColumns:
-    """A row-parallel linear layer, split along its input: attention output [H, heads x D], MLP down [H, F]."""
-
-    hf_name: str
-    megatron_name: str
-
-    @property
-    def hf_names(self) -> tuple[str, ...]:
-        return (self.hf_name,)
-
-    def hf_shapes(self, dims: ModelDims) -> list[tuple[int, ...]]:
-        inputs = dims.ffn_size if "mlp" in self.megatron_name else dims.num_heads * dims.head_dim
-        return [(dims.hidden_size, inputs)]
-
-    def shard(self, tensors: list[Tensor], dims: ModelDims, rank: int, size: int) -> Tensor:
-        return tensors[0].chunk(size, dim=1)[rank]
-
-    def unshard(self, shards: list[Tensor], dims: ModelDims) -> list[Tensor]:
-        return [torch.cat(shards, dim=1)]
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """An embedding or output table [V, H], padded with zero rows to a multiple of the ranks, split along rows."""
-
-    hf_name: str
-    megatron_name: str
-
-    @property
-    def hf_names(self) -> tuple[str, ...]:
-        return (self.hf_name,)
-
-    def hf_shapes(self, dims: ModelDims) -> list[tuple[int, ...]]:
-        return [(dims.vocab_size, dims.hidden_size)]
-
-    def shard(self, tensors: list[Tensor], dims: ModelDims, rank: int, size: int) -> Tensor:
-        rows = dims.padded_vocab_size(size) // size
-        mine = tensors[0][rank * rows : (rank + 1) * rows]
-        return torch.nn.functional.pad(mine, (0, 0, 0, rows - mine.shape[0]))
-
-    def unshard(self, shards: list[Tensor], dims: ModelDims) -> list[Tensor]:
-        return [torch.cat(shards)[: dims.vocab_size]]
+    def split(self, piece: Tensor, dims: ModelDims) -> list[Tensor]:
+        return [piece]
 
 
 @dataclass(frozen=True)
 class StackGateUp:
-    """Gate and up projections [F, H] in one column-parallel layer; every rank holds [gate shard; up shard]."""
+    """Gate and up projections [F, H] each, in one [2F, H]."""
 
     gate: str
     up: str
@@ -117,20 +108,16 @@ class StackGateUp:
     def hf_shapes(self, dims: ModelDims) -> list[tuple[int, ...]]:
         return [(dims.ffn_size, dims.hidden_size)] * 2
 
-    def shard(self, tensors: list[Tensor], dims: ModelDims, rank: int, size: int) -> Tensor:
-        return torch.cat([tensor.chunk(size)[rank] for tensor in tensors])
+    def merge(self, tensors: list[Tensor], dims: ModelDims) -> Tensor:
+        return torch.cat(tensors)
 
-    def unshard(self, shards: list[Tensor], dims: ModelDims) -> list[Tensor]:
-        halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[part] for half in halves]) for part in (0, 1)]
+    def split(self, piece: Tensor, dims: ModelDims) -> list[Tensor]:
+        return list(piece.chunk(2))
 
 
 @dataclass(frozen=True)
 class InterleaveQkv:
-    """Query, key and value projections, row blocks [Q queries, key, value] for each query group; kind weight or bias.
-
-    Groups are split over the ranks, so the ranks must divide `num_query_groups`.
-    """
+    """Query, key and value projections in one: queries, key and value of each query group. Kind: weight or bias."""
 
     prefix: str
     megatron_name: str
@@ -142,18 +129,17 @@ class InterleaveQkv:
 
     def hf_shapes(self, dims: ModelDims) -> list[tuple[int, ...]]:
         tail = (dims.hidden_size,) if self.kind == "weight" else ()
-        rows_q, rows_kv = dims.num_heads * dims.head_dim, dims.num_query_groups * dims.head_dim
-        return [(rows_q, *tail), (rows_kv, *tail), (rows_kv, *tail)]
+        rows_kv = dims.num_query_groups * dims.head_dim
+        return [(dims.query_size, *tail), (rows_kv, *tail), (rows_kv, *tail)]
 
-    def shard(self, tensors: list[Tensor], dims: ModelDims, rank: int, size: int) -> Tensor:
+    def merge(self, tensors: list[Tensor], dims: ModelDims) -> Tensor:
         tail = tensors[0].shape[1:]
-        grouped = [tensor.reshape(dims.num_query_groups, -1, *tail).chunk(size)[rank] for tensor in tensors]
-        return torch.cat(grouped, dim=1).reshape(-1, *tail)
+        grouped_GR = [tensor.reshape(dims.num_query_groups, -1, *tail) for tensor in tensors]
+        return torch.cat(grouped_GR, dim=1).reshape(-1, *tail)
 
-    def unshard(self, shards: list[Tensor], dims: ModelDims) -> list[Tensor]:
-        whole = torch.cat(shards)
-        tail = whole.shape[1:]
-        rows = dims.num_heads // dims.num_query_groups * dims.head_dim
-        grouped = whole.reshape(dims.num_query_groups, -1, *tail)
-        parts = torch.split(grouped, [rows, dims.head_dim, dims.head_dim], dim=1)
+    def split(self, piece: Tensor, dims: ModelDims) -> list[Tensor]:
+        tail = piece.shape[1:]
+        rows = dims.query_size // dims.num_query_groups
+        grouped_GR = piece.reshape(dims.num_query_groups, -1, *tail)
+        parts = torch.split(grouped_GR, [rows, dims.head_dim, dims.head_dim], dim=1)
         return [part.reshape(-1, *tail) for part in parts]

@@ -1,31 +1,45 @@
 """Qwen2 and Qwen2.5, dense: biases on query, key and value."""
 
 from megavar.models.dims import ModelDims
-from megavar.models.ops import InterleaveQkv, Operator, Replicate, SplitColumns, StackGateUp, Vocabulary
+from megavar.models.ops import InterleaveQkv, Operator, Rename, StackGateUp
 
 LAYER = "model.layers.{layer}."
-DECODER = "decoder.layers.{layer}."
+DECODER = "decoder.layers."
 
 
 def operators(dims: ModelDims) -> list[Operator]:
-    """All parameters of the model; names with `{layer}` exist once a layer."""
-    attention, mlp = LAYER + "self_attn.", LAYER + "mlp."
+    """All parameters of the model."""
+    bias = InterleaveQkv(LAYER + "self_attn.", DECODER + "self_attention.linear_qkv.bias", "bias")
+    return [*outer(dims), *attention(), bias, *dense_mlp()]
+
+
+def outer(dims: ModelDims) -> list[Operator]:
+    """What is outside the layers: embedding first."""
+    table = ("vocab_size", "hidden_size")
     found: list[Operator] = [
-        Vocabulary("model.embed_tokens.weight", "embedding.word_embeddings.weight"),
-        Replicate(
-            LAYER + "input_layernorm.weight", DECODER + "self_attention.linear_qkv.layer_norm_weight", "hidden_size"
-        ),
-        InterleaveQkv(attention, DECODER + "self_attention.linear_qkv.weight", "weight"),
-        SplitColumns(attention + "o_proj.weight", DECODER + "self_attention.linear_proj.weight"),
-        Replicate(
-            LAYER + "post_attention_layernorm.weight", DECODER + "mlp.linear_fc1.layer_norm_weight", "hidden_size"
-        ),
-        StackGateUp(mlp + "gate_proj.weight", mlp + "up_proj.weight", DECODER + "mlp.linear_fc1.weight"),
-        SplitColumns(mlp + "down_proj.weight", DECODER + "mlp.linear_fc2.weight"),
-        Replicate("model.norm.weight", "decoder.final_layernorm.weight", "hidden_size"),
+        Rename("model.embed_tokens.weight", "embedding.word_embeddings.weight", table),
+        Rename("model.norm.weight", "decoder.final_layernorm.weight", ("hidden_size",)),
     ]
-    if dims.qkv_bias:
-        found.append(InterleaveQkv(attention, DECODER + "self_attention.linear_qkv.bias", "bias"))
     if not dims.tied_embeddings:
-        found.append(Vocabulary("lm_head.weight", "output_layer.weight"))
+        found.append(Rename("lm_head.weight", "output_layer.weight", table))
     return found
+
+
+def attention() -> list[Operator]:
+    """A layer's attention without biases, and the norm before it."""
+    source, target = LAYER + "self_attn.", DECODER + "self_attention."
+    return [
+        Rename(LAYER + "input_layernorm.weight", target + "linear_qkv.layer_norm_weight", ("hidden_size",)),
+        InterleaveQkv(source, target + "linear_qkv.weight", "weight"),
+        Rename(source + "o_proj.weight", target + "linear_proj.weight", ("hidden_size", "query_size")),
+    ]
+
+
+def dense_mlp() -> list[Operator]:
+    """A layer's MLP, and the norm before it."""
+    source, target = LAYER + "mlp.", DECODER + "mlp."
+    return [
+        Rename(LAYER + "post_attention_layernorm.weight", target + "linear_fc1.layer_norm_weight", ("hidden_size",)),
+        StackGateUp(source + "gate_proj.weight", source + "up_proj.weight", target + "linear_fc1.weight"),
+        Rename(source + "down_proj.weight", target + "linear_fc2.weight", ("hidden_size", "ffn_size")),
+    ]

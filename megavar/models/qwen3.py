@@ -2,13 +2,15 @@
 
 from megavar.models import qwen2
 from megavar.models.dims import ModelDims
-from megavar.models.ops import Operator, Replicate
+from megavar.models.ops import Operator, Rename
 
 
 def operators(dims: ModelDims) -> list[Operator]:
-    """All parameters of the model; names with `{layer}` exist once a layer."""
-    attention, decoder = qwen2.LAYER + "self_attn.", qwen2.DECODER + "self_attention."
-    norms: list[Operator] = [
-        Replicate(attention + f"{part}_norm.weight", decoder + f"{part}_layernorm.weight", "head_dim") for part in "qk"
-    ]
-    return qwen2.operators(dims) + norms
+    """All parameters of the model."""
+    return [*qwen2.outer(dims), *qwen2.attention(), *head_norms(), *qwen2.dense_mlp()]
+
+
+def head_norms() -> list[Operator]:
+    """The norms of a head's query and key, shared by the heads of a layer."""
+    source, target = qwen2.LAYER + "self_attn.", qwen2.DECODER + "self_attention."
+    return [Rename(f"{source}{part}_norm.weight", f"{target}{part}_layernorm.weight", ("head_dim",)) for part in "qk"]

@@ -72,7 +72,7 @@ def run_sft(run: Run) -> None:
 
     def work() -> None:
         _train(run, "sft", run.base, gold_sequences(*_gold(run)), train, run.sft)
-        export_stage(run.sft, run.base, run.sft / "hf", run.config)
+        export_stage(run.sft, run.sft / "hf")
 
     run_once(run, "sft", {**_common(run), **flat("sft", train)}, work)
 
@@ -115,7 +115,7 @@ def run_posterior(run: Run) -> None:
                 _templates(run),
             )  # fmt: skip
         _train(run, "posterior", run.base, sequences, train, run.posterior)
-        export_stage(run.posterior, run.base, run.posterior / "hf", config)
+        export_stage(run.posterior, run.posterior / "hf")
 
     settings = {**_common(run), **flat("posterior.train", train), "posterior.source": config.posterior.source}
     if config.posterior.source == "rollout":
@@ -224,7 +224,7 @@ def run_export(run: Run) -> None:
     """The final policy as a Hugging Face folder."""
 
     def work() -> None:
-        export_stage(run.policy, run.base, run.final, run.config)
+        export_stage(run.policy, run.final)
 
     run_once(run, "export", {"policy": _after(run, "policy")}, work)
 

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megavar.config.schema import RunConfig, TrainConfig
+from megavar.models.convert import MAX_SHARD_BYTES, to_hugging_face
 from megavar.records import TrainSequence
-from megavar.stages.metrics import Metrics, TrainingProgress
+from megavar.stages.metrics import ByteProgress, Metrics, TrainingProgress
 from megavar.training.checkpoint import list_checkpoints, step_of
-from megavar.training.loop import export_checkpoint, train_model
-from megavar.training.parallel import is_rank_zero
+from megavar.training.loop import train_model
+from megavar.training.parallel import is_rank_zero, on_rank_zero
 
 
 def train_stage(
@@ -43,8 +44,8 @@ def train_stage(
     metrics.close()
 
 
-def export_stage(folder: Path, base: Path, target: Path, config: RunConfig) -> None:
-    """Write the newest checkpoint of `folder` as the Hugging Face folder `target`. Every rank calls it.
+def export_stage(folder: Path, target: Path) -> None:
+    """Write the newest checkpoint of `folder` as the Hugging Face folder `target`; rank 0 does. Every rank calls it.
 
     Raises:
         ValueError: if there is no checkpoint.
@@ -52,4 +53,9 @@ def export_stage(folder: Path, base: Path, target: Path, config: RunConfig) -> N
     done = list_checkpoints(folder / "checkpoints")
     if not done:
         raise ValueError(f"{folder}/checkpoints holds no checkpoint; run the training stage first.")
-    export_checkpoint(done[-1], base, target, config.parallel, config.precision)
+
+    def convert() -> None:
+        with ByteProgress(f"export {target}") as progress:
+            to_hugging_face(done[-1], target, None, MAX_SHARD_BYTES, overwrite=True, progress=progress.update)
+
+    on_rank_zero(convert)

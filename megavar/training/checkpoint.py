@@ -1,7 +1,8 @@
 """Training checkpoints: sharded by Megatron's dist_checkpointing, loadable on another grid, complete or absent.
 
-A checkpoint is the folder `step_NNNNNN`, written aside and renamed. Nothing random happens in training (no dropout;
-the data order is a function of seed and step), so weights, optimizer, schedule and step are the whole state.
+A checkpoint is the folder `step_NNNNNN`, written aside and renamed. It carries its Hugging Face configuration and
+tokenizer, so it converts like any other Megatron checkpoint (`models/convert.py`). Nothing random happens in training
+(no dropout; the data order is a function of seed and step), so weights, optimizer, schedule and step are the whole state.
 """
 
 import os
@@ -13,6 +14,9 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 
+from megavar.models.convert import Model
+from megavar.models.folder import copy_side_files
+from megavar.models.sharded import SIDE_FILES, Description
 from megavar.training.parallel import barrier, is_rank_zero
 
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -29,9 +33,13 @@ def step_of(checkpoint: Path) -> int:
 
 
 def save_checkpoint(
-    folder: Path, step: int, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any, keep: int
+    folder: Path, step: int, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any, keep: int, init: Path
 ) -> None:
-    """Save after `step` optimizer steps and remove all but the last `keep` checkpoints; all ranks call it."""
+    """Save after `step` optimizer steps and remove all but the last `keep` checkpoints; all ranks call it.
+
+    Args:
+        init: Hugging Face folder that training began from.
+    """
     name = f"step_{step:06d}"
     aside = folder / f".{name}.tmp"
     if is_rank_zero():
@@ -44,6 +52,9 @@ def save_checkpoint(
     dist_checkpointing.save(state, str(aside), content_metadata=_SHARDING)
     barrier()
     if is_rank_zero():
+        (aside / SIDE_FILES).mkdir()
+        copy_side_files(init, aside / SIDE_FILES)
+        Description(Model(init).tied_head_written, source_digest=None).write(aside)
         os.replace(aside, folder / name)
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)

@@ -12,11 +12,11 @@ from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
 from megavar.models.dims import read_dims
 from megavar.packing import Microbatch, PackShape, data_order, pack, partition
 from megavar.records import TrainSequence
-from megavar.training.checkpoint import list_checkpoints, load_checkpoint, load_model, save_checkpoint, step_of
-from megavar.training.convert import export_weights, load_weights
+from megavar.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, step_of
 from megavar.training.model import build_model, transformer_config
 from megavar.training.optimizer import build_optimizer, wrap_for_gradients
 from megavar.training.step import configure_gradients, gradient_pass, pack_shape
+from megavar.training.weights import load_weights
 
 Report = Callable[[int, int, dict[str, float]], None]
 """Called on every rank with (steps done, steps in all, metrics of the last step)."""
@@ -97,7 +97,7 @@ def train_model(
             "seconds": seconds,
         }
         if (step + 1) % train.save_interval == 0 or step + 1 == num_steps:
-            save_checkpoint(folder, step + 1, chunks, optimizer, scheduler, train.keep_checkpoints)
+            save_checkpoint(folder, step + 1, chunks, optimizer, scheduler, train.keep_checkpoints, init)
         report(step + 1, num_steps, metrics)
 
 
@@ -110,13 +110,3 @@ def _microbatches(
     plan = partition(lengths, budget_tokens, parallel_state.get_data_parallel_world_size(), multiple)
     mine = plan[parallel_state.get_data_parallel_rank()]
     return [pack(batch, indices, shape, parallel_state.get_context_parallel_rank()) for indices in mine]
-
-
-def export_checkpoint(
-    checkpoint: Path, source: Path, target: Path, parallel: ParallelConfig, precision: PrecisionConfig
-) -> None:
-    """Write a checkpoint's weights as the Hugging Face folder `target`, with the side files of `source`."""
-    dims = read_dims(source)
-    chunks = build_model(transformer_config(dims, parallel, precision, "none"), dims)
-    load_model(checkpoint, chunks)
-    export_weights(chunks, dims, source, target)

@@ -13,9 +13,9 @@ from megavar.config.schema import ParallelConfig, PrecisionConfig
 from megavar.models.dims import read_dims
 from megavar.packing import pack, partition
 from megavar.records import LogProbs, TrainSequence
-from megavar.training.convert import load_weights
 from megavar.training.model import build_model, transformer_config
 from megavar.training.step import pack_shape, score_pass
+from megavar.training.weights import load_weights
 
 
 class Scorer:

@@ -11,8 +11,9 @@ from tiny_models import save_tiny_model
 from megavar.models import operators
 from megavar.models.dims import read_dims
 from megavar.models.folder import HuggingFaceFolder
+from megavar.models.ops import names_at, pieces
 
-FAMILIES = [("qwen2", False), ("qwen2", True), ("qwen3", False), ("qwen3", True)]
+FAMILIES = [(family, tied) for family in ("qwen2", "qwen3", "qwen3_moe") for tied in (False, True)]
 
 
 @pytest.fixture(scope="module")
@@ -22,24 +23,19 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)
-def test_shards_go_back_to_the_same_bits(tmp_path, family, tied, size):
+def test_operators_take_every_tensor_once_and_undo_themselves(tmp_path, family, tied):
     save_tiny_model(tmp_path, family, tied)
     dims, source = read_dims(tmp_path), HuggingFaceFolder(tmp_path)
     source.check(operators(dims), dims)
-    seen = set()
-    for operator in operators(dims):
-        names = [name.format(layer=2) for name in operator.hf_names]
+    seen = []
+    for operator, index in pieces(operators(dims), dims):
+        names = names_at(operator, index)
         tensors = [source.tensor(name) for name in names]
-        shards = [operator.shard(tensors, dims, rank, size) for rank in range(size)]
-        assert len({shard.shape for shard in shards}) == 1
-        back = operator.unshard(shards, dims)
+        back = operator.split(operator.merge(tensors, dims), dims)
         assert all(torch.equal(old, new) for old, new in zip(tensors, back, strict=True)), operator
-        seen |= {name.replace(".2.", ".{layer}.") for name in names}
-    assert {
-        key.replace(".2.", ".{layer}.") for key in sorted(source.keys()) if ".2." in key or "layers" not in key
-    } == seen
+        seen += names
+    assert sorted(seen) == sorted(source.names())
 
 
 @pytest.mark.parametrize("layout", ["transformers 5", "transformers 4"])

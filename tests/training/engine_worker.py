@@ -47,12 +47,15 @@ def run_score(case: dict, grid: ParallelConfig) -> None:
 
 def run_gradient(case: dict, grid: ParallelConfig) -> None:
     """Writes the gradients of the weighted loss as if they were a model's weights."""
+    from megatron.core import dist_checkpointing
+
+    from megavar.models.convert import MAX_SHARD_BYTES, to_hugging_face
     from megavar.models.dims import read_dims
     from megavar.training import loop
-    from megavar.training.convert import export_weights, load_weights
     from megavar.training.model import build_model, transformer_config
     from megavar.training.optimizer import wrap_for_gradients
     from megavar.training.step import configure_gradients, gradient_pass, pack_shape
+    from megavar.training.weights import load_weights
 
     dims, precision = read_dims(Path(case["model"])), PrecisionConfig(dtype="fp32")
     config = transformer_config(dims, grid, precision, case.get("recompute", "none"))
@@ -69,14 +72,22 @@ def run_gradient(case: dict, grid: ParallelConfig) -> None:
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.data.copy_(parameter.main_grad)
-    export_weights(chunks, dims, Path(case["model"]), Path(case["out"]))
+    out = Path(case["out"])
+    saved = out.with_name(out.name + "-megatron")
     if parallel.is_rank_zero():
+        saved.mkdir()
+    parallel.barrier()
+    dist_checkpointing.save({str(index): chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}, str(saved))
+    parallel.barrier()
+    if parallel.is_rank_zero():
+        to_hugging_face(saved, out, Path(case["model"]), MAX_SHARD_BYTES, overwrite=True)
         (Path(case["out"]) / "loss.json").write_text(json.dumps(sums.loss))
 
 
 def run_train(case: dict, grid: ParallelConfig) -> None:
+    from megavar.models.convert import MAX_SHARD_BYTES, to_hugging_face
     from megavar.training.checkpoint import list_checkpoints
-    from megavar.training.loop import export_checkpoint, train_model
+    from megavar.training.loop import train_model
 
     out, losses = Path(case["out"]), []
     train, precision = TrainConfig(**case["train"]), PrecisionConfig(dtype="fp32")
@@ -91,8 +102,8 @@ def run_train(case: dict, grid: ParallelConfig) -> None:
         train_model(model, sequences, train, grid, precision, 1, out, report)
     except StopIteration:
         return
-    export_checkpoint(list_checkpoints(out)[-1], model, out / "hf", grid, precision)
     if parallel.is_rank_zero():
+        to_hugging_face(list_checkpoints(out)[-1], out / "hf", None, MAX_SHARD_BYTES, overwrite=True)
         (out / "losses.json").write_text(json.dumps(losses))
 
 

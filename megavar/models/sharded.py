@@ -1,0 +1,224 @@
+"""A Megatron checkpoint (format `torch_dist`) read and written piece by piece, without Megatron and without a model.
+
+The format is torch's distributed checkpoint: `.metadata` says which chunk of a tensor is where in the `.distcp` files.
+Megatron loads it at any grid, each rank reading what it needs. Beside the weights stand `megavar.json` (what was
+converted) and `huggingface/` (configuration and tokenizer), so that the way back needs nothing else.
+"""
+
+import json
+import pickle
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megavar.models.dims import ModelDims
+from megavar.models.folder import TensorInfo
+from megavar.models.ops import Index, Operator, leading_axes, piece_shape
+
+CHUNK_BYTES = 2**28
+"""A larger piece is stored as several chunks of rows, which bounds the memory that reading one takes."""
+FILE_BYTES = 2**32
+"""A file ends after the chunk that makes it larger."""
+DESCRIPTION = "megavar.json"
+SIDE_FILES = "huggingface"
+_BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+_COMMON = {"common_backend": "torch", "common_backend_version": 1}
+_WEIGHTS = ("embedding.", "decoder.", "output_layer.")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `megavar.json` says of a checkpoint beyond its tensors."""
+
+    tied_head_written: bool
+    """Whether the Hugging Face source held a copy of its tied embedding as lm_head.weight."""
+    source_digest: str | None
+    """Digest of the source's tensors (`convert.Digest`), or None for weights that were trained."""
+
+    def write(self, checkpoint: Path) -> None:
+        """Put the description into a checkpoint."""
+        (checkpoint / DESCRIPTION).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "Description | None":
+        """The description in a checkpoint, or None if there is none.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        file = checkpoint / DESCRIPTION
+        try:
+            return cls(**json.loads(file.read_text())) if file.is_file() else None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} is damaged ({error}); remove it and give --hf-template.") from error
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint in `path`: itself, or the newest that Megatron's `latest_checkpointed_iteration.txt` names."""
+    tracker = path / "latest_checkpointed_iteration.txt"
+    if tracker.is_file():
+        name = tracker.read_text().strip()
+        path = path / (f"iter_{int(name):07d}" if name.isdigit() else name)
+    return path if (path / ".metadata").is_file() else None
+
+
+class ShardedCheckpoint:
+    """Read access to the weights of a checkpoint; other state in it (optimizer) is not touched.
+
+    Raises:
+        ValueError: naming the file that is missing, truncated or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        found = find_checkpoint(path)
+        if found is None:
+            raise ValueError(f"{path} holds no Megatron checkpoint of format torch_dist: there is no .metadata in it.")
+        self.path = found
+        self._reader = FileSystemReader(found)
+        try:
+            metadata = self._reader.read_metadata()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError, TypeError) as error:
+            raise ValueError(f"{found / '.metadata'} is damaged ({error}); copy the checkpoint anew.") from error
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._tensors: dict[str, TensorStorageMetadata] = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and key.startswith(_WEIGHTS)
+        }
+        for place in metadata.storage_data.values():
+            file = found / place.relative_path
+            if not file.is_file() or file.stat().st_size < place.offset + place.length:
+                raise ValueError(f"{file} is missing or truncated; copy the checkpoint anew.")
+
+    def info(self, name: str) -> TensorInfo:
+        """dtype and shape of a parameter with its leading axes."""
+        entry = self._tensors[name]
+        return TensorInfo(entry.properties.dtype, tuple(entry.size))
+
+    def piece(self, operator: Operator, index: Index, dims: ModelDims) -> Tensor:
+        """One piece of a parameter, on the CPU; rows that pad the vocabulary are left out.
+
+        Raises:
+            ValueError: naming the parameter, if the checkpoint's files do not hold all of it.
+        """
+        name, shape = operator.megatron_name, piece_shape(operator, dims)
+        entry = self._tensors[name]
+        found = torch.empty(shape, dtype=entry.properties.dtype)
+        target = found.view(*[1] * len(index), *shape)
+        origin = torch.Size([*index, *[0] * len(shape)])
+        wanted = [ChunkStorageMetadata(offsets=origin, sizes=target.shape)]
+        reads = create_read_items_for_chunk_list(name, entry, wanted)
+        if sum(read.lengths.numel() for read in reads) != found.numel():
+            raise ValueError(f"{self.path} holds only a part of {name}{list(index)}; was every rank's file copied?")
+        try:
+            self._reader.read_data(LoadPlan(reads), _Into(target))
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{self.path}: {name}{list(index)} cannot be read: {error}; copy it anew.") from error
+        return found
+
+    def check(self, operators: list[Operator], dims: ModelDims) -> None:
+        """Compare names and shapes with what the model's operators expect.
+
+        Raises:
+            ValueError: naming the first missing, unknown or misshapen parameter.
+        """
+        expected = {row.megatron_name: (*leading_axes(row, dims), *piece_shape(row, dims)) for row in operators}
+        missing, extra = sorted(expected.keys() - self._tensors.keys()), sorted(self._tensors.keys() - expected.keys())
+        if missing or extra:
+            name = f"lacks {missing[0]}" if missing else f"has an unknown parameter {extra[0]}"
+            raise ValueError(
+                f"{self.path} {name} ({len(missing)} missing, {len(extra)} unknown); its Hugging Face configuration "
+                f"says {dims.family} with {dims.num_layers} layers, "
+                f"{'tied' if dims.tied_embeddings else 'untied'} embeddings."
+            )
+        for name, shape in expected.items():
+            given = self.info(name).shape
+            padded = name in ("embedding.word_embeddings.weight", "output_layer.weight") and given[0] > shape[0]
+            if given[padded:] != shape[padded:]:
+                raise ValueError(f"{self.path}: {name} is {given}, its Hugging Face configuration implies {shape}.")
+
+
+class _Into(DefaultLoadPlanner):
+    """Tells torch's reader where chunks go: into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        found = self._target
+        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            found = found.narrow(axis, start, length)
+        return found
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
+
+
+class ShardedWriter:
+    """Writes the pieces of a model as one checkpoint, in any order; none is held.
+
+    Args:
+        folder: exists.
+    """
+
+    def __init__(self, folder: Path, dims: ModelDims) -> None:
+        self._folder, self._dims = folder, dims
+        self._metadata = Metadata(state_dict_metadata={}, storage_data={})
+        self._data: IO[bytes] | None = None
+        self._num_files = 0
+
+    def write(self, operator: Operator, index: Index, piece: Tensor, dtype: torch.dtype) -> None:
+        """Write a piece, cast to `dtype`."""
+        name = operator.megatron_name
+        entry = self._metadata.state_dict_metadata.setdefault(
+            name,
+            TensorStorageMetadata(
+                properties=TensorProperties(dtype=dtype),
+                size=torch.Size([*leading_axes(operator, self._dims), *piece.shape]),
+                chunks=[],
+            ),
+        )
+        assert isinstance(entry, TensorStorageMetadata)
+        rows = max(1, CHUNK_BYTES * piece.shape[0] // max(1, piece.numel() * dtype.itemsize))
+        for start in range(0, piece.shape[0], rows):
+            # torch.save writes the whole storage of a view: a part gets one of its own.
+            part = piece[start : start + rows].to(dtype).clone(memory_format=torch.contiguous_format)
+            offsets = torch.Size([*index, start, *[0] * (piece.dim() - 1)])
+            sizes = torch.Size([*[1] * len(index), *part.shape])
+            entry.chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=sizes))
+            place = MetadataIndex(name, offset=offsets, index=len(entry.chunks) - 1)
+            self._metadata.storage_data[place] = self._append(part.view(sizes))
+
+    def finish(self) -> None:
+        """Write what makes the files a checkpoint."""
+        if self._data is not None:
+            self._data.close()
+        torch.save({}, self._folder / "common.pt")
+        (self._folder / "metadata.json").write_text(json.dumps({**_BACKEND, **_COMMON}))
+        with open(self._folder / ".metadata", "wb") as file:
+            pickle.dump(self._metadata, file)
+
+    def _append(self, tensor: Tensor) -> _StorageInfo:
+        if self._data is None or self._data.tell() > FILE_BYTES:
+            if self._data is not None:
+                self._data.close()
+            self._data = open(self._folder / f"__0_{self._num_files}.distcp", "wb")  # noqa: SIM115
+            self._num_files += 1
+        start = self._data.tell()
+        torch.save(tensor, self._data)
+        return _StorageInfo(Path(self._data.name).name, start, self._data.tell() - start)
