@@ -69,13 +69,12 @@ def score_with_transformers(model_folder: Path, sequences: list[TrainSequence]) 
 def score_with_megavar(model_folder: Path, sequences: list[TrainSequence]) -> tuple[list[np.ndarray], float]:
     """The same by the training engine on one rank."""
     from megavar.config.schema import ParallelConfig, PrecisionConfig
+    from megavar.models.convert import Model
     from megavar.training import parallel
     from megavar.training.score import Scorer
 
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    grid = ParallelConfig()
-    parallel.start(grid)
-    scorer = Scorer(model_folder, grid, PrecisionConfig(dtype="fp32"))
+    parallel.start_alone()
+    scorer = Scorer(Model(model_folder), ParallelConfig(), PrecisionConfig(dtype="fp32"))
     started = time.perf_counter()
     found = scorer.score(sequences, 1.0, MICROBATCH_TOKENS)
     seconds = time.perf_counter() - started

@@ -52,6 +52,8 @@ class ParallelConfig:
     virtual_pipeline: int = at_least(1, default=1)
     """Model chunks a pipeline rank holds (interleaved schedule); 1: plain 1F1B."""
     context: int = at_least(1, default=1)
+    expert: int = at_least(1, default=1)
+    """Expert parallelism: the experts of a mixture, spread over the ranks of a pipeline stage."""
     sequence: bool = False
     """Sequence parallelism: norms and dropout split along tokens over the tensor-parallel ranks."""
 

@@ -108,6 +108,12 @@ class Model:
             return [self._source.tensor(name) for name in names_at(operator, index)]
         return operator.split(self._source.piece(operator, index, self.dims), self.dims)
 
+    def piece(self, operator: Operator, index: Index) -> Tensor:
+        """A piece of a Megatron parameter."""
+        if isinstance(self._source, ShardedCheckpoint):
+            return self._source.piece(operator, index, self.dims)
+        return operator.merge(self.tensors(operator, index), self.dims)
+
     def check_tied_head(self) -> None:
         """Check that a copy of the tied embedding is one.
 

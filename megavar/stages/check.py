@@ -7,9 +7,8 @@ from megavar.config.schema import RunConfig
 from megavar.data.questions import read_questions
 from megavar.data.templates import Templates
 from megavar.data.tokens import gold_posterior_sequences, gold_sequences
-from megavar.models import operators
+from megavar.models.convert import Model
 from megavar.models.dims import read_dims
-from megavar.models.folder import HuggingFaceFolder
 from megavar.objectives import get_objective
 from megavar.records import Question, TokenIds
 from megavar.rollout.servers import check_interpreter
@@ -29,7 +28,7 @@ def check_run(config: RunConfig, ranks: int | None) -> None:
     """
     base = Path(config.model)
     dims = read_dims(base)
-    HuggingFaceFolder(base).check(operators(dims), dims)
+    Model(base)
     if ranks is not None:
         check_parallel(config.parallel, dims, ranks)
         check_precision(config.precision)

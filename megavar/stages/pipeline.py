@@ -275,7 +275,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "export": run_export,
     "eval": run_eval,
 }
-TRAINING_STAGES = ("sft", "posterior", "score", "policy", "export")
+TRAINING_STAGES = ("sft", "posterior", "score", "policy")
 """Stages that need every rank, and so torchrun."""
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from megavar.config.schema import ParallelConfig, PrecisionConfig, ScoreConfig
 from megavar.data.templates import Templates
 from megavar.data.tokens import answers_by_trace, by_trace, count_correct
+from megavar.models.convert import Model
 from megavar.records import Answer, LogProbs, Question, RecordWriter, Score, Trace, TrainSequence
 from megavar.training.parallel import barrier, is_rank_zero
 from megavar.training.score import Scorer
@@ -85,7 +86,7 @@ def _score_all(
     barrier()  # every rank has read what is there before rank 0 adds to it
     if not pending:
         return
-    scorer = Scorer(model, parallel, precision)
+    scorer = Scorer(Model(model), parallel, precision)
     for start in range(0, len(pending), config.chunk_sequences):
         chunk = pending[start : start + config.chunk_sequences]
         found = scorer.score([sequence_of(trace) for trace in chunk], config.temperature, config.microbatch_tokens)

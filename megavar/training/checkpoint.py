@@ -2,7 +2,7 @@
 
 A checkpoint is the folder `step_NNNNNN`, written aside and renamed. It carries its Hugging Face configuration and
 tokenizer, so it converts like any other Megatron checkpoint (`models/convert.py`). Nothing random happens in training
-(no dropout; the data order is a function of seed and step), so weights, optimizer, schedule and step are the whole state.
+(no dropout; the data order is a function of seed and step), so weights, optimizer, schedule and step are the state.
 """
 
 import os
@@ -33,12 +33,12 @@ def step_of(checkpoint: Path) -> int:
 
 
 def save_checkpoint(
-    folder: Path, step: int, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any, keep: int, init: Path
+    folder: Path, step: int, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any, keep: int, init: Model
 ) -> None:
     """Save after `step` optimizer steps and remove all but the last `keep` checkpoints; all ranks call it.
 
     Args:
-        init: Hugging Face folder that training began from.
+        init: what training began from.
     """
     name = f"step_{step:06d}"
     aside = folder / f".{name}.tmp"
@@ -53,8 +53,8 @@ def save_checkpoint(
     barrier()
     if is_rank_zero():
         (aside / SIDE_FILES).mkdir()
-        copy_side_files(init, aside / SIDE_FILES)
-        Description(Model(init).tied_head_written, source_digest=None).write(aside)
+        copy_side_files(init.side_files, aside / SIDE_FILES)
+        Description(init.tied_head_written, source_digest=None).write(aside)
         os.replace(aside, folder / name)
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
@@ -65,28 +65,14 @@ def load_checkpoint(checkpoint: Path, chunks: list[torch.nn.Module], optimizer: 
     """Restore weights, optimizer and schedule, on this grid or another one."""
     wanted = _model_state(chunks)
     wanted["optimizer"] = optimizer.sharded_state_dict(wanted, is_loading=True, metadata=_SHARDING)
-    state = _load(wanted, checkpoint)
-    _fill(chunks, state)
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-
-
-def load_model(checkpoint: Path, chunks: list[torch.nn.Module]) -> None:
-    """Restore weights only."""
-    _fill(chunks, _load(_model_state(chunks), checkpoint))
-
-
-def _model_state(chunks: list[torch.nn.Module]) -> dict[str, Any]:
-    return {f"model{index}": unwrap_model(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
-
-
-def _load(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     state: dict[str, Any] = dist_checkpointing.load(wanted, str(checkpoint))
-    return state
-
-
-def _fill(chunks: list[torch.nn.Module], state: dict[str, Any]) -> None:
     for index, chunk in enumerate(chunks):
         missing, unexpected = unwrap_model(chunk).load_state_dict(state[f"model{index}"], strict=False)
         lost = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
         assert not lost, f"checkpoint and model differ in {lost}"
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+
+
+def _model_state(chunks: list[torch.nn.Module]) -> dict[str, Any]:
+    return {f"model{index}": unwrap_model(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}

@@ -56,6 +56,7 @@ def retarget_megatron() -> None:
         if not _retarget_module(importlib.import_module(f"megatron.core.{name}")):
             raise _mismatch(name, "names 'cuda'")
     _give_torch_adam_a_step()
+    _keep_routing_on_the_host()
     _retargeted = True
 
 
@@ -137,6 +138,29 @@ def _retarget_code(code: types.CodeType) -> tuple[types.CodeType, int]:
         return constant
 
     return code.replace(co_consts=tuple(swap(constant) for constant in code.co_consts)), count
+
+
+def _keep_routing_on_the_host() -> None:
+    """token_dispatcher.py:445 makes a CUDA stream, by which :862 copies the routing to the host, where it is already;
+    what remains is that it makes the splits arrays.
+    """
+    # moe_utils.py:1192 asks for a name that :39 binds with Transformer Engine only.
+    vars(importlib.import_module("megatron.core.transformer.moe.moe_utils")).setdefault("te_general_gemm", None)
+    module = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher = module.MoEAlltoAllTokenDispatcher
+    for name in ("cuda_dtoh_stream", "_maybe_dtoh_and_synchronize"):
+        if not hasattr(dispatcher, name):
+            raise _mismatch("transformer.moe.token_dispatcher", f"has MoEAlltoAllTokenDispatcher.{name}")
+
+    def take_splits(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+        if point == self.cuda_dtoh_point:
+            for name in ("input_splits", "output_splits", "output_splits_tp"):
+                if isinstance(splits := getattr(self, name), torch.Tensor):
+                    setattr(self, name, splits.numpy())
+        return tokens_per_expert
+
+    dispatcher.cuda_dtoh_stream = object()
+    dispatcher._maybe_dtoh_and_synchronize = take_splits
 
 
 def _give_torch_adam_a_step() -> None:

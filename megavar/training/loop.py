@@ -9,7 +9,7 @@ import numpy as np
 from megatron.core import parallel_state
 
 from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
-from megavar.models.dims import read_dims
+from megavar.models.convert import Model
 from megavar.packing import Microbatch, PackShape, data_order, pack, partition
 from megavar.records import TrainSequence
 from megavar.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, step_of
@@ -56,15 +56,15 @@ def train_model(
         ValueError: if a sequence does not fit the microbatch.
         FloatingPointError: if the loss or the gradient norm is not finite.
     """
-    dims = read_dims(init)
+    model = Model(init)
     num_steps = num_training_steps(len(sequences), train)
     normalizer = loss_normalizer(sequences, train)
-    config = transformer_config(dims, parallel, precision, train.recompute)
+    config = transformer_config(model.dims, parallel, precision, train.recompute)
     configure_gradients(config)
-    chunks = build_model(config, dims)
+    chunks = build_model(config, model.dims)
     done = list_checkpoints(folder)
     if not done:
-        load_weights(chunks, init, dims)
+        load_weights(chunks, model)
     chunks = wrap_for_gradients(config, chunks, train)
     optimizer, scheduler = build_optimizer(chunks, train, config.bf16, num_steps)
     if done:
@@ -97,7 +97,7 @@ def train_model(
             "seconds": seconds,
         }
         if (step + 1) % train.save_interval == 0 or step + 1 == num_steps:
-            save_checkpoint(folder, step + 1, chunks, optimizer, scheduler, train.keep_checkpoints, init)
+            save_checkpoint(folder, step + 1, chunks, optimizer, scheduler, train.keep_checkpoints, model)
         report(step + 1, num_steps, metrics)
 
 

@@ -89,6 +89,9 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
+        **_mixture(dims),
         # Packed microbatches differ in length. Megatron allows that with this dispatcher only (experts or not).
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
@@ -108,6 +111,22 @@ def transformer_config(
         **recomputations[recompute],
         **transformer_config_arguments(precision),
     )
+
+
+def _mixture(dims: ModelDims) -> dict[str, Any]:
+    """Routing as Qwen3 does it: no capacity, no auxiliary loss, probabilities in float32."""
+    if not dims.num_experts:
+        return {}
+    return {
+        "num_moe_experts": dims.num_experts,
+        "moe_ffn_hidden_size": dims.ffn_size,
+        "moe_router_topk": dims.experts_per_token,
+        # Softmax over the chosen experts only is softmax over all of them, made to sum to one again.
+        "moe_router_pre_softmax": not dims.normalise_routing,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": has_transformer_engine(),
+    }
 
 
 def _leave_uninitialised(weight: Tensor) -> Tensor:
@@ -143,11 +162,20 @@ def build_model(config: TransformerConfig, dims: ModelDims) -> list[torch.nn.Mod
 
 def _layer_spec(config: TransformerConfig, vp_stage: int | None) -> Any:
     if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if config.num_moe_experts:
+        # Before experts the norm is not part of a linear layer, and Transformer Engine's layers save it apart.
+        layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     num_layers = get_num_layers_to_build(config, vp_stage)

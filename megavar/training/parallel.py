@@ -57,6 +57,17 @@ def check_parallel(config: ParallelConfig, dims: ModelDims, ranks: int) -> None:
             raise ValueError(
                 f"parallel.tensor={config.tensor} does not divide {name}={size}; use one of {', '.join(fitting)}."
             )
+    copies = ranks // config.pipeline
+    if config.expert > 1 and (copies % config.expert or dims.num_experts == 0 or dims.num_experts % config.expert):
+        raise ValueError(
+            f"parallel.expert={config.expert} does not divide both num_experts={dims.num_experts} and the {copies} ranks "
+            "of a pipeline stage; use 1 or a divisor of both."
+        )
+    if dims.num_experts and config.tensor > 1 and not config.sequence:
+        raise ValueError(
+            f"parallel.tensor={config.tensor} of a mixture of experts needs parallel.sequence=true (--sp): Megatron "
+            "routes tokens that are split over the tensor-parallel ranks."
+        )
     stages = config.pipeline * config.virtual_pipeline
     if dims.num_layers % stages:
         raise ValueError(
@@ -80,9 +91,18 @@ def start(config: ParallelConfig) -> None:
         config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
         context_parallel_size=config.context,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=1,  # experts are small: they are spread over ranks, not split
     )
     # Megatron's layers fork this generator even where they draw nothing from it, as here (no dropout).
     model_parallel_cuda_manual_seed(0)
+
+
+def start_alone() -> None:
+    """As `start`, for a process that torchrun did not start: it is the only rank."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    os.environ |= alone
+    start(ParallelConfig())
 
 
 def stop() -> None:

@@ -1,7 +1,6 @@
 """Log-probs of given sequences under a model, by the same packed forward that trains it."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from megatron.core import parallel_state
 from numpy.typing import NDArray
 
 from megavar.config.schema import ParallelConfig, PrecisionConfig
-from megavar.models.dims import read_dims
+from megavar.models.convert import Model
 from megavar.packing import pack, partition
 from megavar.records import LogProbs, TrainSequence
 from megavar.training.model import build_model, transformer_config
@@ -21,12 +20,11 @@ from megavar.training.weights import load_weights
 class Scorer:
     """A model held for scoring, split over this grid."""
 
-    def __init__(self, model: Path, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
-        dims = read_dims(model)
+    def __init__(self, model: Model, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
         self._parallel = parallel
         self._shape = pack_shape(parallel, precision)
-        self._chunks = build_model(transformer_config(dims, parallel, precision, "none"), dims)
-        load_weights(self._chunks, model, dims)
+        self._chunks = build_model(transformer_config(model.dims, parallel, precision, "none"), model.dims)
+        load_weights(self._chunks, model)
         for chunk in self._chunks:
             chunk.eval()
 

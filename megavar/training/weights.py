@@ -1,10 +1,8 @@
-"""Weights from a Hugging Face folder into the model chunks of this grid, a piece of a parameter at a time.
+"""Weights of a Hugging Face folder or Megatron checkpoint into the model chunks of this grid, piece by piece.
 
 Megatron says which slice of which parameter each chunk holds, as it does for checkpoints; the family's operators make
 the parameter. So no split over ranks is described here.
 """
-
-from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -12,21 +10,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megavar.models import operators
-from megavar.models.dims import ModelDims
-from megavar.models.folder import HuggingFaceFolder
-from megavar.models.ops import Index, names_at
+from megavar.models.convert import Model
+from megavar.models.ops import Index
 
 
-def load_weights(chunks: list[torch.nn.Module], folder: Path, dims: ModelDims) -> None:
-    """Fill the chunks' parameters from a Hugging Face folder; every parameter must have its source.
-
-    Raises:
-        ValueError: naming file and tensor, if the folder does not hold this model.
-    """
-    source, family = HuggingFaceFolder(folder), operators(dims)
-    source.check(family, dims)
-    by_name = {operator.megatron_name: operator for operator in family}
+def load_weights(chunks: list[torch.nn.Module], model: Model) -> None:
+    """Fill the chunks' parameters; every parameter has its source."""
+    by_name = {operator.megatron_name: operator for operator in model.operators}
     for chunk in chunks:
         state = unwrap_model(chunk).sharded_state_dict()
         apply_factories(state)
@@ -36,12 +26,12 @@ def load_weights(chunks: list[torch.nn.Module], folder: Path, dims: ModelDims) -
         for shard in shards:
             index = tuple(shard.global_offset[: shard.prepend_axis_num])
             if held != (shard.key, index):  # gate and up are two slices of one piece
-                operator, held = by_name[shard.key], (shard.key, index)
-                piece = operator.merge([source.tensor(name) for name in names_at(operator, index)], dims)
+                held = (shard.key, index)
+                piece = model.piece(by_name[shard.key], index)
             _fill(shard, piece)
         filled = sum(shard.data.numel() for shard in shards)
         wanted = sum(parameter.numel() for parameter in chunk.parameters())
-        assert filled == wanted, f"{filled} of {wanted} values have a source in {folder}"
+        assert filled == wanted, f"{filled} of {wanted} values have a source in {model.path}"
 
 
 def _fill(shard: ShardedTensor, piece: Tensor) -> None:

@@ -28,9 +28,10 @@ from pathlib import Path
 from megavar.config.schema import ParallelConfig, PrecisionConfig
 from megavar.training import parallel
 from megavar.training.score import Scorer
+from megavar.models.convert import Model
 model, sequences, out, dtype, fp8 = sys.argv[1:]
 parallel.start(ParallelConfig())
-scorer = Scorer(Path(model), ParallelConfig(), PrecisionConfig(dtype=dtype, fp8=fp8))
+scorer = Scorer(Model(Path(model)), ParallelConfig(), PrecisionConfig(dtype=dtype, fp8=fp8))
 Path(out).write_bytes(pickle.dumps(scorer.score(pickle.loads(Path(sequences).read_bytes()), 1.0, 512)))
 parallel.stop()
 """

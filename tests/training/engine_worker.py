@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
+from megavar.models.convert import Model
 from megavar.training import parallel
 
 
@@ -39,7 +40,7 @@ def take_down_grid() -> None:
 def run_score(case: dict, grid: ParallelConfig) -> None:
     from megavar.training.score import Scorer
 
-    scorer = Scorer(Path(case["model"]), grid, PrecisionConfig(dtype="fp32"))
+    scorer = Scorer(Model(Path(case["model"])), grid, PrecisionConfig(dtype="fp32"))
     logps = scorer.score(load_sequences(case), case.get("temperature", 1.0), case["microbatch_tokens"])
     if parallel.is_rank_zero():
         Path(case["out"]).write_bytes(pickle.dumps(logps))
@@ -50,18 +51,17 @@ def run_gradient(case: dict, grid: ParallelConfig) -> None:
     from megatron.core import dist_checkpointing
 
     from megavar.models.convert import MAX_SHARD_BYTES, to_hugging_face
-    from megavar.models.dims import read_dims
     from megavar.training import loop
     from megavar.training.model import build_model, transformer_config
     from megavar.training.optimizer import wrap_for_gradients
     from megavar.training.step import configure_gradients, gradient_pass, pack_shape
     from megavar.training.weights import load_weights
 
-    dims, precision = read_dims(Path(case["model"])), PrecisionConfig(dtype="fp32")
-    config = transformer_config(dims, grid, precision, case.get("recompute", "none"))
+    model, precision = Model(Path(case["model"])), PrecisionConfig(dtype="fp32")
+    config = transformer_config(model.dims, grid, precision, case.get("recompute", "none"))
     configure_gradients(config)
-    chunks = build_model(config, dims)
-    load_weights(chunks, Path(case["model"]), dims)
+    chunks = build_model(config, model.dims)
+    load_weights(chunks, model)
     wrapped = wrap_for_gradients(config, chunks, TrainConfig(distributed_optimizer=False))
     for chunk in wrapped:
         chunk.zero_grad_buffer()

@@ -1,0 +1,121 @@
+"""Speed and memory of converting a model of Qwen3-4B's sizes (8 GB), against `cp` of the same files in the same run.
+
+    python tools/bench_convert.py [--folder DIR] [--layers N]
+
+Both sides end when their files are on disk (fsync), and read a source that was just written or read. Memory is the peak
+of a process that converts, over that of one that only imports the same modules. What the bench writes, it removes.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from megavar.models import operators
+from megavar.models.convert import MAX_SHARD_BYTES
+from megavar.models.dims import read_dims
+from megavar.models.folder import HuggingFaceWriter, TensorInfo
+from megavar.models.ops import names_at, pieces
+
+SIZES = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+CONVERT = """
+import json, resource, sys, time
+from pathlib import Path
+from megavar.models.convert import MAX_SHARD_BYTES, to_hugging_face, to_megatron
+direction, source, target = sys.argv[1], *map(Path, sys.argv[2:])
+started = time.perf_counter()
+if direction == "to-megatron":
+    to_megatron(source, target, None, False)
+elif direction == "to-hf":
+    assert to_hugging_face(source, target, None, MAX_SHARD_BYTES, False).same_as_source, "the way back is not exact"
+seconds = time.perf_counter() - started
+print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+"""
+
+
+def make_model(folder: Path, num_layers: int) -> int:
+    """Write a folder of random bfloat16 weights; returns its bytes."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**SIZES, "num_hidden_layers": num_layers}))
+    dims, random = read_dims(folder), torch.Generator().manual_seed(0)
+    rows = [
+        (name, TensorInfo(torch.bfloat16, shape))
+        for operator, index in pieces(operators(dims), dims)
+        for name, shape in zip(names_at(operator, index), operator.hf_shapes(dims), strict=True)
+    ]
+    writer = HuggingFaceWriter(folder, rows, MAX_SHARD_BYTES)
+    for name, info in rows:
+        writer.write(name, torch.empty(info.shape, dtype=torch.bfloat16).normal_(std=0.02, generator=random))
+    writer.finish()
+    return sum(info.num_bytes for _, info in rows)
+
+
+def copy(source: Path, target: Path) -> float:
+    """Seconds of `cp` and of putting its files on disk."""
+    os.sync()
+    started = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    subprocess.run(["sync", *map(str, sorted(target.rglob("*")))], check=True)
+    return time.perf_counter() - started
+
+
+def convert(direction: str, *paths: Path) -> tuple[float, int]:
+    """Seconds and peak resident bytes of one conversion in a process of its own."""
+    os.sync()
+    command = [sys.executable, "-W", "ignore", "-c", CONVERT, direction, *map(str, paths)]
+    seconds, peak = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+    return seconds, peak
+
+
+def main() -> None:
+    """Run both directions and their baselines; print figures and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to write, on a real disk"
+    )
+    parser.add_argument("--layers", type=int, default=36, help="fewer make a smaller model")
+    chosen = parser.parse_args()
+    needed, free = 3.3 * (0.8e9 + 0.21e9 * chosen.layers), shutil.disk_usage(chosen.folder).free
+    if free < needed:
+        sys.exit(
+            f"{chosen.folder} has {free / 1e9:.0f} GB free, {needed / 1e9:.0f} GB are needed; name another --folder."
+        )
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
+        folder = Path(name)
+        source, copied, megatron, back = (folder / part for part in ("hf", "copy", "megatron", "back"))
+        num_bytes = make_model(source, chosen.layers)
+        print(f"{num_bytes / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} files")
+        idle = convert("nothing", source, source)[1]
+        for direction, origin, target in (("to-megatron", source, megatron), ("to-hf", megatron, back)):
+            baseline = copy(origin, copied)
+            shutil.rmtree(copied)
+            seconds, peak = convert(direction, origin, target)
+            print(
+                f"{direction:12s} {num_bytes / seconds / 1e9:5.2f} GB/s   cp {num_bytes / baseline / 1e9:5.2f} GB/s   "
+                f"ratio {baseline / seconds:.2f}   memory {(peak - idle) / 2**30:.2f} GiB over {idle / 2**30:.2f} GiB"
+            )
+
+
+if __name__ == "__main__":
+    main()

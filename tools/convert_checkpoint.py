@@ -1,0 +1,160 @@
+"""Moves Qwen weights between Hugging Face folders and Megatron checkpoints, exactly, and proves it.
+
+    python tools/convert_checkpoint.py to-megatron --hf DIR --out DIR [--dtype bf16|fp32|keep]
+    python tools/convert_checkpoint.py to-hf --megatron DIR --out DIR [--hf-template DIR] [--max-shard-size 5GB]
+    python tools/convert_checkpoint.py verify A B [--logits FILE]
+    python tools/convert_checkpoint.py inspect DIR
+
+Exit code: 0; 1 if `verify` found a difference; 2 for input or a target that is refused.
+"""
+
+import argparse
+import itertools
+import re
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megavar.models.convert import Converted, Model, differences, to_hugging_face, to_megatron
+from megavar.stages.metrics import ByteProgress
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "keep": None}
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SHOWN_DIFFERENCES = 10
+
+
+def size_in_bytes(text: str) -> int:
+    """5GB, 500MB, 2GiB …"""
+    found = re.fullmatch(r"([0-9.]+)\s*([KMG]?i?B)", text, re.IGNORECASE)
+    if not found or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give for example 5GB or 512MiB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def convert_to_megatron(chosen: argparse.Namespace) -> int:
+    """Hugging Face folder -> Megatron checkpoint."""
+    with ByteProgress(f"to-megatron {chosen.out}") as progress:
+        done = to_megatron(chosen.hf, chosen.out, DTYPES[chosen.dtype], chosen.overwrite, progress.update)
+    return tell(done, chosen.out)
+
+
+def convert_to_hugging_face(chosen: argparse.Namespace) -> int:
+    """Megatron checkpoint -> Hugging Face folder."""
+    with ByteProgress(f"to-hf {chosen.out}") as progress:
+        done = to_hugging_face(
+            chosen.megatron, chosen.out, chosen.hf_template, chosen.max_shard_size, chosen.overwrite, progress.update
+        )
+    return tell(done, chosen.out)
+
+
+def tell(done: Converted, target: Path) -> int:
+    """Say what was written, and warn of values that no model should have."""
+    print(f"{target}: {done.num_bytes / 1e9:.3f} GB, digest of the source {done.digest}")
+    if done.same_as_source:
+        print("The tensors are bit for bit those that the checkpoint was converted from.")
+    for name, count in itertools.islice(done.nonfinite.items(), SHOWN_DIFFERENCES):
+        print(f"WARNING: {name} has {count} values that are NaN or infinite")
+    if done.nonfinite:
+        print(f"WARNING: {sum(done.nonfinite.values())} values in {len(done.nonfinite)} tensors are NaN or infinite.")
+    return 0
+
+
+def verify(chosen: argparse.Namespace) -> int:
+    """Compare two models; with a text also their log-probs on it."""
+    first, second = Model(chosen.a, chosen.hf_template), Model(chosen.b, chosen.hf_template)
+    with ByteProgress("verify") as progress:
+        found = list(differences(first, second, progress.update))
+    for text in found[:SHOWN_DIFFERENCES]:
+        print(text)
+    if found:
+        print(
+            f"{len(found)} differences between {chosen.a} and {chosen.b}; {min(len(found), SHOWN_DIFFERENCES)} shown."
+        )
+    else:
+        print(f"{chosen.a} and {chosen.b} are equal: every key, shape, dtype and bit.")
+    if chosen.logits is None:
+        return 1 if found else 0
+    from megavar.training.compare import text_logps
+
+    text = chosen.logits.read_text(encoding="utf-8")
+    logps, others = text_logps(first, text), text_logps(second, text)
+    largest = (logps - others).abs().max().item()
+    print(f"log-probs of {len(logps)} tokens: largest difference {largest:.2e}, tolerance {chosen.tolerance:.0e}")
+    return 1 if found or not largest <= chosen.tolerance else 0
+
+
+def inspect(chosen: argparse.Namespace) -> int:
+    """Say what a folder holds."""
+    model = Model(chosen.dir, chosen.hf_template)
+    infos = [info for item in model.pieces() for _, info in model.infos(*item)]
+    table = Table(title=str(model.path), show_header=False)
+    rows = {
+        "format": "Megatron torch_dist" if model.is_megatron else "Hugging Face",
+        **{key: str(value) for key, value in vars(model.dims).items()},
+        "parameters": f"{sum(torch.Size(info.shape).numel() for info in infos):,}",
+        "dtypes": ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos})),
+        "bytes": f"{model.num_bytes:,}",
+        "copy of the tied embedding": "written" if model.tied_head_written else "not written",
+    }
+    if model.description is not None:
+        rows["digest of the source"] = model.description.source_digest or "none: trained"
+    for key, value in rows.items():
+        table.add_row(key, value)
+    Console(width=120).print(table)
+    return 0
+
+
+def main() -> int:
+    """Read the command line and run one command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("to-megatron", help="Hugging Face folder -> Megatron checkpoint")
+    command.add_argument("--hf", type=Path, required=True)
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--dtype", choices=DTYPES, default="keep")
+    command.add_argument("--overwrite", action="store_true")
+    command.set_defaults(run=convert_to_megatron)
+
+    command = commands.add_parser("to-hf", help="Megatron checkpoint -> Hugging Face folder")
+    command.add_argument("--megatron", type=Path, required=True)
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--max-shard-size", type=size_in_bytes, default="5GB")
+    command.add_argument("--overwrite", action="store_true")
+    command.set_defaults(run=convert_to_hugging_face)
+    add_template(command)
+
+    command = commands.add_parser("verify", help="compare two folders of either kind, bit by bit")
+    command.add_argument("a", type=Path)
+    command.add_argument("b", type=Path)
+    command.add_argument("--logits", type=Path, metavar="FILE", help="also compare log-probs on this text")
+    command.add_argument("--tolerance", type=float, default=1e-4, help="of a log-prob (float32 arithmetic)")
+    command.set_defaults(run=verify)
+    add_template(command)
+
+    command = commands.add_parser("inspect", help="say what a folder holds")
+    command.add_argument("dir", type=Path)
+    command.set_defaults(run=inspect)
+    add_template(command)
+
+    chosen = parser.parse_args()
+    try:
+        found: int = chosen.run(chosen)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return found
+
+
+def add_template(command: argparse.ArgumentParser) -> None:
+    """The folder that a checkpoint of other makers needs."""
+    command.add_argument(
+        "--hf-template", type=Path, help="Hugging Face folder of the same sizes, for a checkpoint that names none"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
