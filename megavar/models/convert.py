@@ -63,6 +63,10 @@ class Model:
         if not path.is_dir():
             raise ValueError(f"{path} is no folder; give a Hugging Face folder or a Megatron checkpoint.")
         checkpoint = find_checkpoint(path)
+        if checkpoint is None and not (path / "config.json").is_file():
+            raise ValueError(
+                f"{path} is neither a Hugging Face folder (no config.json) nor a checkpoint (no .metadata)."
+            )
         self.path = path if checkpoint is None else checkpoint
         self.side_files = self.path if checkpoint is None else template or self.path / SIDE_FILES
         if checkpoint is not None and not self.side_files.is_dir():

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 
@@ -69,7 +70,7 @@ def read_dims(folder: Path) -> ModelDims:
         raise ValueError(f"{folder} has no config.json; give a Hugging Face model folder.")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ValueError(f"{folder}/config.json cannot be read: {error}") from error
     if config.model_type not in KNOWN_FAMILIES:
         raise ValueError(

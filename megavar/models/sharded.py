@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -203,6 +204,17 @@ class ShardedWriter:
             entry.chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=sizes))
             place = MetadataIndex(name, offset=offsets, index=len(entry.chunks) - 1)
             self._metadata.storage_data[place] = self._append(part.view(sizes))
+        if ".linear_" in name and name.endswith(".weight"):
+            self._write_extra_state(name.removesuffix("weight"), index, leading_axes(operator, self._dims))
+        if ".linear_qkv.weight" in name:
+            attention = name.removesuffix("linear_qkv.weight") + "core_attention."
+            self._write_extra_state(attention, index, leading_axes(operator, self._dims))
+
+    def _write_extra_state(self, module: str, index: Index, sizes: Index) -> None:
+        """An empty extra state (scales of FP8), which Megatron wants to find for every layer that can have one."""
+        key = f"{module}_extra_state/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, sizes))}"
+        self._metadata.state_dict_metadata[key] = BytesStorageMetadata()
+        self._metadata.storage_data[MetadataIndex(key)] = self._append([None])
 
     def finish(self) -> None:
         """Write what makes the files a checkpoint."""
@@ -213,12 +225,16 @@ class ShardedWriter:
         with open(self._folder / ".metadata", "wb") as file:
             pickle.dump(self._metadata, file)
 
-    def _append(self, tensor: Tensor) -> _StorageInfo:
+    def _append(self, value: Tensor | list[None]) -> _StorageInfo:
         if self._data is None or self._data.tell() > FILE_BYTES:
             if self._data is not None:
                 self._data.close()
             self._data = open(self._folder / f"__0_{self._num_files}.distcp", "wb")  # noqa: SIM115
             self._num_files += 1
         start = self._data.tell()
-        torch.save(tensor, self._data)
+        try:
+            torch.save(value, self._data)
+        except RuntimeError as error:
+            # When a write fails, torch's zip writer complains of its length on the way out: that hides the cause.
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         return _StorageInfo(Path(self._data.name).name, start, self._data.tell() - start)

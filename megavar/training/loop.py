@@ -96,9 +96,10 @@ def train_model(
             "tokens_per_second": sum(sequence.num_tokens for sequence in batch) / seconds,
             "seconds": seconds,
         }
+        # Reported before it is saved: a step that a checkpoint holds is never taken again, so its row must be there.
+        report(step + 1, num_steps, metrics)
         if (step + 1) % train.save_interval == 0 or step + 1 == num_steps:
             save_checkpoint(folder, step + 1, chunks, optimizer, scheduler, train.keep_checkpoints, model)
-        report(step + 1, num_steps, metrics)
 
 
 def _microbatches(

@@ -60,8 +60,8 @@ def check_parallel(config: ParallelConfig, dims: ModelDims, ranks: int) -> None:
     copies = ranks // config.pipeline
     if config.expert > 1 and (copies % config.expert or dims.num_experts == 0 or dims.num_experts % config.expert):
         raise ValueError(
-            f"parallel.expert={config.expert} does not divide both num_experts={dims.num_experts} and the {copies} ranks "
-            "of a pipeline stage; use 1 or a divisor of both."
+            f"parallel.expert={config.expert} does not divide both num_experts={dims.num_experts} and the {copies} "
+            "ranks of a pipeline stage; use 1 or a divisor of both."
         )
     if dims.num_experts and config.tensor > 1 and not config.sequence:
         raise ValueError(

@@ -80,7 +80,7 @@ def run_gradient(case: dict, grid: ParallelConfig) -> None:
     dist_checkpointing.save({str(index): chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}, str(saved))
     parallel.barrier()
     if parallel.is_rank_zero():
-        to_hugging_face(saved, out, Path(case["model"]), MAX_SHARD_BYTES, overwrite=True)
+        to_hugging_face(saved, out, model.side_files, MAX_SHARD_BYTES, overwrite=True)
         (Path(case["out"]) / "loss.json").write_text(json.dumps(sums.loss))
 
 
@@ -107,11 +107,33 @@ def run_train(case: dict, grid: ParallelConfig) -> None:
         (out / "losses.json").write_text(json.dumps(losses))
 
 
+def run_reload(case: dict, grid: ParallelConfig) -> None:
+    """Loads a converted checkpoint by Megatron's own means into this grid's model, and saves that as another one."""
+    from megatron.core import dist_checkpointing
+
+    from megavar.training.model import build_model, transformer_config
+
+    dims = Model(Path(case["model"])).dims
+    chunks = build_model(transformer_config(dims, grid, PrecisionConfig(dtype="fp32"), "none"), dims)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.fill_(float("nan"))
+    state = {str(index): chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
+    loaded = dist_checkpointing.load(state, case["model"])
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[str(index)])
+    out = Path(case["out"])
+    if parallel.is_rank_zero():
+        out.mkdir()
+    parallel.barrier()
+    dist_checkpointing.save({str(index): chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}, str(out))
+
+
 def load_sequences(case: dict) -> list:
     return pickle.loads(Path(case["sequences"]).read_bytes())
 
 
-RUNNERS = {"score": run_score, "gradient": run_gradient, "train": run_train}
+RUNNERS = {"score": run_score, "gradient": run_gradient, "train": run_train, "reload": run_reload}
 
 if __name__ == "__main__":
     main()

@@ -151,7 +151,7 @@ def test_resume_at_the_same_split_repeats_the_losses_exactly(models, launch_engi
         "train": {**TRAIN, "epochs": 2.0},
     }
     straight, resumed = {**case, "out": str(tmp_path / "straight")}, {**case, "out": str(tmp_path / "resumed")}
-    launch_engine([straight, {**resumed, "stop_after": 2}], SEQUENCES, 4)
+    launch_engine([straight, {**resumed, "stop_after": 3}], SEQUENCES, 4)
     launch_engine([resumed], SEQUENCES, 4)
     losses = [json.loads((tmp_path / name / "losses.json").read_text()) for name in ("straight", "resumed")]
     assert len(losses[0]) == 6 and losses[1] == losses[0][2:]
@@ -162,7 +162,7 @@ def test_resume_at_the_same_split_repeats_the_losses_exactly(models, launch_engi
 def test_resume_at_another_split_continues_the_training(results, models, launch_engine):
     train = {**TRAIN, "microbatch_tokens": 64}
     case = {"kind": "train", "model": str(models[0] / "qwen3-tied"), "train": train, "out": str(results / "moved")}
-    launch_engine([{**case, "grid": GRIDS["tp2_pp2"][1], "stop_after": 2}], SEQUENCES, 4)
+    launch_engine([{**case, "grid": GRIDS["tp2_pp2"][1], "stop_after": 3}], SEQUENCES, 4)
     launch_engine([{**case, "grid": {"pipeline": 2}}], SEQUENCES, 2)
     moved, whole = load_tensors(results / "moved" / "hf"), load_tensors(results / "train-tp1" / "hf")
     for key, tensor in whole.items():

@@ -1,0 +1,116 @@
+"""Converted checkpoints in real Megatron models at every grid: the same bits come back, the same log-probs come out."""
+
+import json
+import pickle
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import random_sequences, reference_logps, save_tiny_model
+
+from megavar.models.convert import MAX_SHARD_BYTES, Model, differences, to_hugging_face, to_megatron
+
+TOLERANCE = 2e-5
+NORMALIZER = 100.0
+SEQUENCES = random_sequences(8)
+ONE_GROUP = {"num_key_value_heads": 1}
+MODELS = {
+    **{f"{family}-{tied}": (family, tied, {}) for family in ("qwen2", "qwen3", "qwen3_moe") for tied in (True, False)},
+    "qwen3-one-group": ("qwen3", True, ONE_GROUP),
+}
+GRIDS = {
+    f"tp{tensor}_pp{pipeline}{'_vpp2' if virtual > 1 else ''}_ep{expert}": {
+        "tensor": tensor,
+        "pipeline": pipeline,
+        "virtual_pipeline": virtual,
+        "expert": expert,
+        "sequence": tensor > 1,
+    }
+    for tensor, pipeline, virtual, expert in [
+        *((tensor, pipeline, 1, 1) for tensor, pipeline in product((1, 2, 4), repeat=2) if tensor * pipeline <= 4),
+        (1, 2, 2, 1),
+        (1, 1, 1, 2),
+        (2, 1, 1, 2),
+        (1, 2, 1, 2),
+        (1, 2, 2, 2),
+        (2, 2, 1, 2),
+    ]
+}
+SCORED = ("tp1_pp1_ep1", "tp2_pp2_ep1", "tp4_pp1_ep1", "tp1_pp4_ep1", "tp2_pp2_ep2", "tp1_pp2_vpp2_ep2", "tp1_pp1_ep2")
+TRAINED = ("tp1_pp1_ep1", "tp2_pp2_ep2", "tp1_pp2_vpp2_ep2", "tp1_pp1_ep2")
+
+
+def fits(model: str, grid: dict) -> bool:
+    family, _, changes = MODELS[model]
+    return (grid["expert"] == 1 or family == "qwen3_moe") and (changes != ONE_GROUP or grid["tensor"] == 1)
+
+
+PAIRS = [(model, name) for model in MODELS for name, grid in GRIDS.items() if fits(model, grid)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, launch_engine):
+    """Everything four ranks compute from the converted checkpoints; the transformers models."""
+    root, references, cases = tmp_path_factory.mktemp("grids"), {}, []
+    for model, (family, tied, changes) in MODELS.items():
+        references[model] = save_tiny_model(root / model, family, tied, **changes)
+        to_megatron(root / model, root / f"{model}.megatron", None, False)
+    for name, grid in GRIDS.items():
+        for model in (model for model in MODELS if (model, name) in PAIRS):
+            common = {"grid": grid, "model": str(root / f"{model}.megatron"), "microbatch_tokens": 64}
+            cases.append({**common, "kind": "reload", "out": str(root / f"reload-{model}-{name}")})
+            if name in SCORED:
+                cases.append({**common, "kind": "score", "out": str(root / f"score-{model}-{name}")})
+            if name in TRAINED and MODELS[model][0] == "qwen3_moe":
+                out = str(root / f"gradient-{model}-{name}")
+                cases.append({**common, "kind": "gradient", "normalizer": NORMALIZER, "out": out})
+    launch_engine(cases, SEQUENCES, 4)
+    return root, references
+
+
+@pytest.mark.parametrize(("model", "grid"), PAIRS)
+def test_the_bits_come_back_from_every_grid(results, tmp_path, model, grid):
+    root, _ = results
+    to_hugging_face(root / f"reload-{model}-{grid}", tmp_path / "back", root / model, MAX_SHARD_BYTES, False)
+    assert list(differences(Model(root / model), Model(tmp_path / "back"))) == []
+
+
+@pytest.mark.parametrize(("model", "grid"), [pair for pair in PAIRS if pair[1] in SCORED])
+def test_log_probs_of_a_converted_checkpoint_equal_transformers(results, model, grid):
+    root, references = results
+    found = pickle.loads((root / f"score-{model}-{grid}").read_bytes())
+    for sequence, logps in zip(SEQUENCES, found, strict=True):
+        expected = reference_logps(references[model], sequence).detach()
+        assert (torch.from_numpy(logps) - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("grid", TRAINED)
+@pytest.mark.parametrize("model", ["qwen3_moe-True", "qwen3_moe-False"])
+def test_gradients_of_a_mixture_equal_transformers(results, model, grid):
+    root, references = results
+    reference = references[model]
+    reference.zero_grad()
+    loss = -sum((s.weight * reference_logps(reference, s)).sum() for s in SEQUENCES) / NORMALIZER
+    loss.backward()
+    folder = root / f"gradient-{model}-{grid}"
+    assert json.loads((folder / "loss.json").read_text()) == pytest.approx(loss.item(), rel=TOLERANCE)
+    found = Model(Path(folder))
+    gradients = {
+        name: tensor
+        for operator, index in found.pieces()
+        for (name, _), tensor in zip(found.infos(operator, index), found.tensors(operator, index), strict=True)
+    }
+    for name, parameter in reference.named_parameters():
+        expected = parameter.grad
+        if name.endswith("experts.gate_up_proj"):  # transformers holds the experts of a layer in one tensor
+            experts = [f"{name.removesuffix('.gate_up_proj')}.{expert}" for expert in range(4)]
+            parts = [gradients[f"{expert}.{part}_proj.weight"] for expert in experts for part in ("gate", "up")]
+            given = torch.cat(parts).view_as(expected)
+        elif name.endswith("experts.down_proj"):
+            given = torch.stack(
+                [gradients[f"{name.removesuffix('.down_proj')}.{e}.down_proj.weight"] for e in range(4)]
+            )
+        else:
+            given = gradients[name]
+        assert (given - expected).abs().max() / expected.abs().max() <= TOLERANCE, name
