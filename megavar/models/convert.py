@@ -256,8 +256,8 @@ class Digest:
     def __enter__(self) -> "Digest":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+    def __exit__(self, error: object, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=error is not None)
 
     def add(self, names: list[str], tensors: list[Tensor]) -> None:
         """Take tensors; waits for those of the call before, so that no more than two are held."""
