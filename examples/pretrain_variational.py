@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megavar.cli import launch
 
-GRID_FLAGS = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual_pipeline", "cp": "context"}
+GRID_FLAGS = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual_pipeline", "cp": "context", "ep": "expert"}
 
 
 def main() -> int:

@@ -45,7 +45,7 @@ eval: {{num_samples: 2}}
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
     log = (folder / "log.txt").open("a")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     return subprocess.Popen(
         [*torchrun, *arguments],
         cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
@@ -82,7 +82,7 @@ def job(tmp_path_factory):
     )  # fmt: skip
     (folder / "run.yaml").write_text(config_of(folder))
     run = folder / "job"
-    command = ["examples/pretrain_variational.py", "--config", str(folder / "run.yaml"), "--tp", "2"]
+    command = ["examples/pretrain_variational.py", "--config", str(folder / "run.yaml"), "--tp", "2", "--pp", "2"]
 
     kill_when(start(folder, *command), lambda: len(list((run / "round_01" / "traces").glob("part-*"))) >= 2)
     partial = [row for part in (run / "round_01" / "traces").glob("part-*") for row in read_records(part, Trace)]
@@ -180,7 +180,16 @@ def test_the_killed_training_has_exactly_the_losses_of_one_that_was_not(job):
     manifest = json.loads((again / "manifest.json").read_text())
     del manifest["policy"]
     (again / "manifest.json").write_text(json.dumps(manifest))
-    arguments = ["-m", "megavar", "policy", "--config", str(folder / "run.yaml"), "name=again", "parallel.tensor=2"]
+    arguments = [
+        "-m",
+        "megavar",
+        "policy",
+        "--config",
+        str(folder / "run.yaml"),
+        "name=again",
+        "parallel.tensor=2",
+        "parallel.pipeline=2",
+    ]
     assert start(folder, *arguments).wait(timeout=300) == 0
     straight = [row["loss"] for row in Metrics.read(again) if row["stage"] == "policy"]
     assert len(straight) > 6 and killed == straight
@@ -189,7 +198,7 @@ def test_the_killed_training_has_exactly_the_losses_of_one_that_was_not(job):
 def test_a_finished_run_starts_nothing_and_other_settings_are_refused(job):
     folder, run, _ = job
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
-    command = ["examples/pretrain_variational.py", "--config", str(folder / "run.yaml"), "--tp", "2"]
+    command = ["examples/pretrain_variational.py", "--config", str(folder / "run.yaml"), "--tp", "2", "--pp", "2"]
     assert start(folder, *command).wait(timeout=120) == 0
     assert before == {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
     assert start(folder, *command, "sft.learning_rate=1e-4").wait(timeout=120) != 0

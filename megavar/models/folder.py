@@ -206,15 +206,21 @@ def bytes_of(tensor: Tensor) -> Any:
 
 
 def copy_side_files(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Carry over everything but weights: configuration, with its dtype set if one is given, and tokenizer."""
+    """Carry over everything but weights: tokenizer and configuration, with its dtype set if one is given.
+
+    The configuration names the RoPE base where transformers 5 and where transformers 4 looks for it.
+    """
     for file in source.iterdir():
         weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(".index.json")
         if file.is_file() and not weights and file.name not in ("README.md", ".gitattributes"):
             shutil.copyfile(file, target / file.name)
+    config = json.loads((source / "config.json").read_text())
     if dtype is not None:
-        config = json.loads((source / "config.json").read_text())
         config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
-        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if "rope_theta" in (config.get("rope_parameters") or {}):
+        # transformers 4 knows this place only, and would silently run with a base of 10000.
+        config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 @contextmanager

@@ -98,12 +98,12 @@ class ByteProgress:
         self._task = self._bar.add_task(description, total=None)
 
     def __enter__(self) -> "ByteProgress":
-        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def update(self, num_bytes: int, total_bytes: int) -> None:
-        """Show that more bytes are done."""
+        """Show that more bytes are done; the line appears with the first."""
+        self._bar.start()
         self._bar.update(self._task, advance=num_bytes, total=total_bytes)

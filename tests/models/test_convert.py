@@ -119,7 +119,11 @@ def test_files_are_named_and_carried_as_transformers_expects(folder, tmp_path, c
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors_of(folder).values())
     assert set(index["weight_map"]) == tensors_of(folder).keys()
-    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+    config = json.loads((folder / "config.json").read_text())
+    assert "rope_theta" not in config  # written by transformers 5; 4 reads nothing else
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written == {**config, "rope_theta": config["rope_parameters"]["rope_theta"]}
+    for name in ("generation_config.json", "tokenizer.json"):
         assert json.loads((tmp_path / "back" / name).read_text()) == json.loads((folder / name).read_text()), name
 
 
