@@ -99,6 +99,24 @@ class Weight:
 
 
 @dataclass(frozen=True, eq=False)
+class Bound:
+    """What a question's traces say of the bounds on log pi(y' | x) (equation 5); natural log."""
+
+    question_id: str
+    round: int
+    num_traces: int
+    bounds: LogProbs
+    """Estimates of L_1 to L_K, K = num_traces."""
+    bounds_geometric_mean: LogProbs
+    """The same with means instead of sums over tokens: no bounds, but what `ratio=geometric_mean` works with."""
+    kl_posterior_policy: Float64
+    """Estimate of KL(q || pi) of the trace, nats."""
+    ess: Float64
+    weight_entropy: Float64
+    """Of the normalised weights, nats."""
+
+
+@dataclass(frozen=True, eq=False)
 class TrainSequence:
     """What the trainer sees: a prompt without loss, a target (trace and answer) with one weight."""
 
@@ -112,7 +130,7 @@ class TrainSequence:
         return len(self.prompt_ids) + len(self.target_ids)
 
 
-Record = TypeVar("Record", Question, Trace, Answer, Score, Weight)
+Record = TypeVar("Record", Question, Trace, Answer, Score, Weight, Bound)
 
 _ARROW_TYPES: dict[Any, pa.DataType] = {
     str: pa.string(),

@@ -261,10 +261,15 @@ def _validate_pairs(config: RunConfig) -> None:
             f"objective.answer={objective.answer} weighs the reference answer, but "
             f"objective.answers={objective.answers} trains on sampled ones; use objective.answers=reference."
         )
-    if objective.name == "sft" and objective.answers != "reference":
+    if objective.name in ("sft", "elbo", "reference_gml") and objective.answers != "reference":
         raise ValueError(
-            f"objective.name=sft trains on traces without a correct answer too, but objective.answers="
+            f"objective.name={objective.name} trains on traces without a correct answer too, but objective.answers="
             f"{objective.answers} needs one; use objective.answers=reference."
+        )
+    if objective.name == "reverse_kl":
+        raise ValueError(
+            "objective.name=reverse_kl is a gradient of the posterior, objective.name one of the policy; "
+            "use posterior.source=reverse_kl."
         )
     if objective.min_weight > 0 and objective.selection != "weighted":
         raise ValueError(

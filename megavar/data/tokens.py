@@ -161,7 +161,7 @@ def _with_trace(questions: Sequence[Question]) -> list[Question]:
 
 
 def _with_weight(weights: Iterable[Weight]) -> list[Weight]:
-    kept = [weight for weight in by_trace(weights).values() if weight.weight > 0]
+    kept = [weight for weight in by_trace(weights).values() if float(weight.weight) != 0]
     if not kept:
         raise ValueError("no trace has weight: none was closed and had a correct answer; sample more, or train longer.")
     return kept

@@ -3,13 +3,35 @@
 from collections.abc import Callable, Sequence
 
 from megavar.config.schema import ObjectiveConfig
-from megavar.objectives import forward_kl, iwae, sft
+from megavar.objectives import (
+    elbo,
+    forward_kl,
+    grpo,
+    iwae,
+    reference_acc,
+    reference_gml,
+    reinforce,
+    reverse_kl,
+    rft,
+    sft,
+)
 from megavar.records import Score, Weight
 
 Objective = Callable[[Sequence[Score], Sequence[bool], ObjectiveConfig], list[Weight]]
 """(scores, which traces are truncated, settings) -> one weight a trace, in the same order."""
 
-OBJECTIVES: dict[str, Objective] = {"iwae": iwae.weigh, "forward_kl": forward_kl.weigh, "sft": sft.weigh}
+OBJECTIVES: dict[str, Objective] = {
+    "iwae": iwae.weigh,
+    "elbo": elbo.weigh,
+    "rft": rft.weigh,
+    "reinforce": reinforce.weigh,
+    "grpo": grpo.weigh,
+    "sft": sft.weigh,
+    "reference_gml": reference_gml.weigh,
+    "reference_acc": reference_acc.weigh,
+    "forward_kl": forward_kl.weigh,
+    "reverse_kl": reverse_kl.weigh,
+}
 
 
 def get_objective(name: str) -> Objective:

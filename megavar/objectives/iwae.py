@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megavar.config.schema import ObjectiveConfig
-from megavar.objectives.weights import check_traces, log_answer, log_ratio, make_weights
-from megavar.records import Float64, Score, Weight
+from megavar.objectives.weights import check_traces, gold_weight, log_answer, log_ratio, make_weights
+from megavar.records import Score, Weight
 
 
 def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveConfig) -> list[Weight]:
@@ -26,9 +26,7 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
     if config.on_no_correct_trace == "geometric_mean":
         fallback = _weigh(scores, truncated, config.ratio, "geometric_mean")
         return [replace(row, status="no_correct_trace") if row.status == "ok" else row for row in fallback]
-    nothing, one = Float64(0.0), Float64(1.0)
-    first = scores[0]
-    return [*weights, Weight(first.question_id, -1, first.round, nothing, nothing, nothing, one, "gold")]
+    return [*weights, gold_weight(scores[0])]
 
 
 def _weigh(scores: Sequence[Score], truncated: Sequence[bool], ratio: str, answer: str) -> list[Weight]:

@@ -4,13 +4,14 @@ log rho_k = d_k + log a_k: d_k compares policy and posterior on the trace, a_k e
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megavar.config.schema import ObjectiveConfig
 from megavar.records import Float64, LogProbs, Score, Weight
 
 
@@ -103,16 +104,27 @@ def make_weights(
     truncated: Sequence[bool],
     log_ratios: Sequence[float],
     log_answers: Sequence[float],
+    shares: Sequence[float] | None = None,
+    normalised: bool = True,
 ) -> list[Weight]:
     """Normalised weights of one question's traces; truncated traces are left out.
 
     If no trace has weight, those that are not truncated get the status `no_correct_trace`.
+
+    Args:
+        shares: what the traces count instead of exp(ratio + answer), one each, 0 for those left out.
+        normalised: whether `shares` are made to sum to one.
     """
     sums = [
         -np.inf if cut else ratio + answer
         for cut, ratio, answer in zip(truncated, log_ratios, log_answers, strict=True)
     ]
-    weights = normalise(sums)
+    if shares is None:
+        weights = normalise(sums)
+    else:
+        weights = np.array(shares, np.float64)
+        if normalised and weights.any():
+            weights = weights / weights.sum()
     usual = "ok" if weights.any() else "no_correct_trace"
     return [
         Weight(
@@ -131,13 +143,55 @@ def make_weights(
     ]
 
 
+def implied_weights(
+    scores: Sequence[Score],
+    truncated: Sequence[bool],
+    config: ObjectiveConfig,
+    question_weight: Callable[[float], float],
+) -> list[Weight]:
+    """Normalised weights of one question's traces times the question's own weight (equations 10 to 12).
+
+    That is a function of P, the probability of a correct answer: the mean of exp(log-weight) over all traces, truncated
+    ones as 0. On the policy's own traces it is the share of correct answers; on the posterior's, the importance
+    estimate by `config.ratio`, at most 1.
+
+    Raises:
+        ValueError: if a score lacks what the settings need, or the scores are not those of one question.
+    """
+    check_traces(scores, truncated)
+    pairs = list(zip(scores, truncated, strict=True))
+    ratios = [0.0 if cut else log_ratio(score, config.ratio) for score, cut in pairs]
+    answers = [-np.inf if cut else log_answer(score, config.answer) for score, cut in pairs]
+    weights = make_weights(scores, truncated, ratios, answers)
+    probability = min(1.0, float(np.mean(np.exp([row.log_weight for row in weights]))))
+    factor = question_weight(probability)
+    return [replace(row, weight=Float64(row.weight * factor)) for row in weights]
+
+
+def best_trace(
+    scores: Sequence[Score], truncated: Sequence[bool], log_ratios: Sequence[float], log_answers: Sequence[float]
+) -> list[Weight]:
+    """Weight 1 for the trace of the largest log-weight, the first of equals; none where all are -inf."""
+    sums = np.add(log_ratios, log_answers)
+    shares = np.zeros(len(scores))
+    if sums.max(initial=-np.inf) > -np.inf:
+        shares[int(sums.argmax())] = 1.0
+    return make_weights(scores, truncated, log_ratios, log_answers, shares=shares.tolist())
+
+
+def gold_weight(score: Score) -> Weight:
+    """Weight 1 for the gold trace of this score's question: trace index -1."""
+    nothing, one = Float64(0.0), Float64(1.0)
+    return Weight(score.question_id, -1, score.round, nothing, nothing, nothing, one, "gold")
+
+
 def select(weights: Sequence[Weight], selection: str, min_weight: float, seed: int) -> tuple[list[Weight], float]:
     """Choose the traces to train on, of all questions.
 
     Args:
         selection: `weighted`: every trace with its weight, without those under `min_weight` (the rest is not
             normalised again: a dropped share is lost, not given to others); `resample`: one trace a question
-            drawn from its weights, weight 1; `best`: the trace of the largest weight, weight 1.
+            drawn from its weights; `best`: the trace of the largest weight; either has the weight of all of them.
         seed: of the draw, which depends on it and the question's id only.
 
     Returns:
@@ -163,7 +217,7 @@ def select(weights: Sequence[Weight], selection: str, min_weight: float, seed: i
         else:
             digest = blake2b(f"{seed}/{question_id}".encode(), digest_size=8).digest()
             index = int(np.random.default_rng(int.from_bytes(digest)).choice(len(group), p=shares / shares.sum()))
-        chosen.append(replace(group[index], weight=Float64(1.0)))
+        chosen.append(replace(group[index], weight=Float64(float(shares.sum()))))
     return chosen, 0.0
 
 

@@ -9,14 +9,15 @@ import numpy as np
 from megavar.config.schema import ObjectiveConfig
 from megavar.data.tokens import answers_by_trace, count_correct
 from megavar.objectives import get_objective
+from megavar.objectives.bounds import question_bounds
 from megavar.objectives.weights import effective_sample_size
-from megavar.records import Answer, Score, Trace, Weight, write_records
+from megavar.records import Answer, Bound, Score, Trace, Weight, write_records
 
 
 def weigh_traces(
     traces: Sequence[Trace], scores: Sequence[Score], objective: str, config: ObjectiveConfig, folder: Path
 ) -> dict[str, float]:
-    """Write a `Weight` for every trace to `folder` by the named objective, and return the totals.
+    """Write a `Weight` for every trace and a `Bound` for every question to `folder`, and return the totals.
 
     Raises:
         ValueError: if scores and traces are not of the same traces, or lack what the objective needs.
@@ -32,21 +33,43 @@ def weigh_traces(
     weigh = get_objective(objective)
     weights: list[Weight] = []
     sizes: list[float] = []
+    bounds: list[Bound] = []
     for question_id in sorted(of_question):
         group = sorted(of_question[question_id], key=lambda score: score.trace_index)
         truncated = [finish_of[question_id, score.trace_index] != "closed" for score in group]
         found = weigh(group, truncated, config)
         weights += found
+        if (bound := question_bounds(group, truncated, found)) is not None:
+            bounds.append(bound)
         if any(weight.weight > 0 for weight in found):
             sizes.append(effective_sample_size(np.array([weight.weight for weight in found])))
     write_records(folder / "data.parquet", weights, Weight)
+    if bounds:
+        write_records(folder / "bounds.parquet", bounds, Bound)
     statuses = Counter(weight.status for weight in weights)
     return {
         "questions": float(len(of_question)),
         "questions_with_weight": float(len(sizes)),
         "ess": float(np.mean(sizes)) if sizes else 0.0,
+        **_mean_bounds(bounds),
         **{f"traces_{status}": float(count) for status, count in sorted(statuses.items())},
     }
+
+
+def _mean_bounds(bounds: Sequence[Bound]) -> dict[str, float]:
+    """Means over the questions: L_K for each K that all questions have, KL(q || pi), entropy of the weights."""
+    if not bounds:
+        return {}
+    found = {
+        "kl_posterior_policy": float(np.mean([bound.kl_posterior_policy for bound in bounds])),
+        "weight_entropy": float(np.mean([bound.weight_entropy for bound in bounds])),
+    }
+    for size in range(1, min(bound.num_traces for bound in bounds) + 1):
+        found[f"bound_{size}"] = float(np.mean([bound.bounds[size - 1] for bound in bounds]))
+        found[f"bound_{size}_geometric_mean"] = float(
+            np.mean([bound.bounds_geometric_mean[size - 1] for bound in bounds])
+        )
+    return found
 
 
 def counted_scores(traces: Sequence[Trace], answers: Sequence[Answer]) -> list[Score]:

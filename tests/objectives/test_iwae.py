@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from made_scores import random_scores, score, weigh
 
+from megavar.objectives import OBJECTIVES
+
 
 def weights_of(found):
     return [row.weight for row in found]
@@ -129,7 +131,7 @@ def test_no_posterior_is_needed_without_a_ratio():
     assert weights_of(weigh([replace(score(0, [-1], [-1]), logp_posterior=None)], ratio="none")) == [1.0]
 
 
-@pytest.mark.parametrize("name", ["iwae", "forward_kl", "sft"])
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_traces_of_two_questions_doubled_traces_and_missing_flags_are_refused(name):
     one, same = score(0, [-1], [-1]), score(0, [-2], [-1])
     with pytest.raises(ValueError, match=r"\['other', 'q'\]"):

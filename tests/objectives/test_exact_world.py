@@ -1,0 +1,333 @@
+"""Every objective against exact mathematics, in a world whose traces and answers can all be listed.
+
+Traces are up to two symbols of {a, b} and a close marker: seven of them, with softmax parameters at every node. After
+each trace the answer is one of eight, of which a known number is correct. All expectations are sums over everything
+that can happen; nothing is sampled unless a test says so. Weights come from the objectives' own code, by `Score`s.
+"""
+
+from itertools import product
+from math import log, sqrt
+
+import numpy as np
+import pytest
+import torch
+from made_scores import weigh
+
+from megavar.objectives.bounds import multi_trace_bounds, question_bounds
+from megavar.records import Score
+
+TRACES = ["", "a", "b", "aa", "ab", "ba", "bb"]
+SYMBOLS = "ab."
+NUM_ANSWERS = 8
+NUM_CORRECT = [1, 6, 2, 8, 3, 0, 5]
+EXACT = 1e-6  # Scores hold float32
+
+
+class World:
+    """pi(z) and q(z) by logits [3 nodes, 3 symbols], pi(y | z) by logits [7 traces, 8 answers]; float64."""
+
+    def __init__(self, seed=0, answers=True):
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+        self.policy, self.posterior = random(3, 3), random(3, 3)
+        self.answers = random(7, 8) if answers else torch.zeros(7, 8, dtype=torch.float64, requires_grad=True)
+
+    def token_logps(self, logits, trace):
+        """log-probs of a trace's tokens, the close marker included; after two symbols it comes for certain."""
+        nodes = {"": 0, "a": 1, "b": 2}
+        tokens = trace + "."
+        found = [logits[nodes[tokens[:i]]].log_softmax(0)[SYMBOLS.index(tokens[i])] for i in range(min(2, len(tokens)))]
+        return torch.stack([*found, *[torch.zeros((), dtype=torch.float64)] * (len(tokens) - len(found))])
+
+    def log_policy(self):
+        return torch.stack([self.token_logps(self.policy, trace).sum() for trace in TRACES])
+
+    def log_posterior(self):
+        return torch.stack([self.token_logps(self.posterior, trace).sum() for trace in TRACES])
+
+    def log_correct(self):
+        """log pi(Y | x, z): of any correct answer, the first NUM_CORRECT[z]; -inf where there is none."""
+        logps = self.answers.log_softmax(1)
+        none = torch.tensor(-torch.inf, dtype=torch.float64)
+        rows = zip(logps, NUM_CORRECT, strict=True)
+        return torch.stack([row[:count].logsumexp(0) if count else none for row, count in rows])
+
+    def log_joint(self):
+        return self.log_policy() + self.log_correct()
+
+    def log_evidence(self):
+        return self.log_joint().logsumexp(0)
+
+    def score(self, trace, index, num_correct=None):
+        """The record of a trace; its `logp_answer` is log pi(Y | x, z), as one token."""
+        return Score(
+            "q", index, 1,
+            self.token_logps(self.policy, TRACES[trace]).detach().float().numpy(),
+            self.token_logps(self.posterior, TRACES[trace]).detach().float().numpy(),
+            self.log_correct()[trace].detach().float().reshape(1).numpy(),
+            NUM_ANSWERS, NUM_CORRECT[trace] if num_correct is None else num_correct,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+@pytest.fixture
+def certain(monkeypatch):
+    """The world with every trace able to lead to a correct answer, so that all bounds are finite."""
+    monkeypatch.setitem(globals(), "NUM_CORRECT", [1, 6, 2, 8, 3, 1, 5])
+    return World()
+
+
+def gradients(value, *parameters):
+    return torch.autograd.grad(value, parameters, retain_graph=True)
+
+
+def assert_close(first, second, tolerance=EXACT):
+    for one, other in zip(first, second, strict=True):
+        assert (one - other).abs().max() <= tolerance * max(1.0, float(other.abs().max()))
+
+
+def tuples_of(world, count):
+    """(indices of `count` traces, probability that q draws them) for all of them."""
+    logps = world.log_posterior().detach()
+    for indices in product(range(7), repeat=count):
+        yield list(indices), float(logps[list(indices)].sum().exp())
+
+
+def exact_bound(world, count):
+    """L_K: the expectation over all K-tuples of q, which is held constant, of log mean rho."""
+    log_rho = world.log_joint() - world.log_posterior().detach()
+    return sum(p * (log_rho[indices].logsumexp(0) - log(count)) for indices, p in tuples_of(world, count))
+
+
+def expected_gradient(world, count, parameters, log_probability, **settings):
+    """Sum over all K-tuples of q of probability x sum_k weight_k grad log_probability[z_k], weights by `settings`."""
+    coefficients = torch.zeros(7, dtype=torch.float64)
+    for indices, p in tuples_of(world, count):
+        found = weigh([world.score(trace, k) for k, trace in enumerate(indices)], **settings)
+        for row, trace in zip(found, indices, strict=True):
+            coefficients[trace] += p * float(row.weight)
+    kept = coefficients != 0
+    return gradients((coefficients[kept] * log_probability[kept]).sum(), *parameters)
+
+
+def test_probabilities_of_all_traces_sum_to_one(world):
+    assert float(world.log_policy().exp().sum()) == pytest.approx(1, abs=1e-12)
+    assert float(world.log_posterior().exp().sum()) == pytest.approx(1, abs=1e-12)
+
+
+def test_bounds_rise_with_the_number_of_traces_and_stay_below_the_evidence(certain):
+    bounds = [float(exact_bound(certain, count)) for count in (1, 2, 3, 4)]
+    assert all(
+        low + 1e-3 < high for low, high in zip(bounds, [*bounds[1:], float(certain.log_evidence())], strict=True)
+    )
+    elbo = (certain.log_posterior().exp() * (certain.log_joint() - certain.log_posterior())).sum()
+    assert bounds[0] == pytest.approx(float(elbo), abs=1e-12)
+
+
+def test_the_bound_is_tight_when_the_posterior_is_the_true_one(certain):
+    """Seven traces, of which q must be the true posterior: its rows are set to the conditional probabilities."""
+    true = (certain.log_joint() - certain.log_evidence()).exp().detach()
+    reach = {"": true[[0]], "a": true[[1, 3, 4]], "b": true[[2, 5, 6]]}
+    certain.posterior = torch.stack(
+        [torch.stack([reach["a"].sum(), reach["b"].sum(), true[0]]), true[[3, 4, 1]], true[[5, 6, 2]]]
+    ).log()
+    assert_close([certain.log_posterior().exp()], [true], 1e-12)
+    assert float(exact_bound(certain, 1)) == pytest.approx(float(certain.log_evidence()), abs=1e-12)
+
+
+def test_estimates_of_all_bounds_from_three_traces_are_unbiased(certain):
+    expected = np.zeros(3)
+    kl = 0.0
+    for indices, p in tuples_of(certain, 3):
+        scores = [certain.score(trace, k) for k, trace in enumerate(indices)]
+        found = question_bounds(scores, [False] * 3, weigh(scores))
+        expected += p * found.bounds
+        kl += p * found.kl_posterior_policy
+    assert expected == pytest.approx([float(exact_bound(certain, count)) for count in (1, 2, 3)], abs=EXACT)
+    exact_kl = (certain.log_posterior().exp() * (certain.log_posterior() - certain.log_policy())).sum()
+    assert kl == pytest.approx(float(exact_kl), abs=EXACT)
+
+
+def test_bounds_of_many_traces_use_a_fixed_draw_of_subsets():
+    values = np.random.default_rng(0).normal(size=24)
+    found = multi_trace_bounds(values)
+    assert found.tolist() == multi_trace_bounds(values).tolist()
+    assert found[0] == pytest.approx(values.mean(), abs=1e-12)
+    assert (np.diff(found) > -0.01).all() and found[-1] > found[0] + 0.3
+    assert found[-1] == pytest.approx(np.log(np.exp(values).mean()), abs=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_iwae_weights_give_the_gradient_of_the_exact_bound(certain, count):
+    parameters = (certain.policy, certain.answers)
+    found = expected_gradient(certain, count, parameters, certain.log_joint(), ratio="sequence", answer="likelihood")
+    assert_close(found, gradients(exact_bound(certain, count), *parameters))
+
+
+def test_elbo_weights_give_the_gradient_of_the_one_trace_bound(certain):
+    parameters = (certain.policy, certain.answers)
+    settings = {"name": "elbo", "ratio": "sequence", "answer": "likelihood"}
+    found = expected_gradient(certain, 2, parameters, certain.log_joint(), **settings)
+    assert_close(found, gradients(exact_bound(certain, 1), *parameters))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_reverse_kl_weights_give_the_elbos_gradient_for_the_posterior(certain, count):
+    log_rho = certain.log_joint().detach() - certain.log_posterior()
+    elbo = (certain.log_posterior().exp() * log_rho).sum()
+    found = expected_gradient(
+        certain, count, (certain.posterior,), certain.log_posterior(), name="reverse_kl", answer="likelihood"
+    )
+    assert_close(found, gradients(elbo, certain.posterior))
+
+
+# Rollouts that are the policy's own distribution: trace z comes MULTIPLICITY[z] times in 16, so sums are exact.
+MULTIPLICITY = [2, 1, 4, 2, 3, 3, 1]
+ROLLOUTS = [trace for trace, count in enumerate(MULTIPLICITY) for _ in range(count)]
+
+
+@pytest.fixture
+def rational():
+    """pi(z) = MULTIPLICITY / 16, and pi(Y | z) = NUM_CORRECT / 8: accuracies of eight answers are exact too."""
+    world = World(answers=False)
+    p = torch.tensor(MULTIPLICITY, dtype=torch.float64)
+    rows = [torch.stack([p[[1, 3, 4]].sum(), p[[2, 5, 6]].sum(), p[0]]), p[[3, 4, 1]], p[[5, 6, 2]]]
+    world.policy = torch.stack(rows).log().requires_grad_()
+    return world
+
+
+def rollout_weights(world, **settings):
+    """Weight of each trace, summed over its copies among the rollouts."""
+    found = weigh([world.score(trace, k) for k, trace in enumerate(ROLLOUTS)], ratio="none", **settings)
+    totals = np.zeros(7)
+    np.add.at(totals, ROLLOUTS, [float(row.weight) for row in found])
+    return totals
+
+
+def test_forward_kl_weights_are_the_true_posterior(rational):
+    true = (rational.log_joint() - rational.log_evidence()).exp().detach().numpy()
+    assert rollout_weights(rational, name="forward_kl") == pytest.approx(true, abs=1e-12)
+
+
+def test_the_fixed_point_of_the_forward_kl_is_the_true_posterior(rational):
+    weights = torch.from_numpy(rollout_weights(rational, name="forward_kl"))
+    true = (rational.log_joint() - rational.log_evidence()).exp().detach()
+    kept = true > 0
+    divergence = (true[kept] * (true[kept].log() - rational.log_posterior()[kept])).sum()
+    loss = -(weights * rational.log_posterior()).sum()
+    assert_close(gradients(loss, rational.posterior), gradients(divergence, rational.posterior), 1e-12)
+    optimizer = torch.optim.LBFGS(
+        [rational.posterior], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe"
+    )
+
+    def step():
+        optimizer.zero_grad()
+        value = -(weights * rational.log_posterior()).sum()
+        value.backward()
+        return value
+
+    optimizer.step(step)
+    assert_close([rational.log_posterior().exp()], [true], 1e-4)
+
+
+def joint_gradient(world, weights):
+    """sum_z weight_z grad log pi(z, Y | x), which is what the trainer follows."""
+    kept = torch.from_numpy(weights) > 0
+    value = (torch.from_numpy(weights)[kept] * world.log_joint()[kept]).sum()
+    return gradients(value, world.policy, world.answers)
+
+
+def test_reinforce_weights_give_the_gradient_of_the_expected_reward(rational):
+    expected = gradients(rational.log_evidence().exp(), rational.policy, rational.answers)
+    assert_close(joint_gradient(rational, rollout_weights(rational, name="reinforce")), expected, 1e-12)
+
+
+def test_grpo_weights_give_the_gradient_of_the_group_normalised_reward(rational):
+    """E[(R - P) / sqrt(P (1 - P)) grad log pi], with P and the deviation constants: negative samples included."""
+    p = rational.log_evidence().exp().detach()
+    logps = rational.log_policy()[:, None] + rational.answers.log_softmax(1)
+    rewards = torch.tensor([[float(y < count) for y in range(8)] for count in NUM_CORRECT], dtype=torch.float64)
+    advantages = (rewards - p) / (p * (1 - p)).sqrt()
+    expected = gradients((logps.detach().exp() * advantages * logps).sum(), rational.policy, rational.answers)
+    assert_close(joint_gradient(rational, rollout_weights(rational, name="grpo")), expected, 1e-9)
+
+
+def test_rft_weights_give_the_gradient_of_the_likelihood_of_what_was_accepted(rational):
+    """At another theta than the one that sampled: sum_{z, y correct} pi_ref(z, y) grad log pi_theta(z)."""
+    accepted = rational.log_joint().detach().exp()
+    weights = rollout_weights(rational, name="rft")
+    rational.policy = torch.randn(
+        3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(9)
+    ).requires_grad_()
+    expected = gradients((accepted * rational.log_policy()).sum(), rational.policy)
+    found = gradients((torch.from_numpy(weights) * rational.log_policy()).sum(), rational.policy)
+    assert_close(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["rft", "reinforce", "grpo"])
+def test_implied_weights_are_a_factor_on_the_forward_kl(rational, name):
+    p = float(rational.log_evidence().exp())
+    factor = sqrt(p / (1 - p)) if name == "grpo" else p
+    expected = factor * rollout_weights(rational, name="forward_kl")
+    assert rollout_weights(rational, name=name) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("correct", "factor"), [(0, 0.0), (8, 0.0)])
+def test_questions_without_advantage_have_no_weight_under_grpo(rational, correct, factor):
+    scores = [rational.score(trace, k, num_correct=correct) for k, trace in enumerate(ROLLOUTS)]
+    assert sum(float(row.weight) for row in weigh(scores, name="grpo", ratio="none")) == factor
+
+
+def variances(probabilities):
+    """Exact variances of the two estimators of p = sum of pi(y) over the correct answers (theorem 1)."""
+    p = probabilities.sum()
+    likelihood = len(probabilities) * (probabilities**2).sum() - p**2  # y uniform among the correct: |Y| pi(y)
+    return likelihood, p * (1 - p)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_theorem_1_worst_case_variance_and_where_the_estimators_cross(size):
+    generator = np.random.default_rng(0)
+    for p in np.linspace(0.02, 0.98, 25):
+        worst, accuracy = variances(np.array([p, *[0.0] * (size - 1)]))
+        assert worst == pytest.approx(p**2 * (size - 1), abs=1e-12)
+        assert (accuracy <= worst + 1e-12) == (p >= 1 / size - 1e-12)
+        for _ in range(20):
+            assert variances(generator.dirichlet(np.ones(size)) * p)[0] <= worst + 1e-12
+
+
+def test_theorem_1_by_simulation():
+    generator, draws = np.random.default_rng(1), 400_000
+    probabilities = np.array([0.30, 0.10, 0.05, 0.05])
+    likelihood = len(probabilities) * probabilities[generator.integers(0, 4, draws)]
+    accuracy = (generator.random(draws) < probabilities.sum()).astype(float)
+    for sample, variance in zip((likelihood, accuracy), variances(probabilities), strict=True):
+        assert sample.mean() == pytest.approx(0.5, abs=5 * sqrt(variance / draws))
+        assert sample.var() == pytest.approx(variance, rel=0.02)
+
+
+def limit_of_weights(world, ratio):
+    """What the weighted traces are distributed as for many traces: q(z) rho(z), normalised."""
+    scores = [world.score(trace, k) for k, trace in enumerate(range(7))]
+    log_weights = np.array([float(row.log_weight) for row in weigh(scores, ratio=ratio, answer="likelihood")])
+    mass = world.log_posterior().detach().exp().numpy() * np.exp(log_weights)
+    return mass / mass.sum()
+
+
+def test_the_geometric_mean_is_biased_towards_the_posterior_and_less_than_no_ratio(certain):
+    """Total variation to the true posterior: 0 by the sequence ratio; figures are quoted in docs/objectives.md."""
+    true = (certain.log_joint() - certain.log_evidence()).exp().detach().numpy()
+    ratios = ("sequence", "geometric_mean", "none")
+    distance = {ratio: 0.5 * np.abs(limit_of_weights(certain, ratio) - true).sum() for ratio in ratios}
+    assert distance["sequence"] <= EXACT
+    assert 0.01 < distance["geometric_mean"] < distance["none"]
+    print({ratio: round(value, 3) for ratio, value in distance.items()})
+    certain.posterior = certain.policy
+    assert np.abs(limit_of_weights(certain, "geometric_mean") - true).max() <= EXACT
