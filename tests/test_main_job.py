@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from megavar.models.convert import Model
 from megavar.records import Answer, Score, Trace, Weight, read_records
@@ -70,6 +71,17 @@ def kill_when(process: subprocess.Popen, ready: Callable[[], bool]) -> None:
 def status(run: Path, stage: str) -> str | None:
     file = run / "manifest.json"
     return json.loads(file.read_text()).get(stage, {}).get("status") if file.exists() else None
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, row: dict) -> list[int]:
+    """What the policy is asked, made without megavar's templates."""
+    messages = [{"role": "user", "content": row["question"]}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + "<think>\n"
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def read_rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +146,6 @@ def test_the_serving_engine_and_the_training_engine_agree_on_the_posteriors_log_
 
 
 def test_scores_equal_transformers_under_both_prompts(job):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _, run, _ = job
     models = {
@@ -161,7 +172,6 @@ def test_scores_equal_transformers_under_both_prompts(job):
 
 
 def test_the_exported_policy_loads_with_no_missing_or_unexpected_key(job):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _, run, _ = job
     model, info = AutoModelForCausalLM.from_pretrained(run / "hf", output_loading_info=True)
@@ -209,7 +219,7 @@ def test_the_run_ends_with_its_table(job):
     _, run, _ = job
     summary = json.loads((run / "report" / "summary.json").read_text())
     assert summary["traces_sampled"] == NUM_QUESTIONS * NUM_TRACES and 0 < summary["ess"] <= NUM_TRACES
-    for name in ("pi_0", "final"):
+    for name in ("pi_0", "pi_1"):
         pass_1, pass_2 = summary["accuracy"][name]
         assert 0 <= pass_1["low"] <= pass_1["mean"] <= pass_1["high"] <= 1 and pass_2["mean"] >= pass_1["mean"]
 
@@ -219,7 +229,6 @@ def test_sglangs_greedy_output_of_the_exported_policy_equals_transformers(job):
     import asyncio
 
     import numpy as np
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from megavar.config.load import load_config
     from megavar.rollout.engine import GenerateRequest
@@ -229,17 +238,8 @@ def test_sglangs_greedy_output_of_the_exported_policy_equals_transformers(job):
     config = load_config(folder / "run.yaml", [])
     tokenizer = AutoTokenizer.from_pretrained(run / "hf")
     model = AutoModelForCausalLM.from_pretrained(run / "hf", dtype=torch.float32).eval()
-    rows = [json.loads(line) for line in (folder / "data" / "eval.jsonl").read_text().splitlines()]
-    prompts = [
-        tokenizer(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": row["question"]}], add_generation_prompt=True, tokenize=False
-            )
-            + "<think>\n",
-            add_special_tokens=False,
-        )["input_ids"]
-        for row in rows
-    ]
+    rows = read_rows(folder / "data" / "eval.jsonl")
+    prompts = [prompt_ids(tokenizer, row) for row in rows]
 
     async def serve() -> list:
         async with open_engine(config.rollout, run / "hf", folder / "servers") as engine:
@@ -256,3 +256,45 @@ def test_sglangs_greedy_output_of_the_exported_policy_equals_transformers(job):
         largest = max(largest, float(np.abs(rows_of - generation.logps).max()))
     print(f"largest difference of a log-prob: {largest:.1e}")
     assert largest < 1e-4
+
+
+def test_a_second_round_starts_from_the_first_ones_policy_and_resumes(job):
+    """`rounds=2` on a finished run goes on with the second round; killed in its training, it continues."""
+    folder, run, _ = job
+    before = {file: file.stat().st_mtime_ns for file in (run / "round_01").rglob("*.safetensors")}
+    command = ["examples/pretrain_variational.py", "--config", str(folder / "run.yaml"), "--tp", "2", "--pp", "2"]
+    checkpoints = run / "round_02" / "policy" / "checkpoints"
+    kill_when(start(folder, *command, "rounds=2"), lambda: bool(list(checkpoints.glob("step_*"))))
+    assert start(folder, *command, "rounds=2").wait(timeout=600) == 0, (folder / "log.txt").read_text()[-4000:]
+
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert (run / "hf").resolve() == (run / "round_02" / "policy" / "hf").resolve()
+    entries = json.loads((run / "manifest.json").read_text())
+    for stage in ("rollouts_02", "sample_02"):
+        assert entries[stage]["settings"]["reference"] == entries["export"]["digest"]
+    steps = [row["step"] for row in Metrics.read(run) if row["stage"] == "policy_02"]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 6
+    first, second = (read_records(run / name / "traces" / "data.parquet", Trace) for name in ("round_01", "round_02"))
+    assert {row.round for row in second} == {2} and len(second) == len(first)
+    assert {row.seed for row in first}.isdisjoint(row.seed for row in second)
+    assert (run / "eval" / "pi_2.json").exists()
+
+
+def test_the_second_rounds_scores_are_of_the_first_rounds_policy(job):
+    folder, run, _ = job
+    if not (run / "round_02").exists():
+        pytest.fail("the second round has not run")
+    model = AutoModelForCausalLM.from_pretrained(run / "round_01" / "policy" / "hf", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(run / "hf")
+    questions = {row["id"]: row for row in read_rows(folder / "data" / "train.jsonl")}
+    scores = read_records(run / "round_02" / "scores" / "data.parquet", Score)
+    score_of = {(row.question_id, row.trace_index): row for row in scores}
+    traces = read_records(run / "round_02" / "traces" / "data.parquet", Trace)
+    for trace in [row for row in traces if row.finish == "closed"][:5]:
+        ids = prompt_ids(tokenizer, questions[trace.question_id])
+        whole = torch.tensor([*ids, *trace.trace_ids.tolist()])
+        with torch.no_grad():
+            logps = (model(whole[None]).logits[0] / 0.7).log_softmax(-1)[len(ids) - 1 : -1]
+        expected = logps.gather(1, whole[len(ids) :, None]).squeeze(1)
+        given = torch.from_numpy(score_of[trace.question_id, trace.trace_index].logp_policy)
+        assert (given - expected).abs().max() <= 2e-5

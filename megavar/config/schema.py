@@ -24,8 +24,10 @@ class DataConfig:
 
     train: str = "???"
     eval: str | None = None
-    num_round_questions: int | None = None
-    """Questions of the train file that traces are sampled for: its first N; null: all."""
+    questions_per_round: int | None = None
+    """Questions of the train file that traces are sampled for in a round: its first N; null: all."""
+    fresh_questions: bool = False
+    """Round t takes the t-th N questions instead: a curriculum, if the file is in order."""
     max_sequence_tokens: int = at_least(16, default=4096)
     """Limit of prompt + trace + answer in tokens; a longer gold sequence is an input error."""
 
@@ -126,8 +128,10 @@ class RolloutConfig:
 class SampleConfig:
     """How many traces and answers are sampled, and how."""
 
+    sampler: str = choice("posterior", "policy", default="posterior")
+    """Who draws the traces: q, or the policy itself without a hint (as RFT, REINFORCE and GRPO do)."""
     num_traces: int = at_least(1, default=8)
-    """K: traces from the posterior for each question."""
+    """K: traces for each question."""
     num_answers: int = at_least(1, default=8)
     """n: answers from the policy for each trace."""
     temperature: float = at_least(0, default=0.7)
@@ -174,7 +178,9 @@ class ObjectiveConfig:
 class PosteriorConfig:
     """The posterior q_phi and what it learns from (equation 9)."""
 
-    source: str = choice("gold", "rollout", default="gold")
+    source: str = choice("gold", "rollout", "reverse_kl", default="gold")
+    """`gold`: the data's traces, once; `rollout`: in each round the policy's own, weighted by accuracy; `reverse_kl`:
+    as gold, and from the second round on the ELBO's own gradient on the last round's traces of q."""
     num_rollouts: int = at_least(1, default=8)
     """M: traces from the policy for each question (`rollout`)."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -185,6 +191,7 @@ class PolicyConfig:
     """The final policy."""
 
     init: str = choice("base", "sft", default="base")
+    """From the base, or from the policy that the round starts with: pi_0 in the first one."""
     mix_gold: bool = False
     """Adds the gold sequences of the train file, weight 1 each."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -192,11 +199,11 @@ class PolicyConfig:
 
 @dataclass
 class EvalConfig:
-    """Held-out accuracy of pi_0 and of the final policy."""
+    """Held-out accuracy of pi_0 and of each round's policy."""
 
     num_samples: int = at_least(1, default=4)
     """Samples for each question; pass@k is reported for k = 1 and k = num_samples."""
-    models: list[str] = field(default_factory=lambda: ["pi_0", "final"])
+    models: list[str] = field(default_factory=lambda: ["pi_0", "policy"])
     """Which models; `[pi_0]` needs no stage after sft, to measure a run of more SFT."""
     num_bootstrap: int = at_least(1, default=1000)
 
@@ -216,6 +223,8 @@ class RunConfig:
     name: str = "???"
     runs_dir: str = "runs"
     seed: int = 1
+    rounds: int = at_least(1, default=1)
+    """T: rounds of sampling and training, each starting from the policy of the one before."""
     model: str = "???"
     """Hugging Face folder of the base model."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -287,8 +296,10 @@ def _validate_pairs(config: RunConfig) -> None:
         raise ValueError("rollout.mode=external needs rollout.urls: the base URLs of running SGLang servers.")
     if rollout.mode == "managed" and rollout.urls:
         raise ValueError(f"rollout.urls={rollout.urls} are ignored in rollout.mode=managed; use rollout.mode=external.")
-    if not config.eval.models or not set(config.eval.models) <= {"pi_0", "final"}:
-        raise ValueError(f"eval.models={config.eval.models} must name one or both of pi_0, final.")
+    if not config.eval.models or not set(config.eval.models) <= {"pi_0", "policy"}:
+        raise ValueError(f"eval.models={config.eval.models} must name one or both of pi_0, policy.")
+    if config.data.fresh_questions and config.data.questions_per_round is None:
+        raise ValueError("data.fresh_questions=true needs data.questions_per_round, how many a round takes.")
     if config.parallel.virtual_pipeline > 1 and config.parallel.pipeline == 1:
         raise ValueError(
             f"parallel.virtual_pipeline={config.parallel.virtual_pipeline} needs parallel.pipeline of at least 2, "

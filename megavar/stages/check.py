@@ -39,7 +39,15 @@ def check_run(config: RunConfig, ranks: int | None) -> None:
     gold_sequences(train, templates, limit)
     if config.posterior.source == "gold":
         gold_posterior_sequences(train, templates, limit)
-    sampled = train[: config.data.num_round_questions]
+    sampled = train
+    if config.data.questions_per_round is not None:
+        sampled = train[: config.data.questions_per_round * (config.rounds if config.data.fresh_questions else 1)]
+        needed = config.data.questions_per_round * config.rounds
+        if config.data.fresh_questions and needed > len(train):
+            raise ValueError(
+                f"data.fresh_questions=true needs rounds x questions_per_round = {config.rounds} x "
+                f"{config.data.questions_per_round} = {needed} questions, but {config.data.train} has {len(train)}."
+            )
     check_room(sampled, templates.posterior_prompt, templates.answer, config)
     check_room(sampled, templates.policy_prompt, templates.answer, config)
     if config.objective.on_no_correct_trace == "gold":

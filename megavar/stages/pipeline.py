@@ -24,10 +24,10 @@ from megavar.rollout.servers import open_engine
 from megavar.stages import report
 from megavar.stages.evaluate import evaluate_model
 from megavar.stages.metrics import Metrics
-from megavar.stages.run import ROUND, Manifest, Run, file_digest, flat, run_once
+from megavar.stages.run import Manifest, Run, file_digest, flat, run_once
 from megavar.stages.sample import Sampling, sample_answers, sample_traces
 from megavar.stages.score import score_traces
-from megavar.stages.train import export_stage, train_stage
+from megavar.stages.train import export_stage, link, train_stage
 from megavar.stages.verify import verify_answers
 from megavar.stages.weigh import counted_scores, engine_difference, weigh_traces
 from megavar.training.parallel import is_rank_zero, on_rank_zero
@@ -35,35 +35,48 @@ from megavar.training.parallel import is_rank_zero, on_rank_zero
 
 def run_pipeline(config: RunConfig) -> None:
     """Run every stage that is not finished, then print the table of results."""
-    run = Run(config)
-    on_rank_zero(run.open)
-    for stage in stages_of(config):
-        STAGES[stage](run)
+    on_rank_zero(Run(config).open)
+    for stage, round_index in stages_of(config):
+        STAGES[stage](Run(config, round_index))
     if is_rank_zero():
-        report.print_summary(run)
+        report.print_summary(Run(config, config.rounds))
 
 
-def run_stage(config: RunConfig, stage: str) -> None:
-    """Run one stage; those it reads from must be finished.
+def run_stage(config: RunConfig, name: str) -> None:
+    """Run one stage, such as `policy`, or `policy_02` for that of the second round; those it reads must be finished.
 
     Raises:
         ValueError: for an unknown stage, or one that this configuration has no use for.
     """
-    if stage not in stages_of(config):
-        raise ValueError(f"no stage {stage!r} in this run; its stages are {', '.join(stages_of(config))}.")
-    run = Run(config)
+    known = {Run(config, round_index).entry(stage): (stage, round_index) for stage, round_index in stages_of(config)}
+    if name not in known:
+        raise ValueError(f"no stage {name!r} in this run; its stages are {', '.join(known)}.")
+    stage, round_index = known[name]
+    run = Run(config, round_index)
     on_rank_zero(run.open)
     STAGES[stage](run)
 
 
-def stages_of(config: RunConfig) -> list[str]:
-    """Names of the run's stages, in order."""
-    skipped = set()
-    if config.posterior.source == "gold":
-        skipped.add("rollouts")
+def stages_of(config: RunConfig) -> list[tuple[str, int]]:
+    """The run's stages and their rounds, in order."""
+    unused = set()
+    if config.posterior.source != "rollout":
+        unused.add("rollouts")
+    if config.sample.sampler == "policy":
+        unused |= {"rollouts", "posterior"}
     if config.data.eval is None:
-        skipped.add("eval")
-    return [stage for stage in STAGES if stage not in skipped]
+        unused.add("eval")
+    once = {"sft"}
+    if config.posterior.source == "gold":
+        once.add("posterior")
+    if "policy" not in config.eval.models:
+        once.add("eval")
+    return [
+        (stage, round_index)
+        for round_index in range(1, config.rounds + 1)
+        for stage in STAGES
+        if stage not in unused and not (round_index > 1 and stage in once)
+    ]
 
 
 def run_sft(run: Run) -> None:
@@ -82,8 +95,8 @@ def run_rollouts(run: Run) -> None:
     config, folder = run.config, run.round / "rollouts"
 
     async def draw(questions: list[Question], templates: Templates) -> tuple[list[Trace], list[Answer]]:
-        sampling = Sampling(config.sample, templates, config.seed, ROUND)
-        async with open_engine(config.rollout, run.sft / "hf", run.folder / "servers") as engine:
+        sampling = Sampling(config.sample, templates, config.seed, run.round_index)
+        async with open_engine(config.rollout, run.reference, run.folder / "servers") as engine:
             return await _draw_policy(engine, questions, sampling, config.posterior.num_rollouts, folder)
 
     def work() -> None:
@@ -97,53 +110,66 @@ def run_rollouts(run: Run) -> None:
         **_common(run),
         **flat("sample", config.sample),
         "posterior.num_rollouts": config.posterior.num_rollouts,
-        "sft": _after(run, "sft"),
+        "reference": _reference(run),
     }
     run_once(run, "rollouts", settings, lambda: on_rank_zero(work))
 
 
 def run_posterior(run: Run) -> None:
-    """q from the base: on the gold traces, or on weighted rollouts of pi_0."""
+    """q on the gold traces, on weighted rollouts of the policy, or by the reverse KL on its own last traces."""
     config, train, rollouts = run.config, run.config.posterior.train, run.round / "rollouts"
+    reverse = config.posterior.source == "reverse_kl" and run.round_index > 1
 
     def work() -> None:
-        if config.posterior.source == "gold":
-            sequences = gold_posterior_sequences(*_gold(run))
-        else:
+        init = run.base
+        if config.posterior.source == "rollout":
             sequences = rollout_posterior_sequences(
                 _round_questions(run), _read(rollouts / "traces", Trace), _read(rollouts / "weights", Weight),
                 _templates(run),
             )  # fmt: skip
-        _train(run, "posterior", run.base, sequences, train, run.posterior)
+        elif reverse:
+            init, last, weights = run.before.posterior / "hf", run.before.round, run.round / "reverse_kl"
+            traces, scores = _read(last / "traces", Trace), _read(last / "scores", Score)
+            on_rank_zero(lambda: _weigh_reverse(run, traces, scores, weights))
+            sequences = rollout_posterior_sequences(
+                _round_questions(run.before), traces, _read(weights, Weight), _templates(run)
+            )
+        else:
+            sequences = gold_posterior_sequences(*_gold(run))
+        _train(run, "posterior", init, sequences, train, run.posterior)
         export_stage(run.posterior, run.posterior / "hf")
 
     settings = {**_common(run), **flat("posterior.train", train), "posterior.source": config.posterior.source}
     if config.posterior.source == "rollout":
         settings["rollouts"] = _after(run, "rollouts")
+    elif reverse:
+        settings["weigh"] = _after(run.before, "weigh")
     run_once(run, "posterior", settings, work)
 
 
 def run_sample(run: Run) -> None:
-    """K traces a question from q, and n answers a trace from pi_0."""
+    """K traces a question from q or the policy, and n answers a trace from the policy."""
     config = run.config
 
     async def draw() -> None:
         questions, templates = _round_questions(run), _templates(run)
-        sampling = Sampling(config.sample, templates, config.seed, ROUND)
-        async with open_engine(config.rollout, run.posterior / "hf", run.folder / "servers") as engine:
+        sampling = Sampling(config.sample, templates, config.seed, run.round_index)
+        sampler = config.sample.sampler
+        prompt_of = templates.posterior_prompt if sampler == "posterior" else templates.policy_prompt
+        async with open_engine(config.rollout, _sampler(run), run.folder / "servers") as engine:
             traces = await sample_traces(
-                engine, questions, templates.posterior_prompt, "posterior", config.sample.num_traces, sampling,
-                run.round / "traces",
-            )  # fmt: skip
-            await engine.load_weights(run.sft / "hf")
+                engine, questions, prompt_of, sampler, config.sample.num_traces, sampling, run.round / "traces"
+            )
+            await engine.load_weights(run.reference)
             await sample_answers(engine, traces, questions, config.sample.num_answers, sampling, run.round / "answers")
 
     settings = {
         **_common(run),
         **flat("sample", config.sample),
-        "sft": _after(run, "sft"),
-        "posterior": _after(run, "posterior"),
+        "reference": _reference(run),
     }
+    if config.sample.sampler == "posterior":
+        settings["posterior"] = _posterior(run)
     run_once(run, "sample", settings, lambda: on_rank_zero(lambda: asyncio.run(draw())))
 
 
@@ -158,13 +184,13 @@ def run_verify(run: Run) -> None:
 
 
 def run_score(run: Run) -> None:
-    """Log-probs of every trace under pi_0 and q."""
+    """Log-probs of every trace under the policy that the round starts with, and under who drew it."""
     config = run.config
 
     def work() -> None:
         score_traces(
             _round_questions(run), _read(run.round / "traces", Trace), _read(run.round / "verified", Answer),
-            run.sft / "hf", run.posterior / "hf", config.score, config.parallel, config.precision, _templates(run),
+            run.reference, _sampler(run), config.score, config.parallel, config.precision, _templates(run),
             run.round / "scores",
         )  # fmt: skip
 
@@ -192,7 +218,7 @@ def run_weigh(run: Run) -> None:
 
 
 def run_policy(run: Run) -> None:
-    """The final policy, on the weighted traces and, by configuration, the gold data."""
+    """The round's policy, on the weighted traces and, by configuration, the gold data."""
     config, objective, train = run.config, run.config.objective, run.config.policy.train
 
     def work() -> None:
@@ -207,7 +233,7 @@ def run_policy(run: Run) -> None:
         )
         if config.policy.mix_gold:
             sequences += gold_sequences(*_gold(run))
-        init = run.base if config.policy.init == "base" else run.sft / "hf"
+        init = run.base if config.policy.init == "base" else run.reference
         _train(run, "policy", init, sequences, train, run.policy)
 
     settings = {
@@ -221,22 +247,24 @@ def run_policy(run: Run) -> None:
 
 
 def run_export(run: Run) -> None:
-    """The final policy as a Hugging Face folder."""
+    """The round's policy as a Hugging Face folder, to which the run's `hf` then leads."""
 
     def work() -> None:
-        export_stage(run.policy, run.final)
+        export_stage(run.policy, run.policy / "hf")
+        on_rank_zero(lambda: link(run.final, run.policy / "hf"))
 
     run_once(run, "export", {"policy": _after(run, "policy")}, work)
 
 
 def run_eval(run: Run) -> None:
-    """Held-out accuracy of pi_0 and of the final policy."""
+    """Held-out accuracy of the round's policy and, in the first round, of pi_0."""
     config = run.config
-    folders = {"pi_0": run.sft / "hf", "final": run.final}
-    models = {name: folders[name] for name in config.eval.models}
+    models = {"pi_0": run.sft / "hf"} if run.round_index == 1 and "pi_0" in config.eval.models else {}
+    if "policy" in config.eval.models:
+        models[f"pi_{run.round_index}"] = run.policy / "hf"
 
     async def draw(questions: list[Question]) -> dict[str, list[Answer]]:
-        sampling = Sampling(config.sample, _templates(run), config.seed, ROUND)
+        sampling = Sampling(config.sample, _templates(run), config.seed, round_index=0)  # the same for all policies
         found = {}
         async with open_engine(config.rollout, next(iter(models.values())), run.folder / "servers") as engine:
             for name, model in models.items():
@@ -258,7 +286,7 @@ def run_eval(run: Run) -> None:
         **flat("eval", config.eval),
         **flat("sample", config.sample),
         "data.eval": file_digest(Path(config.data.eval or "")),
-        "trained": _after(run, "export" if "final" in models else "sft"),
+        "trained": _after(run, "export" if "policy" in config.eval.models else "sft"),
     }
     run_once(run, "eval", settings, lambda: on_rank_zero(work))
 
@@ -297,14 +325,30 @@ def _common(run: Run) -> dict[str, Any]:
         "seed": config.seed,
         "model": config.model,
         "data.train": file_digest(Path(config.data.train)),
-        "data.num_round_questions": config.data.num_round_questions,
+        "data.questions_per_round": config.data.questions_per_round,
+        "data.fresh_questions": config.data.fresh_questions,
         **flat("templates", config.templates),
         **flat("precision", config.precision),
     }
 
 
 def _after(run: Run, stage: str) -> str:
-    return Manifest(run.folder).digest(stage)
+    return Manifest(run.folder).digest(run.entry(stage))
+
+
+def _reference(run: Run) -> str:
+    """Digest of the policy that the round starts with."""
+    return _after(run, "sft") if run.round_index == 1 else _after(run.before, "export")
+
+
+def _posterior(run: Run) -> str:
+    """Digest of q."""
+    return _after(Run(run.config) if run.config.posterior.source == "gold" else run, "posterior")
+
+
+def _sampler(run: Run) -> Path:
+    """Who draws the traces, as a Hugging Face folder."""
+    return run.posterior / "hf" if run.config.sample.sampler == "posterior" else run.reference
 
 
 def _templates(run: Run) -> Templates:
@@ -317,7 +361,13 @@ def _gold(run: Run) -> tuple[list[Question], Templates, int]:
 
 
 def _round_questions(run: Run) -> list[Question]:
-    return read_questions(Path(run.config.data.train))[: run.config.data.num_round_questions]
+    data = run.config.data
+    first = (run.round_index - 1) * (data.questions_per_round or 0) if data.fresh_questions else 0
+    return read_questions(Path(data.train))[first:][: data.questions_per_round]
+
+
+def _weigh_reverse(run: Run, traces: Sequence[Trace], scores: Sequence[Score], folder: Path) -> None:
+    weigh_traces(traces, scores, "reverse_kl", run.config.objective, folder)
 
 
 def _read(folder: Path, record_type: type[Record]) -> list[Record]:
@@ -331,11 +381,11 @@ def _verify(run: Run, questions: Sequence[Question], answers: Sequence[Answer], 
 def _train(
     run: Run, stage: str, init: Path, sequences: Sequence[TrainSequence], train: TrainConfig, folder: Path
 ) -> None:
-    train_stage(stage, init, sequences, train, run.config, folder, run.folder)
+    train_stage(run.entry(stage), init, sequences, train, run.config, folder, run.folder)
 
 
 def _log(run: Run, stage: str, values: dict[str, float]) -> None:
     metrics = Metrics(run.folder, run.config.logging, run.config.name)
-    metrics.drop_from(stage, 0)
-    metrics.log(stage, 0, values)
+    metrics.drop_from(run.entry(stage), 0)
+    metrics.log(run.entry(stage), 0, values)
     metrics.close()

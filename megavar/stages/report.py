@@ -13,19 +13,21 @@ from megavar.stages.run import Manifest, Run
 
 
 def summarize(run: Run) -> dict[str, Any]:
-    """The run's results as one JSON-able dictionary."""
+    """The run's results up to this round as one JSON-able dictionary; traces are those of this round."""
     traces = read_records(run.round / "traces" / "data.parquet", Trace)
     answers = read_records(run.round / "verified" / "data.parquet", Answer)
     rows = {row["stage"]: row for row in Metrics.read(run.folder)}
     finishes = Counter(trace.finish for trace in traces)
-    models = {name: run.folder / "eval" / f"{name}.json" for name in ("pi_0", "final")}
+    names = [f"pi_{index}" for index in range(run.round_index + 1)]
+    models = {name: run.folder / "eval" / f"{name}.json" for name in names}
+    weigh = rows[run.entry("weigh")]
     return {
         "accuracy": {name: json.loads(file.read_text()) for name, file in models.items() if file.exists()},
-        "ess": rows["weigh"]["ess"],
+        "ess": weigh["ess"],
         "num_traces": run.config.sample.num_traces,
-        "largest_engine_difference": rows["weigh"].get("largest_engine_difference"),
-        "questions": int(rows["weigh"]["questions"]),
-        "questions_with_weight": int(rows["weigh"]["questions_with_weight"]),
+        "largest_engine_difference": weigh.get("largest_engine_difference"),
+        "questions": int(weigh["questions"]),
+        "questions_with_weight": int(weigh["questions_with_weight"]),
         "traces_sampled": len(traces),
         "traces_truncated": finishes["length"],
         "answers_sampled": len(answers),
@@ -42,8 +44,10 @@ def print_summary(run: Run) -> None:
     with write_aside(file) as aside:
         aside.write_text(json.dumps(found, indent=2) + "\n")
     table = Table("", "", title=f"{run.config.name}: {run.folder}", show_header=False)
-    for name, label in (("pi_0", "before (pi_0)"), ("final", "after (final policy)")):
-        for row in found["accuracy"].get(name, []):
+    last = f"pi_{run.round_index}"
+    for name, rows in found["accuracy"].items():
+        label = {"pi_0": "before (pi_0)", last: f"after ({last})"}.get(name, name)
+        for row in rows:
             value = f"{row['mean']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]"
             table.add_row(f"pass@{row['k']} {label}", value)
     table.add_section()

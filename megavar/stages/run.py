@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from megavar.config.schema import RunConfig
 from megavar.records import write_aside
 from megavar.training.parallel import barrier, is_rank_zero
 
-ROUND = 1
 _WITHOUT_EFFECT = {
     *("log_interval", "save_interval", "keep_checkpoints", "flush_seconds", "num_workers"),
     *("microbatch_tokens", "recompute", "distributed_optimizer"),
@@ -26,9 +25,20 @@ _WITHOUT_EFFECT = {
 
 @dataclass(frozen=True)
 class Run:
-    """A configuration and the places its stages read and write."""
+    """A configuration and the places its stages read and write in one of its rounds."""
 
     config: RunConfig
+    round_index: int = 1
+
+    def entry(self, stage: str) -> str:
+        """Name of a stage of this round in manifest, metrics and on the command line; plain in the first round."""
+        return stage if self.round_index == 1 or stage == "sft" else f"{stage}_{self.round_index:02d}"
+
+    @property
+    def before(self) -> "Run":
+        """The same in the round before."""
+        assert self.round_index > 1
+        return replace(self, round_index=self.round_index - 1)
 
     @property
     def folder(self) -> Path:
@@ -48,21 +58,27 @@ class Run:
     @property
     def round(self) -> Path:
         """What this round samples, scores, weighs and trains."""
-        return self.folder / f"round_{ROUND:02d}"
+        return self.folder / f"round_{self.round_index:02d}"
 
     @property
     def posterior(self) -> Path:
-        """q: checkpoints/ and hf/."""
-        return self.round / "posterior"
+        """q: checkpoints/ and hf/. On gold traces it is trained in the first round only."""
+        first = self.config.posterior.source == "gold"
+        return (replace(self, round_index=1) if first else self).round / "posterior"
+
+    @property
+    def reference(self) -> Path:
+        """The policy that this round starts with, as a Hugging Face folder: pi_0, or the last round's."""
+        return self.sft / "hf" if self.round_index == 1 else self.before.policy / "hf"
 
     @property
     def policy(self) -> Path:
-        """The final policy: checkpoints/."""
+        """The policy that this round makes: checkpoints/ and hf/."""
         return self.round / "policy"
 
     @property
     def final(self) -> Path:
-        """The final policy as a Hugging Face folder."""
+        """Link to the newest round's policy as a Hugging Face folder."""
         return self.folder / "hf"
 
     def open(self) -> None:
@@ -134,7 +150,7 @@ class Manifest:
 
 def run_once(run: Run, stage: str, settings: dict[str, Any], work: Callable[[], None]) -> None:
     """Do a stage's work unless it is finished under these settings; every rank calls it."""
-    manifest = Manifest(run.folder)
+    manifest, stage = Manifest(run.folder), run.entry(stage)
     if manifest.check(stage, settings):
         if is_rank_zero():
             print(f"{stage}: finished already, skipped", flush=True)

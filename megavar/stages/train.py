@@ -1,5 +1,6 @@
 """One training stage: sequences in, checkpoints and metrics out, and the result as a Hugging Face folder."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,3 +60,11 @@ def export_stage(folder: Path, target: Path) -> None:
             to_hugging_face(done[-1], target, None, MAX_SHARD_BYTES, overwrite=True, progress=progress.update)
 
     on_rank_zero(convert)
+
+
+def link(place: Path, folder: Path) -> None:
+    """Make `place` lead to `folder` beside or below it, whatever it led to before, at once."""
+    aside = place.with_name(f".{place.name}.link")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(folder.relative_to(place.parent))
+    os.replace(aside, place)

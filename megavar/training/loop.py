@@ -28,11 +28,11 @@ def num_training_steps(num_sequences: int, train: TrainConfig) -> int:
 
 
 def loss_normalizer(sequences: Sequence[TrainSequence], train: TrainConfig) -> float:
-    """C of the loss: B x the mean over the data set of (weight x trained tokens), unless set by config."""
+    """C of the loss: B x the mean over the data set of (|weight| x trained tokens), unless set by config."""
     if train.loss_normalizer is not None:
         return train.loss_normalizer
     return train.batch_sequences * float(
-        np.mean([sequence.weight * len(sequence.target_ids) for sequence in sequences], dtype=np.float64)
+        np.mean([abs(sequence.weight) * len(sequence.target_ids) for sequence in sequences], dtype=np.float64)
     )
 
 

@@ -45,6 +45,9 @@ def test_a_saved_configuration_loads_to_the_same(tmp_path):
             r"objective\.min_weight=0\.1.*objective\.selection=best",
         ),
         (["objective.name=sft"], r"objective\.name=sft .*objective\.answers=all_correct.*answers=reference"),
+        (["objective.name=elbo"], r"objective\.name=elbo .*answers=reference"),
+        (["objective.name=reverse_kl"], r"use posterior\.source=reverse_kl"),
+        (["data.fresh_questions=true"], r"data\.fresh_questions=true needs data\.questions_per_round"),
         (["eval.models=[odd]"], r"eval\.models=\['odd'\]"),
         (["parallel.virtual_pipeline=2"], r"parallel\.virtual_pipeline=2 needs parallel\.pipeline"),
         (["precision.fp8=delayed", "precision.dtype=fp32"], r"precision\.fp8=delayed needs precision\.dtype=bf16"),
@@ -65,3 +68,19 @@ def test_missing_values_and_files_are_named(tmp_path):
 @pytest.mark.parametrize("file", sorted((ROOT / "conf").glob("*.yaml")), ids=lambda file: file.name)
 def test_shipped_configurations_load(file):
     assert load_config(file, ["model=m"]).name
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "conf" / "objective").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_objective_has_a_configuration_that_any_run_can_include(tmp_path, file):
+    (tmp_path / "run.yaml").write_text(f"include: [{file}]\nname: a\nmodel: m\ndata: {{train: t.jsonl}}\n")
+    config = load_config(tmp_path / "run.yaml", [])
+    if file.stem in ("forward_kl", "reverse_kl"):
+        assert config.posterior.source == {"forward_kl": "rollout", "reverse_kl": "reverse_kl"}[file.stem]
+    else:
+        assert config.objective.name == file.stem
+
+
+def test_no_objective_lacks_its_configuration():
+    from megavar.objectives import OBJECTIVES
+
+    assert {file.stem for file in (ROOT / "conf" / "objective").glob("*.yaml")} == set(OBJECTIVES)

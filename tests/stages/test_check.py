@@ -79,7 +79,15 @@ def test_gold_as_the_last_resort_needs_gold_traces(config_file):
     overrides = ["objective.on_no_correct_trace=gold"]
     with pytest.raises(ValueError, match=r"t\.jsonl: question 'b' has no trace, which .*on_no_correct_trace=gold"):
         check_run(load_config(config_file, overrides), 1)
-    check_run(load_config(config_file, [*overrides, "data.num_round_questions=1"]), 1)
+    check_run(load_config(config_file, [*overrides, "data.questions_per_round=1"]), 1)
+
+
+def test_fresh_questions_must_last_for_all_rounds(config_file):
+    overrides = ["rounds=2", "data.questions_per_round=1", "data.fresh_questions=true"]
+    with pytest.raises(ValueError, match=r"rounds x questions_per_round = 2 x 1 = 2 questions, but .* has 1"):
+        check_run(load_config(config_file, overrides), 1)
+    (config_file.parent / "t.jsonl").write_text("\n".join(json.dumps({**GOOD, "id": name}) for name in "ab"))
+    check_run(load_config(config_file, overrides), 1)
 
 
 @pytest.mark.parametrize(
