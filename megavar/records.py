@@ -94,8 +94,9 @@ class Weight:
     log_weight: Float64
     weight: Float64
     status: str
-    """`ok`; `truncated`: left out; `gold`: the question's own trace; `no_correct_trace`: no trace of the question has a
-    correct answer, and a weight above 0 then comes from the reference answer."""
+    """`ok`; `truncated`: left out; `unused`: beyond `objective.num_traces`; `gold`: the question's own trace;
+    `no_correct_trace`: no trace of the question has a correct answer, and a weight above 0 then comes from the
+    reference answer."""
 
 
 @dataclass(frozen=True, eq=False)

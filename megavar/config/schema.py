@@ -74,6 +74,8 @@ class TrainConfig:
     """One training job: data order, optimizer, schedule, checkpoints."""
 
     epochs: float = at_least(0, default=1.0)
+    num_steps: int | None = None
+    """Optimizer steps, whatever `epochs` says; to compare runs at equal training."""
     batch_sequences: int = at_least(1, default=32)
     """Sequences in one optimizer step, over all data-parallel ranks (B in the loss normaliser)."""
     microbatch_tokens: int = at_least(1, default=8192)
@@ -165,6 +167,8 @@ class ObjectiveConfig:
     """How scores become weights (method.md, equations 6 and 8)."""
 
     name: str = "iwae"
+    num_traces: int | None = None
+    """K: only the first K of the sampled traces are used; null: all."""
     ratio: str = choice("geometric_mean", "sequence", "none", default="geometric_mean")
     answer: str = choice("accuracy", "geometric_mean", "likelihood", default="accuracy")
     answers: str = choice("all_correct", "first_correct", "reference", default="all_correct")
@@ -279,6 +283,11 @@ def _validate_pairs(config: RunConfig) -> None:
         raise ValueError(
             "objective.name=reverse_kl is a gradient of the posterior, objective.name one of the policy; "
             "use posterior.source=reverse_kl."
+        )
+    if objective.num_traces is not None and not 1 <= objective.num_traces <= sample.num_traces:
+        raise ValueError(
+            f"objective.num_traces={objective.num_traces} is not between 1 and sample.num_traces={sample.num_traces}; "
+            "sample more traces or use fewer."
         )
     if objective.min_weight > 0 and objective.selection != "weighted":
         raise ValueError(

@@ -11,7 +11,7 @@ from megavar.data.tokens import answers_by_trace, count_correct
 from megavar.objectives import get_objective
 from megavar.objectives.bounds import question_bounds
 from megavar.objectives.weights import effective_sample_size
-from megavar.records import Answer, Bound, Score, Trace, Weight, write_records
+from megavar.records import Answer, Bound, Float64, Score, Trace, Weight, write_records
 
 
 def weigh_traces(
@@ -35,10 +35,11 @@ def weigh_traces(
     sizes: list[float] = []
     bounds: list[Bound] = []
     for question_id in sorted(of_question):
-        group = sorted(of_question[question_id], key=lambda score: score.trace_index)
+        every = sorted(of_question[question_id], key=lambda score: score.trace_index)
+        group = every[: config.num_traces]
         truncated = [finish_of[question_id, score.trace_index] != "closed" for score in group]
         found = weigh(group, truncated, config)
-        weights += found
+        weights += found + [_unused(score) for score in every[len(group) :]]
         if (bound := question_bounds(group, truncated, found)) is not None:
             bounds.append(bound)
         if any(weight.weight > 0 for weight in found):
@@ -54,6 +55,12 @@ def weigh_traces(
         **_mean_bounds(bounds),
         **{f"traces_{status}": float(count) for status, count in sorted(statuses.items())},
     }
+
+
+def _unused(score: Score) -> Weight:
+    """A trace beyond `objective.num_traces`."""
+    nothing = Float64(0.0)
+    return Weight(score.question_id, score.trace_index, score.round, nothing, nothing, nothing, nothing, "unused")
 
 
 def _mean_bounds(bounds: Sequence[Bound]) -> dict[str, float]:

@@ -24,7 +24,7 @@ Report = Callable[[int, int, dict[str, float]], None]
 
 def num_training_steps(num_sequences: int, train: TrainConfig) -> int:
     """Optimizer steps of the job; the stream of shuffled epochs runs on over epoch bounds."""
-    return max(1, round(train.epochs * num_sequences / train.batch_sequences))
+    return train.num_steps or max(1, round(train.epochs * num_sequences / train.batch_sequences))
 
 
 def loss_normalizer(sequences: Sequence[TrainSequence], train: TrainConfig) -> float:

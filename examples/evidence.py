@@ -1,0 +1,168 @@
+"""Compares the methods on equal terms: `make evidence`. Same questions, base, seeds and training tokens; resumable.
+
+    python examples/evidence.py [--tasks chains unknown] [--seeds 1 2 3] [--methods iwae rft ...]
+
+For each task and seed the run `iwae` is the paper's method. The others start from what they share with another run
+(files are linked, manifest entries copied, and the pipeline itself checks that the settings agree), so that methods
+differ in what they are about and in nothing else. Every policy takes the same number of steps of the same batch.
+Results go to runs/evidence/results.json after each run.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RUNS = Path("runs/evidence")
+STEPS = {"sft": 52, "posterior.train": 52, "policy.train": 64}
+OUTPUTS = {
+    "sft": ["sft"],
+    "rollouts": ["round_01/rollouts"],
+    "posterior": ["round_01/posterior"],
+    "sample": ["round_01/traces", "round_01/answers"],
+    "verify": ["round_01/verified"],
+    "score": ["round_01/scores"],
+    "weigh": ["round_01/weights"],
+    "policy": ["round_01/policy"],
+    "export": [],
+    "eval": ["eval"],
+}
+"""What a stage leaves in the run's folder, in the order of the stages."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Settings of a run, and the run it shares its stages with up to and including `until`."""
+
+    overrides: tuple[str, ...] = ()
+    shared_with: str | None = None
+    until: str | None = None
+
+
+OWN_TRACES = ("sample.sampler=policy", "objective.ratio=none")
+METHODS = {
+    "iwae": Method(),
+    "more_sft": Method(("eval.models=[pi_0]", f"sft.num_steps={sum(STEPS.values())}")),
+    "ratio_none": Method(("objective.ratio=none",), "iwae", "score"),
+    "ratio_sequence": Method(("objective.ratio=sequence",), "iwae", "score"),
+    "answer_geometric_mean": Method(
+        ("objective.answer=geometric_mean", "objective.answers=reference"), "iwae", "score"
+    ),
+    "answer_likelihood": Method(("objective.answer=likelihood", "objective.answers=reference"), "iwae", "score"),
+    "no_hint": Method(OWN_TRACES, "iwae", "sft"),
+    "rft": Method((*OWN_TRACES, "objective.name=rft"), "no_hint", "score"),
+    "grpo": Method((*OWN_TRACES, "objective.name=grpo"), "no_hint", "score"),
+    **{f"k{k}": Method((f"objective.num_traces={k}",), "iwae", "score") for k in (1, 2, 4)},
+    "k16": Method(("sample.num_traces=16",), "iwae", "posterior"),
+    "forward_kl": Method(("posterior.source=rollout",), "iwae", "sft"),
+    "rounds_3": Method(("rounds=3", "posterior.source=rollout"), "forward_kl", "eval"),
+    "reverse_kl_rounds_3": Method(("rounds=3", "posterior.source=reverse_kl"), "iwae", "sft"),
+}
+
+
+def make_data(task: str) -> Path:
+    """The task's questions."""
+    folder = RUNS / f"{task}_data"
+    if not (folder / "train.jsonl").exists():
+        command = [sys.executable, str(ROOT / "examples/data/generate.py"), "--task", task, "--out", str(folder)]
+        subprocess.run(command, check=True)
+    return folder
+
+
+def share(source: Path, target: Path, until: str) -> None:
+    """Begin `target` with what `source` has finished up to a stage: files linked, manifest and metrics copied."""
+    if (target / "manifest.json").exists():
+        return
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    stages = list(OUTPUTS)[: list(OUTPUTS).index(until) + 1]
+    for folder in (folder for stage in stages for folder in OUTPUTS[stage]):
+        if (source / folder).exists():
+            shutil.copytree(source / folder, aside / folder, copy_function=os.link)
+    if "export" in stages:
+        (aside / "hf").symlink_to("round_01/policy/hf")
+    entries = json.loads((source / "manifest.json").read_text())
+    (aside / "manifest.json").write_text(json.dumps({key: entries[key] for key in entries if key in stages}, indent=2))
+    rows = (source / "metrics.jsonl").read_text().splitlines()
+    kept = [row for row in rows if json.loads(row)["stage"] in stages]
+    (aside / "metrics.jsonl").write_text("".join(row + "\n" for row in kept))
+    os.replace(aside, target)
+
+
+def run(task: str, seed: int, name: str) -> Path:
+    """Run one method to its end, and what it shares with before it; finished stages are skipped."""
+    method, data, target = METHODS[name], make_data(task), RUNS / task / f"{name}_{seed}"
+    if method.shared_with is not None and method.until is not None:
+        share(run(task, seed, method.shared_with), target, method.until)
+    overrides = [
+        f"runs_dir={RUNS / task}",
+        f"name={target.name}",
+        f"seed={seed}",
+        f"data.train={data / 'train.jsonl'}",
+        f"data.eval={data / 'eval.jsonl'}",
+        "sample.max_trace_tokens=96",
+        "data.max_sequence_tokens=192",
+        *(f"{stage}.num_steps={steps}" for stage, steps in STEPS.items()),
+        *method.overrides,
+    ]
+    if (target / "done").exists():
+        return target
+    if "eval.models=[pi_0]" in overrides:
+        for stage, ranks in (("sft", 4), ("eval", 0)):
+            launch(["-m", "megavar", stage], ranks, overrides)
+    else:
+        launch([str(ROOT / "examples/pretrain_variational.py"), "--tp", "2", "--pp", "2"], 4, overrides)
+    (target / "done").touch()
+    return target
+
+
+def launch(command: list[str], ranks: int, overrides: list[str]) -> None:
+    """One command of the main job, under torchrun if it has ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    arguments = [*command, "--config", str(ROOT / "conf/demo.yaml"), *overrides]
+    subprocess.run([sys.executable, *torchrun, *arguments], check=True, env=environment)
+
+
+def result(folder: Path) -> dict[str, object]:
+    """What a run measured: accuracy of every policy, trained tokens and seconds a stage, what the weights were like."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    tokens: dict[str, float] = {}
+    for row in rows:
+        tokens[row["stage"]] = tokens.get(row["stage"], 0) + row.get("target_tokens", 0)
+    entries = json.loads((folder / "manifest.json").read_text())
+    return {
+        "accuracy": {file.stem: json.loads(file.read_text()) for file in sorted((folder / "eval").glob("*.json"))},
+        "target_tokens": {stage: count for stage, count in tokens.items() if count},
+        "seconds": {stage: entry["seconds"] for stage, entry in entries.items()},
+        "weigh": {row["stage"]: row for row in rows if row["stage"].startswith("weigh")},
+    }
+
+
+def main() -> None:
+    """Run what is asked for, method by method over the seeds, and keep the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=("chains", "unknown"), default=["chains", "unknown"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    chosen = parser.parse_args()
+    results = RUNS / "results.json"
+    for task in chosen.tasks:
+        for name in chosen.methods:
+            for seed in chosen.seeds:
+                found = result(run(task, seed, name))
+                known = json.loads(results.read_text()) if results.exists() else {}
+                known.setdefault(task, {}).setdefault(name, {})[str(seed)] = found
+                aside = results.with_name("results.json.part")
+                aside.write_text(json.dumps(known, indent=1) + "\n")
+                os.replace(aside, results)
+
+
+if __name__ == "__main__":
+    main()
