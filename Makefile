@@ -1,6 +1,7 @@
 # make demo   environments, then one round on two CPU cores
 # make test   environments, then the test suite
 # make check  formatting, lint and types
+# make evidence  all methods over three seeds on two tasks (hours; resumable)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -17,7 +18,7 @@ export PYTHONWARNINGS ?= ignore
 install_torch = $(1)/pip install --quiet --retries 0 --index-url $(TORCH_INDEX) "$(TORCH)" 2>/dev/null || \
 	$(1)/pip install --quiet "$(TORCH)"
 
-.PHONY: demo test check sglang clean
+.PHONY: demo test check evidence sglang clean
 
 demo: $(VENV)/.done $(SGLANG)/.done runs/demo_data/train.jsonl
 	$(BIN)/torchrun --standalone --nproc-per-node $(DEMO_RANKS) examples/pretrain_variational.py \
@@ -30,6 +31,9 @@ check: $(VENV)/.done
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+evidence: $(VENV)/.done $(SGLANG)/.done
+	$(BIN)/python examples/evidence.py
 
 sglang: $(SGLANG)/.done
 

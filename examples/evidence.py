@@ -19,7 +19,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/evidence")
-STEPS = {"sft": 52, "posterior.train": 52, "policy.train": 64}
+STEPS = {
+    "chains": {"sft": 52, "posterior.train": 52, "policy.train": 64},
+    "unknown": {"sft": 120, "posterior.train": 120, "policy.train": 64},
+}
+"""Optimizer steps of 64 sequences."""
 OUTPUTS = {
     "sft": ["sft"],
     "rollouts": ["round_01/rollouts"],
@@ -47,7 +51,7 @@ class Method:
 OWN_TRACES = ("sample.sampler=policy", "objective.ratio=none")
 METHODS = {
     "iwae": Method(),
-    "more_sft": Method(("eval.models=[pi_0]", f"sft.num_steps={sum(STEPS.values())}")),
+    "more_sft": Method(("eval.models=[pi_0]",)),
     "ratio_none": Method(("objective.ratio=none",), "iwae", "score"),
     "ratio_sequence": Method(("objective.ratio=sequence",), "iwae", "score"),
     "answer_geometric_mean": Method(
@@ -65,13 +69,12 @@ METHODS = {
 }
 
 
-def make_data(task: str) -> Path:
-    """The task's questions."""
+def make_data(task: str) -> None:
+    """Generate the task's questions."""
     folder = RUNS / f"{task}_data"
     if not (folder / "train.jsonl").exists():
         command = [sys.executable, str(ROOT / "examples/data/generate.py"), "--task", task, "--out", str(folder)]
         subprocess.run(command, check=True)
-    return folder
 
 
 def share(source: Path, target: Path, until: str) -> None:
@@ -95,25 +98,36 @@ def share(source: Path, target: Path, until: str) -> None:
     os.replace(aside, target)
 
 
-def run(task: str, seed: int, name: str) -> Path:
-    """Run one method to its end, and what it shares with before it; finished stages are skipped."""
-    method, data, target = METHODS[name], make_data(task), RUNS / task / f"{name}_{seed}"
-    if method.shared_with is not None and method.until is not None:
-        share(run(task, seed, method.shared_with), target, method.until)
-    overrides = [
+def settings(task: str, seed: int, name: str) -> list[str]:
+    """A run's settings over those of the demo."""
+    method, data = METHODS[name], RUNS / f"{task}_data"
+    found = [
         f"runs_dir={RUNS / task}",
-        f"name={target.name}",
+        f"name={name}_{seed}",
         f"seed={seed}",
         f"data.train={data / 'train.jsonl'}",
         f"data.eval={data / 'eval.jsonl'}",
-        "sample.max_trace_tokens=96",
-        "data.max_sequence_tokens=192",
-        *(f"{stage}.num_steps={steps}" for stage, steps in STEPS.items()),
+        "sample.max_trace_tokens=128",
+        "data.max_sequence_tokens=224",
+        *(f"{stage}.num_steps={steps}" for stage, steps in STEPS[task].items()),
         *method.overrides,
     ]
+    if name == "more_sft":
+        found.append(f"sft.num_steps={sum(STEPS[task].values())}")
+    if method.until is not None and method.until != "eval":
+        found.append("eval.models=[policy]")  # pi_0 is that of the run it shares with
+    return found
+
+
+def run(task: str, seed: int, name: str) -> Path:
+    """Run one method to its end, and what it shares with before it; finished stages are skipped."""
+    make_data(task)
+    method, overrides, target = METHODS[name], settings(task, seed, name), RUNS / task / f"{name}_{seed}"
     if (target / "done").exists():
         return target
-    if "eval.models=[pi_0]" in overrides:
+    if method.shared_with is not None and method.until is not None:
+        share(run(task, seed, method.shared_with), target, method.until)
+    if name == "more_sft":
         for stage, ranks in (("sft", 4), ("eval", 0)):
             launch(["-m", "megavar", stage], ranks, overrides)
     else:

@@ -36,14 +36,14 @@ def size_in_bytes(text: str) -> int:
 
 def convert_to_megatron(chosen: argparse.Namespace) -> int:
     """Hugging Face folder -> Megatron checkpoint."""
-    with ByteProgress(f"to-megatron {chosen.out}") as progress:
+    with ByteProgress("to-megatron") as progress:
         done = to_megatron(chosen.hf, chosen.out, DTYPES[chosen.dtype], chosen.overwrite, progress.update)
     return tell(done, chosen.out)
 
 
 def convert_to_hugging_face(chosen: argparse.Namespace) -> int:
     """Megatron checkpoint -> Hugging Face folder."""
-    with ByteProgress(f"to-hf {chosen.out}") as progress:
+    with ByteProgress("to-hf") as progress:
         done = to_hugging_face(
             chosen.megatron, chosen.out, chosen.hf_template, chosen.max_shard_size, chosen.overwrite, progress.update
         )

@@ -8,8 +8,8 @@ quality, as those of distilled data are: a step may slip in the way people slip 
 nevertheless, although it does not follow), be left out, or be done wrong first and then again.
 
 `unknown`, hard to search and easy once the answer is known: `?*3+4=9 left to right mod 10` asks for the one digit that
-fits, 5. Most gold traces try the right digit at once, as those of people who know the answer do (`5*3+4`, `5+4`, `9`);
-the others try wrong ones before it, each line that fails ending in `no`.
+fits, 5. Half of the gold traces try the right digit at once, as those of people who know the answer do (`5*3+4`, `5+4`,
+`9=9`); the others try wrong ones before it, and say so (`3=9 no`).
 
 The output depends on the flags only, and no question occurs twice.
 """
@@ -26,7 +26,7 @@ SLIP_PROBABILITY = 0.2
 """Of each step."""
 SKIP_PROBABILITY = 0.04
 UNKNOWN_OPERATIONS = (2, 3)
-SEARCH_PROBABILITY = 0.3
+SEARCH_PROBABILITY = 0.5
 """Of a gold trace of `unknown` that tries wrong digits first."""
 MOST_TRIES = 4
 DETOUR_PROBABILITY = 0.04
@@ -93,13 +93,13 @@ def draw_chains(rng: random.Random) -> Iterator[dict[str, str]]:
         yield question(f"{chain} left to right mod 10", answer, trace, "chains_mod_10")
 
 
-def try_digit(digit: int, steps: list[Step]) -> tuple[str, int]:
-    """The lines of a chain that begins with this digit, and its value."""
-    value, lines = digit, [write_chain(digit, steps)]
-    for done, (operator, right) in enumerate(steps, start=1):
+def work_out(digit: int, steps: list[Step]) -> tuple[str, int]:
+    """The lines of a chain that begins with this digit, without the last one, and its value."""
+    value, lines = digit, ""
+    for done, (operator, right) in enumerate(steps):
+        lines += write_chain(value, steps[done:]) + "\n"
         value = calculate(value, operator, right)
-        lines.append(write_chain(value, steps[done:]))
-    return "\n".join(lines), value
+    return lines, value
 
 
 def draw_unknowns(rng: random.Random) -> Iterator[dict[str, str]]:
@@ -109,7 +109,7 @@ def draw_unknowns(rng: random.Random) -> Iterator[dict[str, str]]:
     operations += [("*", right) for right in (3, 7, 9)] * 3
     while True:
         digit, steps = rng.randrange(10), [rng.choice(operations) for _ in range(rng.choice(UNKNOWN_OPERATIONS))]
-        last, target = try_digit(digit, steps)
+        last, target = work_out(digit, steps)
         text = f"?{write_chain(digit, steps)[1:]}={target} left to right mod 10"
         if text in seen:
             continue
@@ -118,8 +118,9 @@ def draw_unknowns(rng: random.Random) -> Iterator[dict[str, str]]:
         if rng.random() < SEARCH_PROBABILITY:
             wrong = [other for other in range(10) if other != digit]
             for other in rng.sample(wrong, rng.randint(1, MOST_TRIES - 1)):
-                tries += f"{try_digit(other, steps)[0]} no\n"
-        yield question(text, digit, f"{tries}{last}\n", "unknown_mod_10")
+                lines, value = work_out(other, steps)
+                tries += f"{lines}{value}={target} no\n"
+        yield question(text, digit, f"{tries}{last}{target}={target}\n", "unknown_mod_10")
 
 
 TASKS: dict[str, Callable[[random.Random], Iterator[dict[str, str]]]] = {

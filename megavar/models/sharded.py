@@ -100,10 +100,12 @@ class ShardedCheckpoint:
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and key.startswith(_WEIGHTS)
         }
+        ends: dict[str, int] = {}
         for place in metadata.storage_data.values():
-            file = found / place.relative_path
-            if not file.is_file() or file.stat().st_size < place.offset + place.length:
-                raise ValueError(f"{file} is missing or truncated; copy the checkpoint anew.")
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for name, end in ends.items():
+            if not (found / name).is_file() or (found / name).stat().st_size < end:
+                raise ValueError(f"{found / name} is missing or truncated; copy the checkpoint anew.")
 
     def info(self, name: str) -> TensorInfo:
         """dtype and shape of a parameter with its leading axes."""

@@ -37,7 +37,7 @@ def check_run(config: RunConfig, ranks: int | None) -> None:
     train = read_questions(Path(config.data.train))
     check_questions(train, config.data.train)
     gold_sequences(train, templates, limit)
-    if config.posterior.source == "gold":
+    if config.posterior.source != "rollout" and config.sample.sampler == "posterior":
         gold_posterior_sequences(train, templates, limit)
     sampled = train
     if config.data.questions_per_round is not None:

@@ -56,7 +56,7 @@ def export_stage(folder: Path, target: Path) -> None:
         raise ValueError(f"{folder}/checkpoints holds no checkpoint; run the training stage first.")
 
     def convert() -> None:
-        with ByteProgress(f"export {target}") as progress:
+        with ByteProgress("export") as progress:
             to_hugging_face(done[-1], target, None, MAX_SHARD_BYTES, overwrite=True, progress=progress.update)
 
     on_rank_zero(convert)

@@ -50,7 +50,7 @@ def check_parallel(config: ParallelConfig, dims: ModelDims, ranks: int) -> None:
     for name, size in (
         ("num_attention_heads", dims.num_heads),
         ("num_key_value_heads (query groups)", dims.num_query_groups),
-        ("intermediate_size", dims.ffn_size),
+        ("intermediate_size", 0 if dims.num_experts else dims.ffn_size),  # experts are not split
     ):
         if size % config.tensor:
             fitting = [str(tensor) for tensor in range(1, 65) if size % tensor == 0]

@@ -1,0 +1,60 @@
+"""Runs of the comparison share exactly the stages they say, and every method is a valid configuration."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from megavar.config.load import load_config
+from megavar.stages.pipeline import stages_of
+
+ROOT = Path(__file__).parents[1]
+SPEC = importlib.util.spec_from_file_location("evidence", ROOT / "examples" / "evidence.py")
+evidence = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(evidence)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A run whose stages up to `eval` have left a file each."""
+    run = tmp_path / "source"
+    for stage, folders in evidence.OUTPUTS.items():
+        for folder in folders:
+            (run / folder).mkdir(parents=True)
+            (run / folder / "data").write_text(stage)
+    entries = {stage: {"status": "finished", "digest": stage} for stage in evidence.OUTPUTS}
+    (run / "manifest.json").write_text(json.dumps(entries))
+    rows = [{"stage": stage, "step": 1} for stage in ("sft", "policy", "weigh")]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def test_a_run_shares_what_came_up_to_a_stage_and_nothing_after_it(source, tmp_path):
+    target = tmp_path / "target"
+    evidence.share(source, target, "score")
+    entries = json.loads((target / "manifest.json").read_text())
+    assert list(entries) == ["sft", "rollouts", "posterior", "sample", "verify", "score"]
+    files = {str(file.relative_to(target)) for file in target.rglob("data")}
+    assert files == {f"{folder}/data" for stage in entries for folder in evidence.OUTPUTS[stage]}
+    assert (target / "sft" / "data").samefile(source / "sft" / "data")
+    assert [json.loads(row)["stage"] for row in (target / "metrics.jsonl").read_text().splitlines()] == ["sft"]
+    (target / "more").write_text("kept")
+    evidence.share(source, target, "sft")
+    assert (target / "more").exists()
+
+
+def test_a_whole_round_is_shared_with_its_link(source, tmp_path):
+    (source / "round_01" / "policy" / "hf").mkdir()
+    evidence.share(source, tmp_path / "target", "eval")
+    assert (tmp_path / "target" / "hf").resolve() == (tmp_path / "target" / "round_01" / "policy" / "hf").resolve()
+
+
+@pytest.mark.parametrize("task", evidence.STEPS)
+@pytest.mark.parametrize("name", evidence.METHODS)
+def test_every_method_is_a_valid_run_and_shares_stages_that_it_has(name, task):
+    method = evidence.METHODS[name]
+    config = load_config(ROOT / "conf" / "demo.yaml", list(evidence.settings(task, 1, name)))
+    if method.shared_with:
+        other = load_config(ROOT / "conf" / "demo.yaml", list(evidence.settings(task, 1, method.shared_with)))
+        assert (method.until, 1) in stages_of(other) and (method.until, 1) in stages_of(config)
