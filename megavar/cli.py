@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-HELP = """stages: run (all), sft, rollouts, posterior, sample, verify, score, weigh, policy, export, eval"""
+HELP = """stages: run (all), sft, rollouts, posterior, sample, verify, score, weigh, policy, export, eval;
+those of later rounds: sample_02 and so on"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +31,7 @@ def launch(config_file: Path, overrides: list[str], stage: str) -> int:
         from megavar.stages import check, pipeline
 
         config = load_config(config_file, overrides)
-        distributed = stage == "run" or stage in pipeline.TRAINING_STAGES
+        distributed = stage == "run" or pipeline.needs_every_rank(stage)
         check.check_run(config, parallel.world_size() if distributed else None)
         if distributed:
             parallel.start(config.parallel)

@@ -4,6 +4,7 @@ Every rank calls every stage: training and scoring use all of them, the rest run
 """
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -303,8 +304,11 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "export": run_export,
     "eval": run_eval,
 }
-TRAINING_STAGES = ("sft", "posterior", "score", "policy")
-"""Stages that need every rank, and so torchrun."""
+
+
+def needs_every_rank(name: str) -> bool:
+    """Whether a stage, of whichever round, trains or scores and so runs under torchrun."""
+    return re.sub(r"_\d+$", "", name) in ("sft", "posterior", "score", "policy")
 
 
 async def _draw_policy(

@@ -108,10 +108,11 @@ def test_tensor_parallelism_must_divide_the_heads(tmp_path, changes, message):
         check_parallel(ParallelConfig(tensor=4), read_dims(tmp_path), 4)
 
 
-def test_without_torchrun_the_command_says_how_to_start_and_touches_nothing(config_file):
+@pytest.mark.parametrize("stage", ["run", "policy_02"])
+def test_without_torchrun_the_command_says_how_to_start_and_touches_nothing(config_file, stage):
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "megavar", "run", "--config", str(config_file)],
+        [sys.executable, "-W", "ignore", "-m", "megavar", stage, "--config", str(config_file)],
         env=environment, capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 2 and "torchrun --nproc-per-node" in done.stdout
