@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/evidence")
 STEPS = {
     "chains": {"sft": 52, "posterior.train": 52, "policy.train": 64},
-    "unknown": {"sft": 120, "posterior.train": 120, "policy.train": 64},
+    "unknown": {"sft": 120, "posterior.train": 120, "policy.train": 150},
 }
 """Optimizer steps of 64 sequences."""
 OUTPUTS = {
