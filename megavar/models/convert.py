@@ -147,6 +147,8 @@ def to_megatron(
     """
     model = _open_source(source, None, target, megatron=False)
     model.check_tied_head()
+    if dtype is None:
+        _check_dtypes(model)
     num_bytes = sum(_cast(info, dtype).num_bytes for item in model.pieces() for _, info in model.infos(*item))
     with new_folder(target, overwrite, num_bytes) as aside, Digest() as digest:
         writer = ShardedWriter(aside, model.dims)
@@ -295,22 +297,27 @@ def _open_source(source: Path, template: Path | None, target: Path, megatron: bo
     return model
 
 
-def _read_ahead(model: Model) -> Iterator[tuple[tuple[Operator, Index], list[Tensor]]]:
-    """A model's pieces with their tensors, the next one being read meanwhile.
+def _check_dtypes(model: Model) -> None:
+    """Refuse tensors of several dtypes where Megatron has one parameter: that of all layers and experts."""
+    first: dict[str, tuple[str, TensorInfo]] = {}
+    for operator, index in model.pieces():
+        for name, info in model.infos(operator, index):
+            other, known = first.setdefault(operator.megatron_name, (name, info))
+            if info.dtype != known.dtype:
+                raise ValueError(
+                    f"{model.path}: {other} is {_name(known.dtype)} and {name} is {_name(info.dtype)}, but both are "
+                    "parts of one Megatron parameter; choose --dtype bf16 or fp32."
+                )
 
-    Raises:
-        ValueError: naming the tensors, if those of one piece are of different dtypes.
-    """
+
+def _read_ahead(model: Model) -> Iterator[tuple[tuple[Operator, Index], list[Tensor]]]:
+    """A model's pieces with their tensors, the next one being read meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         pending: tuple[tuple[Operator, Index], Future[list[Tensor]]] | None = None
         for item in [*model.pieces(), None]:
             following = None if item is None else (item, pool.submit(model.tensors, *item))
             if pending is not None:
-                (operator, index), tensors = pending[0], pending[1].result()
-                if len({tensor.dtype for tensor in tensors}) > 1:
-                    kinds = [f"{name} {_name(dtype.dtype)}" for name, dtype in model.infos(operator, index)]
-                    raise ValueError(f"{model.path}: {', '.join(kinds)} make one parameter and must be of one dtype.")
-                yield (operator, index), tensors
+                yield pending[0], pending[1].result()
             pending = following
 
 

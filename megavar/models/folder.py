@@ -240,7 +240,7 @@ def new_folder(target: Path, overwrite: bool, num_bytes: int) -> Iterator[Path]:
             raise ValueError(
                 f"{target} holds neither a model nor a checkpoint; it is not overwritten, remove it first."
             )
-    aside = target.with_name(f".{target.name}.partial")
+    aside, replaced = (target.with_name(f".{target.name}.{state}") for state in ("partial", "replaced"))
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -251,7 +251,6 @@ def new_folder(target: Path, overwrite: bool, num_bytes: int) -> Iterator[Path]:
             )
         yield aside
         _sync(aside)
-        replaced = target.with_name(f".{target.name}.replaced")
         if target.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.replace(target, replaced)
@@ -260,6 +259,8 @@ def new_folder(target: Path, overwrite: bool, num_bytes: int) -> Iterator[Path]:
         _sync_entry(target.parent)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if replaced.exists() and not target.exists():
+            os.replace(replaced, target)
         raise ValueError(f"{target} could not be written: {error}; nothing of it is left.") from error
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

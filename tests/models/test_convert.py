@@ -88,6 +88,14 @@ def test_there_and_back_is_bit_exact(tmp_path, family, tied, changes, monkeypatc
     assert list(differences(Model(source), Model(tmp_path / "m"))) == []
 
 
+def test_tensors_of_several_dtypes_are_cast_to_the_one_asked_for(folder, tmp_path):
+    source = copy(folder, tmp_path / "source")
+    edit_tensors(source, half_precision)
+    to_megatron(source, tmp_path / "m", torch.float32, False)
+    to_hugging_face(tmp_path / "m", tmp_path / "back", None, MAX_SHARD_BYTES, False)
+    assert_same_bits({key: tensor.float() for key, tensor in tensors_of(source).items()}, tensors_of(tmp_path / "back"))
+
+
 def test_values_that_are_not_finite_keep_their_bits_and_are_counted(folder, tmp_path):
     source = copy(folder, tmp_path / "source")
     tensors = tensors_of(source)
@@ -202,6 +210,10 @@ def half_precision(tensors):
     tensors["model.layers.0.self_attn.k_proj.weight"] = tensors["model.layers.0.self_attn.k_proj.weight"].half()
 
 
+def one_layer_of_half_precision(tensors):
+    tensors["model.layers.2.input_layernorm.weight"] = tensors["model.layers.2.input_layernorm.weight"].half()
+
+
 def index_to_nowhere(folder):
     weights = {"model.norm.weight": "model-00001-of-00002.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
@@ -230,7 +242,14 @@ BROKEN = {
         lambda f: edit_tensors(f, lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.int32)})),
         r"model\.norm\.weight is of type I32; known are F32, BF16, F16",
     ),
-    "mixed": (lambda f: edit_tensors(f, half_precision), r"k_proj\.weight float16, .* must be of one dtype"),
+    "mixed": (
+        lambda f: edit_tensors(f, half_precision),
+        r"layers\.0\.self_attn\.q_proj\.weight is float32 and .*layers\.0\.self_attn\.k_proj\.weight is float16",
+    ),
+    "mixed layers": (
+        lambda f: edit_tensors(f, one_layer_of_half_precision),
+        r"layers\.0\.input_layernorm\.weight is float32 and .*layers\.2\.input_layernorm\.weight is float16",
+    ),
     "layer types": (lambda f: edit_config(f, num_hidden_layers=5), r"config\.json cannot be read: [\s\S]*layer_types"),
     "layers": (
         lambda f: edit_config(f, num_hidden_layers=5, layer_types=None),
