@@ -15,7 +15,6 @@ from typing import Any
 from megavar.config.load import save_config
 from megavar.config.schema import RunConfig
 from megavar.records import write_aside
-from megavar.training.parallel import barrier, is_rank_zero
 
 ROUND = 1
 _WITHOUT_EFFECT = {
@@ -134,6 +133,9 @@ class Manifest:
 
 def run_once(run: Run, stage: str, settings: dict[str, Any], work: Callable[[], None]) -> None:
     """Do a stage's work unless it is finished under these settings; every rank calls it."""
+    # Here and not above: looking at a run needs no torch.
+    from megavar.training.parallel import barrier, is_rank_zero
+
     manifest = Manifest(run.folder)
     if manifest.check(stage, settings):
         if is_rank_zero():
