@@ -109,7 +109,7 @@ def length_bins(tokens: Floats) -> Floats:
     """Edges of at most 60 bins of equally many lengths, each centred on whole numbers."""
     least, most = int(tokens.min()), int(tokens.max())
     width = -(-(most - least + 1) // _MOST_LENGTH_BINS)
-    return np.arange(least, most + width + 1, width) - 0.5
+    return np.arange(least, most + width + 1, width, dtype=np.float64) - 0.5
 
 
 def implied_weights(accuracies: Mapping[str, Floats]) -> Figure:

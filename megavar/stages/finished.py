@@ -3,8 +3,9 @@
 Nothing here needs torch, and nothing is written. Which stages a figure needs is decided here, once.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,11 @@ class FinishedRun:
     config: RunConfig
 
     @property
-    def name(self) -> str:
-        """What the run is called in figures."""
-        return self.folder.name
-
-    @property
     def run(self) -> Run:
         """The same run for functions that know its stages; it is where it lies now, not where it was made."""
         return Run(replace(self.config, runs_dir=str(self.folder.parent), name=self.folder.name))
 
-    @cached_property
+    @property
     def metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl."""
         return Metrics.read(self.folder)
@@ -71,20 +67,28 @@ class FinishedRun:
         assert self.config.data.eval is not None, "a model was evaluated without data.eval"
         return _questions(self.config.data.eval, "data.eval")
 
+    def rounds(self) -> list[Path]:
+        """The folders of the rounds whose traces have weights, in order."""
+        return [
+            folder
+            for folder in sorted(self.folder.glob("round_*"))
+            if all((folder / name / "data.parquet").is_file() for name in _ROUND_RECORDS)
+        ]
+
     def round_folder(self) -> Path:
         """The last round with weights.
 
         Raises:
             ValueError: naming the first stage that is missing.
         """
-        for folder in sorted(self.folder.glob("round_*"), reverse=True):
-            if all((folder / name / "data.parquet").is_file() for name in _ROUND_RECORDS):
-                return folder
+        found = self.rounds()
+        if found:
+            return found[-1]
         for stage in ROUND_STAGES:
             Manifest(self.folder).digest(stage)
         raise ValueError(
-            f"{self.folder}: every stage up to weigh is finished, but no round_* folder holds {', '.join(_ROUND_RECORDS)}; "
-            "restore the files, or remove the stages' entries in manifest.json and run them again."
+            f"{self.folder}: every stage up to weigh is finished, but no round_* folder holds "
+            f"{', '.join(_ROUND_RECORDS)}; restore the files, or remove the stages' entries in manifest.json and run them again."
         )
 
     def last_round(self) -> Round:
@@ -117,6 +121,12 @@ def open_run(folder: Path) -> FinishedRun:
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is not the folder of a run: it has no config.yaml; give one such as runs/demo.")
     return FinishedRun(folder.resolve(), load_config(folder / "config.yaml", []))
+
+
+def labels(runs: Sequence[FinishedRun]) -> dict[str, FinishedRun]:
+    """Runs by what figures call them: the folder's name, or its path where two have the same name."""
+    names = Counter(run.folder.name for run in {run.folder: run for run in runs}.values())
+    return {run.folder.name if names[run.folder.name] == 1 else str(run.folder): run for run in runs}
 
 
 def _questions(file: str, key: str) -> list[Question]:
