@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from megavar.stages.curves import IMPLIED_WEIGHTS, FewerTraces, Floats
 from megavar.stages.evaluate import Accuracy
@@ -17,6 +18,7 @@ from megavar.stages.evaluate import Accuracy
 _COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#6b5b4b")
 _LINES = ("-", "--", ":", "-.")
 _MOST_LENGTH_BINS = 60
+_LEAST_LENGTHS = 10
 
 
 def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
@@ -32,6 +34,9 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figur
                 if points:
                     plot.plot(*zip(*points, strict=True), color=_colour(number), linewidth=1.2, label=name)
             plot.set_yscale("log")
+            plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            plot.yaxis.set_major_formatter("{x:g}")
+            plot.yaxis.set_minor_formatter(NullFormatter())
             _label(plot, stage if line == 0 else "", "step" if line else "", label if column == 0 else "")
         if len(metrics) > 1:
             axes[0][column].legend(fontsize=7)
@@ -101,13 +106,15 @@ def densities(ratios: tuple[Floats, Floats], likelihoods: tuple[Floats, Floats],
             continue
         bins = (length_bins(tokens[finite]), 50)
         *_, image = plot.hist2d(tokens[finite], values[finite], bins, norm=LogNorm(), cmap="viridis")
+        plot.xaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=plot, label="traces")
     return figure
 
 
 def length_bins(tokens: Floats) -> Floats:
-    """Edges of at most 60 bins of equally many lengths, each centred on whole numbers."""
-    least, most = int(tokens.min()), int(tokens.max())
+    """Edges of at most 60 bins of equally many whole lengths, at least 10 lengths in all: one alone would fill all."""
+    least = int(tokens.min())
+    most = max(int(tokens.max()), least + _LEAST_LENGTHS - 1)
     width = -(-(most - least + 1) // _MOST_LENGTH_BINS)
     return np.arange(least, most + width + 1, width, dtype=np.float64) - 0.5
 
@@ -146,7 +153,7 @@ def size_histogram(sizes: Floats, num_traces: int) -> Figure:
 
 
 def _grid(rows: int, columns: int, width: float, height: float, **shared: Any) -> tuple[Figure, Any]:
-    figure = Figure((width * columns, height * rows), dpi=110, layout="constrained")
+    figure = Figure((width * columns, height * rows), dpi=160, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 

@@ -88,7 +88,8 @@ class FinishedRun:
             Manifest(self.folder).digest(stage)
         raise ValueError(
             f"{self.folder}: every stage up to weigh is finished, but no round_* folder holds "
-            f"{', '.join(_ROUND_RECORDS)}; restore the files, or remove the stages' entries in manifest.json and run them again."
+            f"{', '.join(_ROUND_RECORDS)}; restore the files, or remove the stages' entries in manifest.json "
+            "and run them again."
         )
 
     def last_round(self) -> Round:

@@ -19,6 +19,7 @@ from megavar.stages.finished import FinishedRun, Round, labels, open_run
 from megavar.stages.report import summarize, summary_rows
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_PIXELS_PER_INCH = 96
 _FILTERS = {
     "all": "all questions",
     "none": "no correct trace",
@@ -95,16 +96,15 @@ def _head(label: str, run: FinishedRun, found: Round, others: Sequence[str]) -> 
         f"{found.folder.name} · {len(found.questions)} questions · K = {config.sample.num_traces} traces · "
         f"n = {config.sample.num_answers} answers · objective {config.objective.name}"
     )
-    notes = [f"Beside it in the curves: {', '.join(others)}."] if others else []
+    beside = f"<br>Beside it in the curves: {escape(', '.join(others))}" if others else ""
     missing = run.unfinished()
-    if missing:
-        notes.append(f"Not finished yet: {', '.join(missing)}. What needs them is left out.")
+    note = f"Not finished yet: {', '.join(missing)}. What needs them is left out."
     settings = escape((run.folder / "config.yaml").read_text(encoding="utf-8"))
     return "\n".join(
         [
             f"<h1>{escape(label)}</h1>",
-            f'<p class="soft">{escape(facts)}<br>{escape(str(run.folder))}</p>',
-            *(f'<p class="note">{escape(note)}</p>' for note in notes),
+            f'<p class="soft">{escape(facts)}<br>{escape(str(run.folder))}{beside}</p>',
+            f'<p class="note">{escape(note)}</p>' if missing else "",
             '<nav><a href="#results">Results</a><a href="#figures">Figures</a><a href="#browser">Traces</a></nav>',
             f"<details><summary>Settings</summary><pre>{settings}</pre></details>",
         ]
@@ -130,10 +130,11 @@ def _rows(rows: Iterable[Sequence[str]]) -> str:
 
 
 def _figure(exhibit: Exhibit, image: bytes) -> str:
+    width = round(exhibit.figure.get_figwidth() * _PIXELS_PER_INCH)
     source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
     return (
         f"<h2>{escape(exhibit.title)}</h2>\n<figure><figcaption>{escape(exhibit.caption)}</figcaption>"
-        f'<img alt="{escape(exhibit.title)}" src="{source}"></figure>'
+        f'<img alt="{escape(exhibit.title)}" width="{width}" src="{source}"></figure>'
     )
 
 
