@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from megavar.config.schema import TemplateConfig
 from megavar.records import Question, TokenIds
@@ -30,6 +29,9 @@ class Templates:
         # Without the answer it is the ablation of a posterior that has no hint.
         _check_fields("posterior", config.posterior, {"question"}, {"question", "answer"})
         _check_fields("solution", config.solution, {"answer"}, {"question", "answer"})
+        # Here and not above: it brings torch, and looking at a run needs neither.
+        from transformers import AutoTokenizer
+
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True)
         if self._tokenizer.chat_template is None or self._tokenizer.eos_token_id is None:
             raise ValueError(f"{model}: the tokenizer has no chat template or no eos token; add both to the folder.")

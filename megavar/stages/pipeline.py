@@ -365,9 +365,7 @@ def _gold(run: Run) -> tuple[list[Question], Templates, int]:
 
 
 def _round_questions(run: Run) -> list[Question]:
-    data = run.config.data
-    first = (run.round_index - 1) * (data.questions_per_round or 0) if data.fresh_questions else 0
-    return read_questions(Path(data.train))[first:][: data.questions_per_round]
+    return run.take_questions(read_questions(Path(run.config.data.train)))
 
 
 def _weigh_reverse(run: Run, traces: Sequence[Trace], scores: Sequence[Score], folder: Path) -> None:

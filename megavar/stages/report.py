@@ -36,6 +36,29 @@ def summarize(run: Run) -> dict[str, Any]:
     }
 
 
+def summary_rows(found: dict[str, Any]) -> list[list[tuple[str, str]]]:
+    """What `summarize` found as sections of (label, value)."""
+    last = list(found["accuracy"])[-1:]
+    accuracy = [
+        (f"pass@{row['k']} {'after' if [name] == last else 'before'} ({name})", f"{row['mean']:.3f}  {interval(row)}")
+        for name, rows in found["accuracy"].items()
+        for row in rows
+    ]
+    sampled = [
+        ("questions with a correct trace", f"{found['questions_with_weight']} of {found['questions']}"),
+        ("traces sampled / truncated", f"{found['traces_sampled']} / {found['traces_truncated']}"),
+        ("answers sampled / correct", f"{found['answers_sampled']} / {found['answers_correct']}"),
+        ("effective sample size", f"{found['ess']:.2f} of {found['num_traces']} traces a question"),
+    ]
+    seconds = {**found["seconds"], "all stages": sum(found["seconds"].values())}
+    return [accuracy, sampled, [(f"{stage}, seconds", f"{value:.0f}") for stage, value in seconds.items()]]
+
+
+def interval(row: dict[str, float]) -> str:
+    """A bootstrap interval in brackets."""
+    return f"[{row['low']:.3f}, {row['high']:.3f}]"
+
+
 def print_summary(run: Run) -> None:
     """Print the table and write it to report/summary.json."""
     found = summarize(run)
@@ -44,19 +67,8 @@ def print_summary(run: Run) -> None:
     with write_aside(file) as aside:
         aside.write_text(json.dumps(found, indent=2) + "\n")
     table = Table("", "", title=f"{run.config.name}: {run.folder}", show_header=False)
-    last = f"pi_{run.round_index}"
-    for name, rows in found["accuracy"].items():
-        label = {"pi_0": "before (pi_0)", last: f"after ({last})"}.get(name, name)
-        for row in rows:
-            value = f"{row['mean']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]"
-            table.add_row(f"pass@{row['k']} {label}", value)
-    table.add_section()
-    table.add_row("questions with a correct trace", f"{found['questions_with_weight']} of {found['questions']}")
-    table.add_row("traces sampled / truncated", f"{found['traces_sampled']} / {found['traces_truncated']}")
-    table.add_row("answers sampled / correct", f"{found['answers_sampled']} / {found['answers_correct']}")
-    table.add_row("effective sample size", f"{found['ess']:.2f} of {found['num_traces']} traces a question")
-    table.add_section()
-    for stage, seconds in found["seconds"].items():
-        table.add_row(f"{stage}, seconds", f"{seconds:.0f}")
-    table.add_row("all stages, seconds", f"{sum(found['seconds'].values()):.0f}")
+    for section in summary_rows(found):
+        for row in section:
+            table.add_row(*row)
+        table.add_section()
     Console(width=None).print(table)

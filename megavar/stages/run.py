@@ -14,8 +14,7 @@ from typing import Any
 
 from megavar.config.load import save_config
 from megavar.config.schema import RunConfig
-from megavar.records import write_aside
-from megavar.training.parallel import barrier, is_rank_zero
+from megavar.records import Question, write_aside
 
 _WITHOUT_EFFECT = {
     *("log_interval", "save_interval", "keep_checkpoints", "flush_seconds", "num_workers"),
@@ -80,6 +79,12 @@ class Run:
     def final(self) -> Path:
         """Link to the newest round's policy as a Hugging Face folder."""
         return self.folder / "hf"
+
+    def take_questions(self, questions: list[Question]) -> list[Question]:
+        """Those of this round, of all questions of the train file."""
+        number = self.config.data.questions_per_round
+        first = (self.round_index - 1) * (number or 0) if self.config.data.fresh_questions else 0
+        return questions[first:][:number]
 
     def open(self) -> None:
         """Make the folder, with the resolved configuration in it; rank 0 only."""
@@ -150,6 +155,9 @@ class Manifest:
 
 def run_once(run: Run, stage: str, settings: dict[str, Any], work: Callable[[], None]) -> None:
     """Do a stage's work unless it is finished under these settings; every rank calls it."""
+    # Here and not above: looking at a run needs no torch.
+    from megavar.training.parallel import barrier, is_rank_zero
+
     manifest, stage = Manifest(run.folder), run.entry(stage)
     if manifest.check(stage, settings):
         if is_rank_zero():

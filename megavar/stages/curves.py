@@ -1,0 +1,137 @@
+"""The numbers behind the report's figures, from records alone; `figures.py` draws them.
+
+Estimates over fewer traces than were sampled are means over the subsets of the traces at hand, so they are unbiased.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import comb
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megavar.config.schema import EvalConfig
+from megavar.data.tokens import by_trace
+from megavar.objectives import grpo, reinforce, rft
+from megavar.objectives.weights import effective_sample_size
+from megavar.records import Answer, Question, Score, Trace, Weight
+from megavar.stages.evaluate import Accuracy, accuracy, pass_at_k
+
+Floats = NDArray[np.float64]
+_MOST_SUBSETS = 128
+_MOST_POINTS = 64
+
+
+@dataclass(frozen=True)
+class FewerTraces:
+    """What a round would have with `num_traces` traces a question instead of all."""
+
+    num_traces: int
+    correct: float
+    """Share of questions with a correct trace among them."""
+    ess: float
+    """Mean effective sample size of the questions that have weights; 0 if none has."""
+
+
+def pass_curve(
+    questions: Sequence[Question], answers: Sequence[Answer], config: EvalConfig, seed: int
+) -> list[Accuracy]:
+    """pass@k for k = 1..n with bootstrap intervals; 64 values of k, evenly spread, where n is larger."""
+    n = config.num_samples
+    points = np.unique(np.linspace(1, n, min(n, _MOST_POINTS)).round().astype(int)).tolist()
+    return [accuracy(questions, answers, n, k, config.num_bootstrap, seed) for k in points]
+
+
+def fewer_traces(scores: Sequence[Score], weights: Sequence[Weight], seed: int) -> list[FewerTraces]:
+    """The round with 1, 2, 4, ... and all of its traces a question.
+
+    A trace is correct if one of its answers is. Sizes are means over all subsets, or over 128 drawn ones where there
+    are more. What a question without a correct trace falls back to is not counted.
+
+    Args:
+        scores: of every trace, with counted answers.
+        weights: of the same traces; those of gold traces are left out.
+    """
+    num_correct: dict[str, list[int]] = defaultdict(list)
+    for score in scores:
+        num_correct[score.question_id].append(score.num_correct or 0)
+    log_weights: dict[str, list[float]] = defaultdict(list)
+    for row in weights:
+        if row.trace_index >= 0:
+            log_weights[row.question_id].append(row.log_weight if row.status == "ok" else -np.inf)
+    counts = [(len(group), sum(number > 0 for number in group)) for group in num_correct.values()]
+    groups = [np.array(group) for group in log_weights.values()]
+    at_hand = min(size for size, _ in counts)
+    random = np.random.default_rng(seed)
+    points = []
+    for k in doublings(at_hand):
+        correct = np.mean([pass_at_k(size, found, k) for size, found in counts])
+        sizes = np.concatenate([subset_sizes(group, k, random) for group in groups])
+        points.append(FewerTraces(k, float(correct), float(sizes.sum() / max(np.count_nonzero(sizes), 1))))
+    return points
+
+
+def doublings(largest: int) -> list[int]:
+    """1, 2, 4, ... up to `largest`, which is always the last."""
+    return [2**power for power in range(largest.bit_length()) if 2**power < largest] + [largest]
+
+
+def subset_sizes(log_weights: Floats, k: int, random: np.random.Generator) -> Floats:
+    """Effective sample size of every subset of `k` of one question's traces; 0 where all its weights are 0.
+
+    Args:
+        log_weights: [K traces], unnormalised.
+        random: draws 128 subsets where there are more.
+    """
+    total = len(log_weights)
+    if comb(total, k) <= _MOST_SUBSETS:
+        subsets = np.array(list(combinations(range(total), k)))
+    else:
+        subsets = random.permuted(np.tile(np.arange(total), (_MOST_SUBSETS, 1)), axis=1)[:, :k]
+    chosen = log_weights[subsets]
+    largest = chosen.max(1, keepdims=True)
+    shares = np.exp(chosen - np.where(np.isfinite(largest), largest, 0.0))
+    sizes: Floats = shares.sum(1) ** 2 / np.maximum((shares**2).sum(1), np.finfo(float).tiny)
+    return sizes
+
+
+def question_sizes(weights: Sequence[Weight]) -> dict[str, float]:
+    """Effective sample size of every question; 0 for one without weights."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for row in weights:
+        groups[row.question_id].append(row.weight)
+    return {question_id: effective_sample_size(np.array(group)) for question_id, group in groups.items()}
+
+
+def question_accuracies(answers: Sequence[Answer], question_ids: Sequence[str], num_answers: int) -> Floats:
+    """[questions] share of correct answers among `num_answers`; a truncated trace has none, which count as wrong."""
+    correct: dict[str, int] = defaultdict(int)
+    for answer in answers:
+        correct[answer.question_id] += bool(answer.correct)
+    return np.array([correct[question_id] / num_answers for question_id in question_ids])
+
+
+def ratios_by_length(traces: Sequence[Trace], weights: Sequence[Weight]) -> tuple[Floats, Floats]:
+    """(tokens, log-ratio) of every closed trace."""
+    trace_of = by_trace(traces)
+    kept = [row for row in weights if row.trace_index >= 0 and row.status != "truncated"]
+    tokens = [len(trace_of[row.question_id, row.trace_index].trace_ids) for row in kept]
+    return np.array(tokens, float), np.array([row.log_ratio for row in kept], float)
+
+
+def likelihoods_by_length(scores: Sequence[Score]) -> tuple[Floats, Floats]:
+    """(tokens, log-likelihood) of the reference answer after every scored trace."""
+    kept = [score.logp_answer for score in scores if score.logp_answer is not None]
+    tokens = np.array([len(logps) for logps in kept], float)
+    return tokens, np.array([logps.sum(dtype=np.float64) for logps in kept], float)
+
+
+IMPLIED_WEIGHTS: dict[str, Callable[[float], float]] = {
+    "IWAE, forward KL: 1": lambda _: 1.0,
+    "RFT: P_ref": rft.question_weight,
+    "REINFORCE: P": reinforce.question_weight,
+    "GRPO: sqrt(P / (1 - P))": grpo.question_weight,
+}
+"""The weight each objective implies for a question of accuracy P (equations 10 to 12), RFT with P_ref = P."""
