@@ -71,11 +71,13 @@ class FinishedRun:
 
     def rounds(self) -> list[Path]:
         """The folders of the rounds whose traces have weights, in order."""
-        return [
-            folder
-            for folder in sorted(self.folder.glob("round_*"))
-            if all((folder / name / "data.parquet").is_file() for name in _ROUND_RECORDS)
-        ]
+        entries = Manifest(self.folder).entries()
+        found = []
+        for index, folder in enumerate(sorted(self.folder.glob("round_*")), start=1):
+            weighed = entries.get(Run(self.config, index).entry("weigh"), {}).get("status") == "finished"
+            if weighed and all((folder / name / "data.parquet").is_file() for name in _ROUND_RECORDS):
+                found.append(folder)
+        return found
 
     def round_folder(self) -> Path:
         """The last round with weights.
