@@ -26,7 +26,7 @@ def show(capsys, *arguments):
     [
         ("traces", "16 Trace records of 4 questions", "prompt_ids: 2 ids: 339 279"),
         ("verified", "30 Answer records of 4 questions", "0 0 \\boxed{0} stop True correct"),
-        ("scores", "16 Score records of 4 questions", "0 Σ -1.500 of 3 Σ -1.500 of 3 Σ -3.000 of 2 2 2"),
+        ("scores", "16 Score records of 4 questions", "0 Σ -1.500 of 3 Σ -1.500 of 3 Σ -3.000 of 2 2 1"),
         ("weights", "16 Weight records of 4 questions", "0 0.0000 -0.6931 -0.6931 1.0000 ok"),
     ],
 )

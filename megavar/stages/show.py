@@ -22,9 +22,9 @@ from rich.text import Text
 
 from megavar.data.decode import Decoder, open_decoder
 from megavar.data.questions import read_questions
-from megavar.records import Answer, Question, Score, Trace, Weight, identity, read_records
+from megavar.records import Answer, Bound, Question, Score, Trace, Weight, identity, read_records
 
-RECORD_TYPES: tuple[type[Any], ...] = (Trace, Answer, Score, Weight)
+RECORD_TYPES: tuple[type[Any], ...] = (Trace, Answer, Score, Weight, Bound)
 _MOST_IDS = 8
 _NOT_IN_TABLES = ("question_id", "round", "answer_ids", "seed")
 
@@ -78,7 +78,8 @@ def read_any(path: Path) -> list[Any]:
         return [records[key] for key in sorted(records)]
     if not path.exists():
         raise ValueError(f"No file or folder {path}; give a file of records, a stage's folder or a question file.")
-    return _read_file(path)
+    found = _read_file(path)
+    return found if found and isinstance(found[0], Question) else sorted(found, key=identity)
 
 
 def _read_file(file: Path) -> list[Any]:
@@ -95,7 +96,7 @@ def _read_file(file: Path) -> list[Any]:
         return list(read_questions(file))
     raise ValueError(
         f"{file} has columns {columns}, which are those of no record; give a file of questions, traces, answers, "
-        "scores or weights."
+        "scores, weights or bounds."
     )
 
 
