@@ -289,6 +289,11 @@ def _validate_pairs(config: RunConfig) -> None:
             f"objective.num_traces={objective.num_traces} is not between 1 and sample.num_traces={sample.num_traces}; "
             "sample more traces or use fewer."
         )
+    if sample.sampler == "policy" and objective.ratio != "none":
+        raise ValueError(
+            f"sample.sampler=policy has no ratio to take, but objective.ratio={objective.ratio}: rounding would "
+            "stand in for it; use objective.ratio=none."
+        )
     if objective.min_weight > 0 and objective.selection != "weighted":
         raise ValueError(
             f"objective.min_weight={objective.min_weight} has no effect with objective.selection="

@@ -206,7 +206,13 @@ def to_hugging_face(
 
 
 def differences(first: Model, second: Model, progress: Progress = lambda *_: None) -> Iterator[str]:
-    """What two models differ in, one text for each tensor: presence, dtype, bits. Sizes come first, and alone."""
+    """What two models differ in, one text for each tensor: presence, dtype, bits. Sizes come first, and alone.
+
+    Raises:
+        ValueError: if a copy of a tied embedding is none.
+    """
+    first.check_tied_head()
+    second.check_tied_head()
     sizes, others = asdict(first.dims), asdict(second.dims)
     unlike = [
         f"{key}: {sizes[key]} in the first, {others[key]} in the second" for key in sizes if sizes[key] != others[key]

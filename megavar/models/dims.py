@@ -1,5 +1,6 @@
 """The sizes of a model, read from its Hugging Face folder; what the operators and the engine need to know of it."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,9 @@ def _rope_base(config: Any, folder: Path) -> float:
     if kind != "default":
         raise ValueError(f"{folder}/config.json has RoPE scaling {kind!r}, which is not supported; use a plain one.")
     base = rope.get("rope_theta", getattr(config, "rope_theta", None))
-    if base is None:
+    # transformers 5 fills a base in where there is none: only the file itself tells.
+    written = json.loads((folder / "config.json").read_text())
+    places = (written, written.get("rope_parameters") or {}, written.get("rope_scaling") or {})
+    if base is None or not any("rope_theta" in place for place in places):
         raise ValueError(f"{folder}/config.json has no rope_theta; a RoPE base is never guessed.")
     return float(base)

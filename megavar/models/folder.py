@@ -128,6 +128,8 @@ class HuggingFaceFolder:
                 f"{self.path} {name} ({len(missing)} missing, {len(extra)} unknown); "
                 f"its config.json says {dims.family} with {dims.num_layers} layers."
             )
+        if dims.tied_embeddings and TIED_HEAD in self.names():
+            expected[TIED_HEAD] = (dims.vocab_size, dims.hidden_size)
         for name, shape in expected.items():
             if self.info(name).shape != shape:
                 raise ValueError(

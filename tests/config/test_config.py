@@ -46,6 +46,7 @@ def test_a_saved_configuration_loads_to_the_same(tmp_path):
         ),
         (["objective.name=sft"], r"objective\.name=sft .*objective\.answers=all_correct.*answers=reference"),
         (["objective.num_traces=9"], r"objective\.num_traces=9 is not between 1 and sample\.num_traces=8"),
+        (["sample.sampler=policy"], r"sample\.sampler=policy has no ratio.*objective\.ratio=geometric_mean"),
         (["objective.name=elbo"], r"objective\.name=elbo .*answers=reference"),
         (["objective.name=reverse_kl"], r"use posterior\.source=reverse_kl"),
         (["data.fresh_questions=true"], r"data\.fresh_questions=true needs data\.questions_per_round"),

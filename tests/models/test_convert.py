@@ -150,8 +150,14 @@ def test_a_copy_of_the_tied_embedding_is_written_only_where_the_source_had_one(t
 
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     save_file(tensors, written / "model.safetensors")
-    with pytest.raises(ValueError, match=r"tie_word_embeddings=true, but lm_head\.weight differs from model\.embed"):
+    differs = r"tie_word_embeddings=true, but lm_head\.weight differs from model\.embed"
+    with pytest.raises(ValueError, match=differs):
         to_megatron(written, tmp_path / "new", None, False)
+    with pytest.raises(ValueError, match=differs):
+        list(differences(Model(plain), Model(written)))
+    save_file({**tensors, "lm_head.weight": torch.zeros(3, 3)}, written / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head\.weight is \(3, 3\)"):
+        Model(written)
 
 
 def test_a_checkpoint_without_its_description_needs_a_template(folder, checkpoint, tmp_path):
@@ -260,6 +266,10 @@ BROKEN = {
     "rope": (
         lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}),
         "RoPE scaling 'yarn', which is not supported",
+    ),
+    "no rope base": (
+        lambda f: edit_config(f, rope_parameters={"rope_type": "default"}),
+        "a RoPE base is never guessed",
     ),
     "biases": (lambda f: edit_config(f, attention_bias=True), r"attention_bias=True, which is not supported"),
     "config": (lambda f: (f / "config.json").unlink(), r"no config\.json"),
