@@ -228,7 +228,7 @@ class RunConfig:
     runs_dir: str = "runs"
     seed: int = 1
     rounds: int = at_least(1, default=1)
-    """T: rounds of sampling and training, each starting from the policy of the one before."""
+    """T: rounds; each samples with the policy of the one before, and trains from `policy.init`."""
     model: str = "???"
     """Hugging Face folder of the base model."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -110,6 +110,7 @@ def run_rollouts(run: Run) -> None:
     settings = {
         **_common(run),
         **flat("sample", config.sample),
+        **flat("verify", config.verify),
         "posterior.num_rollouts": config.posterior.num_rollouts,
         "reference": _reference(run),
     }
@@ -180,7 +181,7 @@ def run_verify(run: Run) -> None:
     def work() -> None:
         _verify(run, _round_questions(run), _read(run.round / "answers", Answer), run.round / "verified")
 
-    settings = {**flat("verify", run.config.verify), "sample": _after(run, "sample")}
+    settings = {**_common(run), **flat("verify", run.config.verify), "sample": _after(run, "sample")}
     run_once(run, "verify", settings, lambda: on_rank_zero(work))
 
 
@@ -196,8 +197,8 @@ def run_score(run: Run) -> None:
         )  # fmt: skip
 
     settings = {
+        **_common(run),
         "score.temperature": config.score.temperature,
-        **flat("precision", config.precision),
         "verify": _after(run, "verify"),
     }
     run_once(run, "score", settings, work)
@@ -240,6 +241,7 @@ def run_policy(run: Run) -> None:
     settings = {
         **_common(run),
         **flat("policy.train", train),
+        **flat("objective", objective),
         "policy.init": config.policy.init,
         "policy.mix_gold": config.policy.mix_gold,
         "weigh": _after(run, "weigh"),
@@ -284,8 +286,10 @@ def run_eval(run: Run) -> None:
             evaluate_model(questions, verified, config.eval, config.seed, run.folder / "eval" / f"{name}.json")
 
     settings = {
+        **_common(run),
         **flat("eval", config.eval),
         **flat("sample", config.sample),
+        **flat("verify", config.verify),
         "data.eval": file_digest(Path(config.data.eval or "")),
         "trained": _after(run, "export" if "policy" in config.eval.models else "sft"),
     }
