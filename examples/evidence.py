@@ -2,23 +2,33 @@
 
     python examples/evidence.py [--tasks chains unknown] [--seeds 1 2 3] [--methods iwae rft ...]
 
-For each task and seed the run `iwae` is the paper's method. The others start from what they share with another run
-(files are linked, manifest entries copied, and the pipeline itself checks that the settings agree), so that methods
-differ in what they are about and in nothing else. Every policy takes the same number of steps of the same batch.
-Results go to runs/evidence/results.json after each run.
+For each task and seed the run `iwae` is the paper's method, on the first 8 of 16 traces a question. The others start
+from what they share with another run (files are linked, manifest entries copied, and the pipeline itself checks that
+the settings agree), so that methods differ in what they are about and in nothing else. Every policy takes the same
+number of steps of the same batch. Two servers are started once and serve every run in turn. Results go to
+runs/evidence/results.json after each run, and a run whose result is there is not run again.
 """
 
 import argparse
+import asyncio
 import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
+from megavar.config.load import load_config
+from megavar.records import Answer, Trace, read_records, write_aside
+from megavar.rollout.servers import ManagedServers, open_engine
+
 ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "conf/demo.yaml"
 RUNS = Path("runs/evidence")
+RANKS = 2
 STEPS = {
     "chains": {"sft": 52, "posterior.train": 52, "policy.train": 64},
     "unknown": {"sft": 120, "posterior.train": 120, "policy.train": 150},
@@ -48,24 +58,25 @@ class Method:
     until: str | None = None
 
 
-OWN_TRACES = ("sample.sampler=policy", "objective.ratio=none")
+EIGHT = ("sample.num_traces=8",)
+OWN_TRACES = (*EIGHT, "sample.sampler=policy", "objective.ratio=none")
+ROLLOUT = (*EIGHT, "posterior.source=rollout")
 METHODS = {
     "iwae": Method(),
     "more_sft": Method(("eval.models=[pi_0]",)),
     "ratio_none": Method(("objective.ratio=none",), "iwae", "score"),
     "ratio_sequence": Method(("objective.ratio=sequence",), "iwae", "score"),
+    "no_hint": Method(OWN_TRACES, "iwae", "sft"),
+    "rft": Method((*OWN_TRACES, "objective.name=rft"), "no_hint", "score"),
+    "grpo": Method((*OWN_TRACES, "objective.name=grpo"), "no_hint", "score"),
+    "forward_kl": Method(ROLLOUT, "iwae", "sft"),
     "answer_geometric_mean": Method(
         ("objective.answer=geometric_mean", "objective.answers=reference"), "iwae", "score"
     ),
     "answer_likelihood": Method(("objective.answer=likelihood", "objective.answers=reference"), "iwae", "score"),
-    "no_hint": Method(OWN_TRACES, "iwae", "sft"),
-    "rft": Method((*OWN_TRACES, "objective.name=rft"), "no_hint", "score"),
-    "grpo": Method((*OWN_TRACES, "objective.name=grpo"), "no_hint", "score"),
-    **{f"k{k}": Method((f"objective.num_traces={k}",), "iwae", "score") for k in (1, 2, 4)},
-    "k16": Method(("sample.num_traces=16",), "iwae", "posterior"),
-    "forward_kl": Method(("posterior.source=rollout",), "iwae", "sft"),
-    "rounds_3": Method(("rounds=3", "posterior.source=rollout"), "forward_kl", "eval"),
-    "reverse_kl_rounds_3": Method(("rounds=3", "posterior.source=reverse_kl"), "iwae", "sft"),
+    **{f"k{k}": Method((f"objective.num_traces={k}",), "iwae", "score") for k in (1, 2, 4, 16)},
+    "rounds_3": Method((*ROLLOUT, "rounds=3"), "forward_kl", "eval"),
+    "reverse_kl_rounds_3": Method((*EIGHT, "rounds=3", "posterior.source=reverse_kl"), "iwae", "sft"),
 }
 
 
@@ -74,7 +85,7 @@ def make_data(task: str) -> None:
     folder = RUNS / f"{task}_data"
     if not (folder / "train.jsonl").exists():
         command = [sys.executable, str(ROOT / "examples/data/generate.py"), "--task", task, "--out", str(folder)]
-        subprocess.run(command, check=True)
+        subprocess.run([*command, "--num-eval", "200"], check=True)
 
 
 def share(source: Path, target: Path, until: str) -> None:
@@ -107,8 +118,12 @@ def settings(task: str, seed: int, name: str) -> list[str]:
         f"seed={seed}",
         f"data.train={data / 'train.jsonl'}",
         f"data.eval={data / 'eval.jsonl'}",
-        "sample.max_trace_tokens=128",
+        "data.questions_per_round=200",
         "data.max_sequence_tokens=224",
+        "sample.num_traces=16",
+        "sample.num_answers=2",
+        "sample.max_trace_tokens=128",
+        "objective.num_traces=8",
         *(f"{stage}.num_steps={steps}" for stage, steps in STEPS[task].items()),
         *method.overrides,
     ]
@@ -119,19 +134,20 @@ def settings(task: str, seed: int, name: str) -> list[str]:
     return found
 
 
-def run(task: str, seed: int, name: str) -> Path:
+def run(task: str, seed: int, name: str, urls: list[str]) -> Path:
     """Run one method to its end, and what it shares with before it; finished stages are skipped."""
     make_data(task)
     method, overrides, target = METHODS[name], settings(task, seed, name), RUNS / task / f"{name}_{seed}"
     if (target / "done").exists():
         return target
     if method.shared_with is not None and method.until is not None:
-        share(run(task, seed, method.shared_with), target, method.until)
+        share(run(task, seed, method.shared_with, urls), target, method.until)
+    overrides += ["rollout.mode=external", f"rollout.urls=[{','.join(urls)}]"]
     if name == "more_sft":
-        for stage, ranks in (("sft", 4), ("eval", 0)):
+        for stage, ranks in (("sft", RANKS), ("eval", 0)):
             launch(["-m", "megavar", stage], ranks, overrides)
     else:
-        launch([str(ROOT / "examples/pretrain_variational.py"), "--tp", "2", "--pp", "2"], 4, overrides)
+        launch([str(ROOT / "examples/pretrain_variational.py")], RANKS, overrides)
     (target / "done").touch()
     return target
 
@@ -140,12 +156,12 @@ def launch(command: list[str], ranks: int, overrides: list[str]) -> None:
     """One command of the main job, under torchrun if it has ranks."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    arguments = [*command, "--config", str(ROOT / "conf/demo.yaml"), *overrides]
+    arguments = [*command, "--config", str(CONFIG), *overrides]
     subprocess.run([sys.executable, *torchrun, *arguments], check=True, env=environment)
 
 
 def result(folder: Path) -> dict[str, object]:
-    """What a run measured: accuracy of every policy, trained tokens and seconds a stage, what the weights were like."""
+    """What a run measured: accuracy of every policy, tokens and seconds a stage, what traces and weights were like."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     tokens: dict[str, float] = {}
     for row in rows:
@@ -153,10 +169,45 @@ def result(folder: Path) -> dict[str, object]:
     entries = json.loads((folder / "manifest.json").read_text())
     return {
         "accuracy": {file.stem: json.loads(file.read_text()) for file in sorted((folder / "eval").glob("*.json"))},
+        "correct": {path.parent.name: correct(path) for path in sorted((folder / "eval").glob("*/verified"))},
+        "traces": {path.parent.name: traces(path.parent) for path in sorted(folder.glob("round_*/verified"))},
         "target_tokens": {stage: count for stage, count in tokens.items() if count},
         "seconds": {stage: entry["seconds"] for stage, entry in entries.items()},
         "weigh": {row["stage"]: row for row in rows if row["stage"].startswith("weigh")},
     }
+
+
+def correct(verified: Path) -> str:
+    """How many of a held-out question's samples are correct: a digit a question, in the order of their ids."""
+    counts: dict[str, int] = {}
+    for answer in read_records(verified / "data.parquet", Answer):
+        counts[answer.question_id] = counts.get(answer.question_id, 0) + bool(answer.correct)
+    return "".join(str(counts[question]) for question in sorted(counts))
+
+
+def traces(folder: Path) -> dict[str, float]:
+    """What a round's sampled traces were like."""
+    drawn = read_records(folder / "traces" / "data.parquet", Trace)
+    answers = read_records(folder / "verified" / "data.parquet", Answer)
+    distinct = {(trace.question_id, trace.trace_ids.tobytes()) for trace in drawn}
+    return {
+        "traces": len(drawn),
+        "tokens": sum(len(trace.trace_ids) for trace in drawn),
+        "truncated": sum(trace.finish != "closed" for trace in drawn),
+        "distinct": len(distinct),
+        "answers": len(answers),
+        "correct_answers": sum(bool(answer.correct) for answer in answers),
+    }
+
+
+async def serve(work: Callable[[list[str]], None]) -> None:
+    """Do the work while two servers run; each run loads its weights into them in place."""
+    config = load_config(CONFIG, [])
+    async with ManagedServers(config.rollout, Path(config.model), RUNS / "servers") as servers:
+        external = replace(config.rollout, mode="external", urls=servers.urls)
+        async with open_engine(external, Path(config.model), RUNS) as engine:
+            await engine.load_weights(Path(config.model))  # marks them as ours: a run may replace what they serve
+        await asyncio.to_thread(work, servers.urls)
 
 
 def main() -> None:
@@ -167,15 +218,17 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     chosen = parser.parse_args()
     results = RUNS / "results.json"
-    for task in chosen.tasks:
-        for name in chosen.methods:
-            for seed in chosen.seeds:
-                found = result(run(task, seed, name))
-                known = json.loads(results.read_text()) if results.exists() else {}
-                known.setdefault(task, {}).setdefault(name, {})[str(seed)] = found
-                aside = results.with_name("results.json.part")
+
+    def work(urls: list[str]) -> None:
+        for name, task, seed in product(chosen.methods, chosen.tasks, chosen.seeds):
+            known = json.loads(results.read_text()) if results.exists() else {}
+            if str(seed) in known.setdefault(task, {}).setdefault(name, {}):
+                continue
+            known[task][name][str(seed)] = result(run(task, seed, name, urls))
+            with write_aside(results) as aside:
                 aside.write_text(json.dumps(known, indent=1) + "\n")
-                os.replace(aside, results)
+
+    asyncio.run(serve(work))
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ def test_refusals_have_code_2_and_one_line(run, tmp_path):
     for arguments, message in (
         (("to-megatron", "--hf", tmp_path / "no", "--out", tmp_path / "m"), "is no folder"),
         (("to-hf", "--megatron", BASE, "--out", tmp_path / "m"), "is not a Megatron checkpoint"),
+        (("verify", BASE, BASE, "--logits", tmp_path / "no.txt"), "No such file or directory"),
         (("verify", BASE, tmp_path), "neither a Hugging Face folder (no config.json) nor a checkpoint (no .metadata)"),
     ):
         code, printed = run(*arguments)

@@ -64,6 +64,7 @@ def tell(done: Converted, target: Path) -> int:
 
 def verify(chosen: argparse.Namespace) -> int:
     """Compare two models; with a text also their log-probs on it."""
+    text = chosen.logits.read_text(encoding="utf-8") if chosen.logits is not None else None
     first, second = Model(chosen.a, chosen.hf_template), Model(chosen.b, chosen.hf_template)
     with ByteProgress("verify") as progress:
         found = list(differences(first, second, progress.update))
@@ -75,12 +76,14 @@ def verify(chosen: argparse.Namespace) -> int:
         )
     else:
         print(f"{chosen.a} and {chosen.b} are equal: every key, shape, dtype and bit.")
-    if chosen.logits is None:
+    if text is None:
         return 1 if found else 0
     from megavar.training.compare import text_logps
 
-    text = chosen.logits.read_text(encoding="utf-8")
     logps, others = text_logps(first, text), text_logps(second, text)
+    if len(logps) != len(others):
+        print(f"the text is {len(logps) + 1} tokens to the first and {len(others) + 1} to the second.")
+        return 1
     largest = (logps - others).abs().max().item()
     print(f"log-probs of {len(logps)} tokens: largest difference {largest:.2e}, tolerance {chosen.tolerance:.0e}")
     return 1 if found or not largest <= chosen.tolerance else 0
@@ -143,7 +146,7 @@ def main() -> int:
     chosen = parser.parse_args()
     try:
         found: int = chosen.run(chosen)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return found

@@ -197,7 +197,7 @@ class PolicyConfig:
     init: str = choice("base", "sft", default="base")
     """From the base, or from the policy that the round starts with: pi_0 in the first one."""
     mix_gold: bool = False
-    """Adds the gold sequences of the train file, weight 1 each."""
+    """Adds the gold sequences of the round's questions, weight 1 each."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -279,10 +279,16 @@ def _validate_pairs(config: RunConfig) -> None:
             f"objective.name={objective.name} trains on traces without a correct answer too, but objective.answers="
             f"{objective.answers} needs one; use objective.answers=reference."
         )
-    if objective.name == "reverse_kl":
+    if objective.name in ("forward_kl", "reverse_kl"):
+        source = "rollout" if objective.name == "forward_kl" else "reverse_kl"
         raise ValueError(
-            "objective.name=reverse_kl is a gradient of the posterior, objective.name one of the policy; "
-            "use posterior.source=reverse_kl."
+            f"objective.name={objective.name} is what the posterior learns by, objective.name what the policy does; "
+            f"use posterior.source={source}."
+        )
+    if objective.on_no_correct_trace != "drop" and objective.name != "iwae":
+        raise ValueError(
+            f"objective.on_no_correct_trace={objective.on_no_correct_trace} has no effect with objective.name="
+            f"{objective.name}; use drop."
         )
     if objective.num_traces is not None and not 1 <= objective.num_traces <= sample.num_traces:
         raise ValueError(

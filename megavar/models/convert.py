@@ -126,8 +126,7 @@ class Model:
         """
         if not self.tied_head_written or not isinstance(self._source, HuggingFaceFolder):
             return
-        embedding, head = self._source.tensor("model.embed_tokens.weight"), self._source.tensor(TIED_HEAD)
-        if bit_difference(embedding, head):
+        if not self._source.same_bytes("model.embed_tokens.weight", TIED_HEAD):
             raise ValueError(
                 f"{self.path}: config.json says tie_word_embeddings=true, but {TIED_HEAD} differs from "
                 "model.embed_tokens.weight; set it to false, or remove the tensor."
@@ -292,11 +291,10 @@ class Digest:
 
 
 def _open_source(source: Path, template: Path | None, target: Path, megatron: bool) -> Model:
-    places = [place for place in (source, template) if place is not None]
-    inside = [place for place in places if target.resolve() in (place.resolve(), *place.resolve().parents)]
-    if inside:
-        raise ValueError(f"{target} is or contains {inside[0]}, which is read from; choose another target.")
     model = Model(source, template)
+    for place in (source, model.path, model.side_files):
+        if target.resolve() in (place.resolve(), *place.resolve().parents):
+            raise ValueError(f"{target} is or contains {place}, which is read from; choose another target.")
     if model.is_megatron != megatron:
         wanted = "a Megatron checkpoint" if megatron else "a Hugging Face folder"
         raise ValueError(f"{source} is not {wanted}, which this direction converts from.")

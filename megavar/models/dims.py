@@ -48,10 +48,11 @@ class ModelDims:
 KNOWN_FAMILIES = ("qwen2", "qwen3", "qwen3_moe")
 
 _PLAIN: dict[str, list[tuple[str, Any]]] = {
-    "qwen2": [("use_sliding_window", False)],
-    "qwen3": [("use_sliding_window", False), ("attention_bias", False)],
+    "qwen2": [("use_sliding_window", False), ("hidden_act", "silu")],
+    "qwen3": [("use_sliding_window", False), ("hidden_act", "silu"), ("attention_bias", False)],
     "qwen3_moe": [
         ("use_sliding_window", False),
+        ("hidden_act", "silu"),
         ("attention_bias", False),
         ("decoder_sparse_step", 1),
         ("mlp_only_layers", []),
@@ -83,6 +84,11 @@ def read_dims(folder: Path) -> ModelDims:
             raise ValueError(
                 f"{folder}/config.json has {key}={getattr(config, key)!r}, which is not supported; only {plain!r} is."
             )
+    if mixture and config.num_experts_per_tok == 1 and config.norm_topk_prob:
+        raise ValueError(
+            f"{folder}/config.json has num_experts_per_tok=1 and norm_topk_prob=true: every expert's weight would be "
+            "1, whatever the router says; this is not supported."
+        )
     return ModelDims(
         family=config.model_type,
         num_layers=config.num_hidden_layers,

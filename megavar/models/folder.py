@@ -4,6 +4,7 @@ Tensors are read one at a time into memory of their own: a memory-mapped file wo
 made from it.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from megavar.models.ops import Operator, names_at, pieces
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+COMPARED_BYTES = 2**24
 TIED_HEAD = "lm_head.weight"
 """The output table, which a folder of tied embeddings may hold as a copy of the embedding."""
 
@@ -110,6 +112,22 @@ class HuggingFaceFolder:
         if num_bytes != found.nbytes:
             raise ValueError(f"{self.path / file} ended inside {key}; it changed while being read.")
         return found
+
+    def same_bytes(self, first: str, second: str) -> bool:
+        """Whether two tensors of one size hold the same bytes; neither is held whole."""
+        if self.info(first) != self.info(second):
+            return False
+        (file, start), (other_file, other_start) = self._place_of[first], self._place_of[second]
+        num_bytes = self.info(first).num_bytes
+        with open(self.path / file, "rb") as data, open(self.path / other_file, "rb") as other:
+            data.seek(start)
+            other.seek(other_start)
+            while num_bytes > 0:
+                part = data.read(min(num_bytes, COMPARED_BYTES))
+                if not part or part != other.read(len(part)):
+                    return False
+                num_bytes -= len(part)
+        return True
 
     def check(self, operators: list[Operator], dims: ModelDims) -> None:
         """Compare names and shapes with what the model's operators expect.
@@ -229,44 +247,84 @@ def copy_side_files(source: Path, target: Path, dtype: torch.dtype | None = None
 def new_folder(target: Path, overwrite: bool, num_bytes: int) -> Iterator[Path]:
     """A folder to fill, which becomes `target` when the block ends well and vanishes when it fails.
 
+    A target that is replaced stands aside until the new one is in its place; if a kill comes between the two, the next
+    call puts it back. What a killed call left is removed.
+
     Args:
         num_bytes: about what will be written; checked against the free space.
 
     Raises:
-        ValueError: if `target` exists and may not be overwritten, cannot be written, or there is not enough space.
+        ValueError: if `target` exists and may not be overwritten, is being written by another process, cannot be
+            written, or there is not enough space.
     """
-    if target.exists():
-        if not overwrite:
-            raise ValueError(f"{target} exists already; choose another folder, or say --overwrite.")
-        if any(target.iterdir()) and not any((target / name).exists() for name in ("config.json", ".metadata")):
-            raise ValueError(
-                f"{target} holds neither a model nor a checkpoint; it is not overwritten, remove it first."
-            )
+    target = Path(os.path.abspath(target))
     aside, replaced = (target.with_name(f".{target.name}.{state}") for state in ("partial", "replaced"))
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        free = shutil.disk_usage(aside).free
-        if free < num_bytes:
-            raise ValueError(
-                f"{target} needs {num_bytes / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; choose another."
-            )
-        yield aside
-        _sync(aside)
-        if target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(aside):
+            if replaced.exists() and not target.exists():
+                os.replace(replaced, target)
             shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(target, replaced)
-        os.replace(aside, target)
+            _check_target(target, overwrite)
+            free = shutil.disk_usage(aside).free
+            if free < num_bytes:
+                raise ValueError(
+                    f"{target} needs {num_bytes / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; "
+                    "choose another."
+                )
+            yield aside
+            _sync(aside)
+            if target.exists():
+                os.replace(target, replaced)
+            try:
+                os.replace(aside, target)
+            except OSError:
+                if replaced.exists():
+                    os.replace(replaced, target)
+                raise
         shutil.rmtree(replaced, ignore_errors=True)
         _sync_entry(target.parent)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if replaced.exists() and not target.exists():
-            os.replace(replaced, target)
-        raise ValueError(f"{target} could not be written: {error}; nothing of it is left.") from error
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        raise ValueError(f"{target} could not be written: {error}; nothing half done is left.") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make `folder` anew and hold it for this process; it is removed if it is still there in the end."""
+    folder.mkdir(exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is filling {folder}; wait for it, or choose another target.") from error
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a target that may not be replaced: only a model or a checkpoint may, and nothing beside it."""
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{target} exists already; choose another folder, or say --overwrite.")
+    if not target.is_dir():
+        raise ValueError(f"{target} is a file; choose another target, or remove it first.")
+    entries = {path.name for path in target.iterdir()}
+    model, checkpoint = {"config.json"} < entries and bool({SINGLE, INDEX} & entries), ".metadata" in entries
+    if entries and not model and not checkpoint:
+        raise ValueError(f"{target} holds neither a model nor a checkpoint; it is not overwritten, remove it first.")
+    others = sorted(path.name for path in target.iterdir() if path.is_dir() and path.name != "huggingface")
+    if others:
+        raise ValueError(
+            f"{target} holds the folder {others[0]} beside its model; it is not overwritten, remove it first."
+        )
 
 
 def _sync(folder: Path) -> None:

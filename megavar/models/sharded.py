@@ -7,7 +7,9 @@ converted) and `huggingface/` (configuration and tokenizer), so that the way bac
 
 import json
 import pickle
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import IO
 
@@ -100,6 +102,7 @@ class ShardedCheckpoint:
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and key.startswith(_WEIGHTS)
         }
+        self._chunks_at: dict[str, dict[Index, list[ChunkStorageMetadata]]] = {}
         ends: dict[str, int] = {}
         for place in metadata.storage_data.values():
             ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
@@ -119,7 +122,7 @@ class ShardedCheckpoint:
             ValueError: naming the parameter, if the checkpoint's files do not hold all of it.
         """
         name, shape = operator.megatron_name, piece_shape(operator, dims)
-        entry = self._tensors[name]
+        entry = self._near(name, index)
         found = torch.empty(shape, dtype=entry.properties.dtype)
         target = found.view(*[1] * len(index), *shape)
         origin = torch.Size([*index, *[0] * len(shape)])
@@ -132,6 +135,17 @@ class ShardedCheckpoint:
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(f"{self.path}: {name}{list(index)} cannot be read: {error}; copy it anew.") from error
         return found
+
+    def _near(self, name: str, index: Index) -> TensorStorageMetadata:
+        """A parameter's entry with those of its chunks that reach into one piece; torch looks at every one given."""
+        if name not in self._chunks_at:
+            found: dict[Index, list[ChunkStorageMetadata]] = defaultdict(list)
+            for chunk in self._tensors[name].chunks:
+                bounds = zip(chunk.offsets[: len(index)], chunk.sizes[: len(index)], strict=True)
+                for place in product(*(range(start, start + size) for start, size in bounds)):
+                    found[place].append(chunk)
+            self._chunks_at[name] = found
+        return replace(self._tensors[name], chunks=self._chunks_at[name].get(index, []))
 
     def check(self, operators: list[Operator], dims: ModelDims) -> None:
         """Compare names and shapes with what the model's operators expect.

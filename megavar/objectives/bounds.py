@@ -6,7 +6,7 @@ traces were sampled at the temperature they were scored at. Nothing here trains.
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from itertools import combinations
 from math import comb
 
@@ -36,12 +36,12 @@ def multi_trace_bounds(log_rhos: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.array([log_mean_exp(log_rhos[_subsets(count, size)]).mean() for size in range(1, count + 1)])
 
 
-@cache
-def _subsets(count: int, size: int) -> NDArray[np.int64]:
+@lru_cache(maxsize=256)
+def _subsets(count: int, size: int) -> NDArray[np.int32]:
     """Indices [subsets, size]."""
     if comb(count, size) <= MOST_SUBSETS:
-        return np.array(list(combinations(range(count), size)))
-    return np.random.default_rng(size).random((MOST_SUBSETS, count)).argsort(1)[:, :size]
+        return np.array(list(combinations(range(count), size)), np.int32)
+    return np.random.default_rng(size).random((MOST_SUBSETS, count)).argsort(1)[:, :size].astype(np.int32)
 
 
 def question_bounds(scores: Sequence[Score], truncated: Sequence[bool], weights: Sequence[Weight]) -> Bound | None:

@@ -17,7 +17,8 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
     """(f_k - mean of the others' f) / K for each of a question's K whole traces, in their order.
 
     f_k is the sum over the trace of log pi - log q, plus log a_k; the gradient sum_k weight_k grad log q(z_k) is then
-    unbiased. An accuracy of 0 of n would make f_k infinite: log a_k is that of (correct + 1/2) / (n + 1).
+    unbiased. A lone whole trace has no baseline, and so no weight. An accuracy of 0 of n would make f_k infinite:
+    log a_k is that of (correct + 1/2) / (n + 1).
 
     Raises:
         ValueError: if a score lacks what the settings need, or the scores are not those of one question.
@@ -32,8 +33,6 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
     if len(whole) > 1:
         others = (values.sum() - values) / (len(whole) - 1)
         shares[whole] = (values - others) / len(whole)
-    elif whole:
-        shares[whole] = values
     return make_weights(scores, truncated, ratios, answers, shares=shares.tolist(), normalised=False)
 
 

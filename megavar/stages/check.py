@@ -12,6 +12,7 @@ from megavar.models.dims import read_dims
 from megavar.objectives import get_objective
 from megavar.records import Question, TokenIds
 from megavar.rollout.servers import check_interpreter
+from megavar.stages.run import Run
 from megavar.training.parallel import check_parallel
 from megavar.training.precision import check_precision
 from megavar.verifiers import get_verifier
@@ -28,7 +29,7 @@ def check_run(config: RunConfig, ranks: int | None) -> None:
     """
     base = Path(config.model)
     dims = read_dims(base)
-    Model(base)
+    Model(base).check_tied_head()
     if ranks is not None:
         check_parallel(config.parallel, dims, ranks)
         check_precision(config.precision)
@@ -48,10 +49,16 @@ def check_run(config: RunConfig, ranks: int | None) -> None:
                 f"data.fresh_questions=true needs rounds x questions_per_round = {config.rounds} x "
                 f"{config.data.questions_per_round} = {needed} questions, but {config.data.train} has {len(train)}."
             )
-    check_room(sampled, templates.posterior_prompt, templates.answer, config)
     check_room(sampled, templates.policy_prompt, templates.answer, config)
+    if config.sample.sampler == "posterior":
+        check_room(sampled, templates.posterior_prompt, templates.answer, config)
     if config.objective.on_no_correct_trace == "gold":
-        check_traces_given(sampled, config.data.train)
+        check_traces_given(sampled, config.data.train, "objective.on_no_correct_trace=gold")
+    if config.objective.name == "reference_acc":
+        check_traces_given(sampled, config.data.train, "objective.name=reference_acc")
+    if config.policy.mix_gold:
+        for round_index in range(1, config.rounds + 1):
+            gold_sequences(Run(config, round_index).take_questions(train), templates, limit)
     if config.data.eval is not None:
         held_out = read_questions(Path(config.data.eval))
         check_questions(held_out, config.data.eval)
@@ -98,13 +105,13 @@ def check_room(
                 )
 
 
-def check_traces_given(questions: list[Question], file: str) -> None:
-    """Check that every question has a gold trace."""
+def check_traces_given(questions: list[Question], file: str, setting: str) -> None:
+    """Check that every question has a gold trace, which this setting may put in place of the sampled ones."""
     for question in questions:
         if question.trace is None:
             raise ValueError(
-                f"{file}: question {question.id!r} has no trace, which objective.on_no_correct_trace=gold may need; "
-                "add it, or use drop."
+                f"{file}: question {question.id!r} has no trace, which {setting} may need; "
+                "add it, or choose another setting."
             )
 
 

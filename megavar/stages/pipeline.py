@@ -234,7 +234,7 @@ def run_policy(run: Run) -> None:
             _round_questions(run), traces, answers, weights, _templates(run), objective.answers
         )
         if config.policy.mix_gold:
-            sequences += gold_sequences(*_gold(run))
+            sequences += gold_sequences(_round_questions(run), _templates(run), config.data.max_sequence_tokens)
         init = run.base if config.policy.init == "base" else run.reference
         _train(run, "policy", init, sequences, train, run.policy)
 
@@ -254,7 +254,8 @@ def run_export(run: Run) -> None:
 
     def work() -> None:
         export_stage(run.policy, run.policy / "hf")
-        on_rank_zero(lambda: link(run.final, run.policy / "hf"))
+        if not Run(run.config, run.round_index + 1).policy.exists():  # a later round's policy keeps its place
+            on_rank_zero(lambda: link(run.final, run.policy / "hf"))
 
     run_once(run, "export", {"policy": _after(run, "policy")}, work)
 

@@ -32,7 +32,11 @@ def summarize(run: Run) -> dict[str, Any]:
         "traces_truncated": finishes["length"],
         "answers_sampled": len(answers),
         "answers_correct": sum(bool(answer.correct) for answer in answers),
-        "seconds": {stage: entry["seconds"] for stage, entry in Manifest(run.folder).entries().items()},
+        "seconds": {
+            stage: entry["seconds"]
+            for stage, entry in Manifest(run.folder).entries().items()
+            if entry["status"] == "finished"
+        },
     }
 
 

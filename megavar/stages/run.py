@@ -100,7 +100,7 @@ class Manifest:
         self.file = folder / "manifest.json"
 
     def entries(self) -> dict[str, dict[str, Any]]:
-        """Stage -> settings, digest, status (begun or finished), seconds."""
+        """Stage -> settings and status (begun or finished); of a finished one digest and seconds too."""
         found: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
         return found
 
@@ -136,17 +136,15 @@ class Manifest:
 
     def begin(self, stage: str, settings: dict[str, Any]) -> None:
         """Note that the stage works under these settings now."""
-        self._put(stage, {**self.entries().get(stage, {"seconds": 0.0}), "settings": settings, "status": "begun"})
+        self._put(stage, {"settings": settings, "status": "begun"})
 
     def finish(self, stage: str, seconds: float) -> None:
-        """Note that the stage is finished; seconds add up over restarts."""
+        """Note that the stage is finished, after this many seconds in the attempt that finished it."""
         entry = self.entries()[stage]
         # The time is part of it: what a stage made anew from the same settings is not what later stages read before.
         made = json.dumps([entry["settings"], time.time_ns()], sort_keys=True)
         digest = hashlib.sha256(made.encode()).hexdigest()[:16]
-        self._put(
-            stage, {**entry, "status": "finished", "digest": digest, "seconds": round(entry["seconds"] + seconds, 1)}
-        )
+        self._put(stage, {**entry, "status": "finished", "digest": digest, "seconds": round(seconds, 1)})
 
     def _put(self, stage: str, entry: dict[str, Any]) -> None:
         with write_aside(self.file) as aside:

@@ -30,8 +30,15 @@ def score_traces(
     """Write a `Score` for every trace to `folder`; every rank calls it with the same records.
 
     log pi(z|x) and log pi(y'|x, z) of the reference answer come from one forward of the policy, log q(z|x, y') from
-    one of the posterior, under the prompt it was sampled with. Truncated traces get empty log-probs. Finished chunks
-    of an interrupted call are kept.
+    one of the posterior, under the prompt it was sampled with; where the policy itself drew the traces they are the
+    same, and one forward gives both. Truncated traces get empty log-probs. Finished chunks of an interrupted call are
+    kept.
+
+    Args:
+        posterior: who drew the traces; it may be `policy`.
+
+    Raises:
+        ValueError: if kept rows are not of these traces.
     """
     question_of = {question.id: question for question in questions}
     closed = [trace for trace in traces if trace.finish == "closed"]
@@ -52,16 +59,20 @@ def score_traces(
 
     first = by_trace(half_done.existing())
     writer = RecordWriter(folder, Score, flush_seconds=0.0)
-    _score_all(
-        posterior,
-        closed,
-        lambda trace: TrainSequence(trace.prompt_ids, trace.trace_ids, 1.0),
-        lambda trace, logps: replace(first[trace.question_id, trace.trace_index], logp_posterior=logps),
-        writer,
-        config,
-        parallel,
-        precision,
-    )
+    if posterior != policy:
+        _score_all(
+            posterior,
+            closed,
+            lambda trace: TrainSequence(trace.prompt_ids, trace.trace_ids, 1.0),
+            lambda trace, logps: replace(first[trace.question_id, trace.trace_index], logp_posterior=logps),
+            writer,
+            config,
+            parallel,
+            precision,
+        )
+    elif is_rank_zero():
+        have = by_trace(writer.existing())
+        writer.append(*(replace(row, logp_posterior=row.logp_policy) for key, row in first.items() if key not in have))
     if is_rank_zero():
         nothing = np.zeros(0, np.float32)
         for trace in traces:
@@ -81,7 +92,14 @@ def _score_all(
     parallel: ParallelConfig,
     precision: PrecisionConfig,
 ) -> None:
-    have = {(row.question_id, row.trace_index) for row in writer.existing()}
+    have = by_trace(writer.existing())
+    for trace in traces:
+        row = have.get((trace.question_id, trace.trace_index))
+        if row is not None and (row.round, len(row.logp_policy)) != (trace.round, len(trace.trace_ids)):
+            raise ValueError(
+                f"a kept score of trace {trace.trace_index} of question {trace.question_id!r} is of another trace; "
+                "remove the stage's folder and run `megavar score` again."
+            )
     pending = [trace for trace in traces if (trace.question_id, trace.trace_index) not in have]
     barrier()  # every rank has read what is there before rank 0 adds to it
     if not pending:

@@ -63,7 +63,13 @@ def export_stage(folder: Path, target: Path) -> None:
 
 
 def link(place: Path, folder: Path) -> None:
-    """Make `place` lead to `folder` beside or below it, whatever it led to before, at once."""
+    """Make `place` lead to `folder` beside or below it, whatever it led to before, at once.
+
+    Raises:
+        ValueError: if there is a folder at `place`.
+    """
+    if place.is_dir() and not place.is_symlink():
+        raise ValueError(f"{place} is a folder of its own, and should become a link to {folder}; move it away.")
     aside = place.with_name(f".{place.name}.link")
     aside.unlink(missing_ok=True)
     aside.symlink_to(folder.relative_to(place.parent))

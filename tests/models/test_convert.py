@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from megavar.models import sharded
 from megavar.models.convert import MAX_SHARD_BYTES, Model, differences, to_hugging_face, to_megatron
+from megavar.models.folder import new_folder
 
 FAMILIES = ("qwen2", "qwen3", "qwen3_moe")
 
@@ -358,13 +359,46 @@ def test_an_existing_target_is_refused_and_replaced_only_on_demand(folder, check
     (tmp_path / "home" / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="holds neither a model nor a checkpoint"):
         to_megatron(folder, tmp_path / "home", None, True)
-    for source, target in ((folder, folder), (folder, folder.parent)):
+    (tmp_path / "m" / "notes").mkdir()
+    with pytest.raises(ValueError, match="holds the folder notes beside its model"):
+        to_megatron(folder, tmp_path / "m", None, True)
+    (tmp_path / "letter").write_text("dear")
+    with pytest.raises(ValueError, match="is a file"):
+        to_megatron(folder, tmp_path / "letter", None, True)
+    assert (tmp_path / "letter").read_text() == "dear"
+
+
+def test_a_target_that_is_read_from_is_refused(folder, checkpoint, tmp_path):
+    for target in (folder, folder.parent):
         with pytest.raises(ValueError, match="which is read from"):
-            to_megatron(source, target, None, True)
+            to_megatron(folder, target, None, True)
+    copy(checkpoint, tmp_path / "run" / "iter_0000007")
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("7")
+    for target in ("run", "run/iter_0000007", "run/iter_0000007/huggingface"):
+        with pytest.raises(ValueError, match="which is read from"):
+            to_hugging_face(tmp_path / "run", tmp_path / target, None, MAX_SHARD_BYTES, True)
+    assert list(differences(Model(tmp_path / "run"), Model(folder))) == []
+
+
+def test_a_kill_between_the_two_renames_loses_neither_model(folder, checkpoint, tmp_path):
+    copy(folder, tmp_path / ".m.replaced")
+    copy(checkpoint, tmp_path / ".m.partial")
+    with pytest.raises(ValueError, match="exists already"):
+        to_megatron(folder, tmp_path / "m", None, False)
+    assert list(differences(Model(tmp_path / "m"), Model(folder))) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_target_that_another_process_fills_is_refused(folder, tmp_path):
+    with new_folder(tmp_path / "m", False, 0) as aside:
+        (aside / "file").write_text("first")
+        with pytest.raises(ValueError, match="another process is filling"):
+            to_megatron(folder, tmp_path / "m", None, False)
+    assert (tmp_path / "m" / "file").read_text() == "first"
 
 
 def test_a_place_that_cannot_be_written_is_said(folder):
-    with pytest.raises(ValueError, match=r"/proc/nowhere/m could not be written: .*; nothing of it is left"):
+    with pytest.raises(ValueError, match=r"/proc/nowhere/m could not be written: .*; nothing half done is left"):
         to_megatron(folder, Path("/proc/nowhere/m"), None, False)
 
 

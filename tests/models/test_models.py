@@ -55,12 +55,19 @@ def test_the_rope_base_is_read_from_either_layout(folder, tmp_path, layout):
         ({"model_type": "llama"}, "model_type='llama'; known are qwen2, qwen3"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "RoPE scaling 'yarn'"),
         ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu', which is not supported"),
     ],
 )
 def test_configs_the_engine_would_get_wrong_are_refused(folder, tmp_path, changes, message):
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(ValueError, match=message):
+        read_dims(tmp_path)
+
+
+def test_routing_to_one_expert_with_weight_one_is_refused(tmp_path):
+    save_tiny_model(tmp_path, "qwen3_moe", tied=True, num_experts_per_tok=1)
+    with pytest.raises(ValueError, match="num_experts_per_tok=1 and norm_topk_prob=true"):
         read_dims(tmp_path)
 
 

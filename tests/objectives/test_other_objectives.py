@@ -80,3 +80,7 @@ def test_reverse_kl_weights_sum_to_zero_and_bound_the_accuracy():
     values = [2 + np.log(0.5 / 4), np.log(3.5 / 4)]
     found = [row.weight for row in weigh(scores, name="reverse_kl")]
     assert found == pytest.approx([(values[0] - values[1]) / 2, (values[1] - values[0]) / 2], rel=1e-12)
+
+
+def test_reverse_kl_gives_a_lone_trace_no_weight():
+    assert [row.weight for row in weigh([score(0, [-1], [-2], 1, 3)], name="reverse_kl")] == [0.0]

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model
 
 from megavar.cli import main
@@ -50,6 +52,9 @@ def test_a_good_run_passes(config_file):
          r"more than the model's max_position_embeddings"),
         (["rollout.mode=managed", "rollout.urls=[]", "rollout.python=/nowhere/python"], 1, r"make sglang"),
         (["model=/nowhere"], 1, r"no config\.json"),
+        (["objective.name=forward_kl"], 1, r"is what the posterior learns by.*use posterior\.source=rollout"),
+        (["objective.name=reverse_kl"], 1, r"is what the posterior learns by.*use posterior\.source=reverse_kl"),
+        (["objective.name=rft", "objective.on_no_correct_trace=gold"], 1, r"on_no_correct_trace=gold has no effect"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_refused_by_name(config_file, overrides, ranks, message):
@@ -73,13 +78,44 @@ def test_questions_the_run_cannot_use_are_refused(config_file, row, message):
         check_run(load_config(config_file, []), 1)
 
 
-def test_gold_as_the_last_resort_needs_gold_traces(config_file):
+@pytest.mark.parametrize("setting", ["objective.on_no_correct_trace=gold", "objective.name=reference_acc"])
+def test_gold_as_the_last_resort_needs_gold_traces(config_file, setting):
     rows = [GOOD, {**GOOD, "id": "b", "trace": None}]
     (config_file.parent / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    overrides = ["objective.on_no_correct_trace=gold"]
-    with pytest.raises(ValueError, match=r"t\.jsonl: question 'b' has no trace, which .*on_no_correct_trace=gold"):
+    overrides = [setting]
+    with pytest.raises(ValueError, match=rf"t\.jsonl: question 'b' has no trace, which {setting} may need"):
         check_run(load_config(config_file, overrides), 1)
     check_run(load_config(config_file, [*overrides, "data.questions_per_round=1"]), 1)
+
+
+def test_mixing_in_gold_needs_a_gold_trace_in_every_round(config_file):
+    rows = [GOOD, {**GOOD, "id": "b", "trace": None}]
+    (config_file.parent / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    overrides = ["policy.mix_gold=true", "data.questions_per_round=1", "data.fresh_questions=true"]
+    check_run(load_config(config_file, overrides), 1)
+    with pytest.raises(ValueError, match="no question has a gold trace"):
+        check_run(load_config(config_file, [*overrides, "rounds=2"]), 1)
+
+
+def test_a_hint_that_nobody_is_shown_needs_no_room(config_file):
+    overrides = [f"templates.posterior=Q {{question}} {'1' * 50} {{answer}}"]
+    with pytest.raises(ValueError, match="question 'a': its prompt, a trace"):
+        check_run(load_config(config_file, overrides), 1)
+    check_run(load_config(config_file, [*overrides, "sample.sampler=policy", "objective.ratio=none"]), 1)
+
+
+def test_a_head_that_is_no_copy_of_its_tied_embedding_is_refused(config_file, tmp_path):
+    shutil.copytree(BASE, tmp_path / "base")
+    config = json.loads((BASE / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": head}, tmp_path / "base" / "model.safetensors")
+    check_run(load_config(config_file, [f"model={tmp_path}/base"]), 1)
+    head[-1, -1] += 1
+    save_file({**tensors, "lm_head.weight": head}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"tie_word_embeddings=true, but lm_head\.weight differs"):
+        check_run(load_config(config_file, [f"model={tmp_path}/base"]), 1)
 
 
 def test_fresh_questions_must_last_for_all_rounds(config_file):

@@ -16,9 +16,11 @@ PARAMETER_TOLERANCE = 1e-5
 NORMALIZER = 100.0
 SEQUENCES = random_sequences(8)
 ONE_GROUP = {"num_key_value_heads": 1}
+RAW_ROUTING = {"norm_topk_prob": False}
 MODELS = {
     **{f"{family}-{tied}": (family, tied, {}) for family in ("qwen2", "qwen3", "qwen3_moe") for tied in (True, False)},
     "qwen3-one-group": ("qwen3", True, ONE_GROUP),
+    "qwen3_moe-raw-routing": ("qwen3_moe", False, RAW_ROUTING),
 }
 GRIDS = {
     f"tp{tensor}_pp{pipeline}{'_vpp2' if virtual > 1 else ''}_ep{expert}": {
@@ -63,6 +65,7 @@ def fits(model: str, grid: dict) -> bool:
     return (
         (grid["expert"] == 1 or family == "qwen3_moe")
         and (changes != ONE_GROUP or grid["tensor"] == 1)
+        and (changes != RAW_ROUTING or grid["tensor"] == grid["pipeline"] == 1)
         and (not large or (tied and family != "qwen2"))
     )
 
