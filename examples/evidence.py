@@ -31,7 +31,7 @@ RUNS = Path("runs/evidence")
 RANKS = 2
 STEPS = {
     "chains": {"sft": 52, "posterior.train": 52, "policy.train": 64},
-    "unknown": {"sft": 120, "posterior.train": 120, "policy.train": 150},
+    "unknown": {"sft": 80, "posterior.train": 100, "policy.train": 120},
 }
 """Optimizer steps of 64 sequences."""
 OUTPUTS = {
