@@ -112,8 +112,8 @@ def _of_round(run: FinishedRun, found: Round) -> list[Exhibit]:
             "implied_weight",
             "Implied weight of a question",
             "How much an objective counts a question that the policy answers with probability P, and where this run's "
-            "questions are. GRPO's curve has a pole at P = 1 and is 0 there. Posterior traces saw the hint, so the "
-            "answers after them are better than the policy alone, which the held-out questions show.",
+            "questions are. GRPO's curve has a pole at P = 1 and is 0 there. q's traces are drawn with the hint, so "
+            "answers after them are not the policy's own accuracy; its own is that on the held-out questions.",
             figures.implied_weights(accuracies),
         ),
         Exhibit(

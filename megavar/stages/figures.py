@@ -113,7 +113,8 @@ def densities(ratios: tuple[Floats, Floats], likelihoods: tuple[Floats, Floats],
 
 def length_bins(tokens: Floats) -> Floats:
     """Edges of at most 60 bins of equally many whole lengths, at least 10 lengths in all: one alone would fill all."""
-    least = int(tokens.min())
+    spare = max(_LEAST_LENGTHS - 1 - int(np.ptp(tokens)), 0)
+    least = max(int(tokens.min()) - spare // 2, 0)
     most = max(int(tokens.max()), least + _LEAST_LENGTHS - 1)
     width = -(-(most - least + 1) // _MOST_LENGTH_BINS)
     return np.arange(least, most + width + 1, width, dtype=np.float64) - 0.5
@@ -141,6 +142,7 @@ def implied_weights(accuracies: Mapping[str, Floats]) -> Figure:
     for number, (label, found) in enumerate(accuracies.items()):
         shares = np.full(len(found), 1 / max(len(found), 1))
         below.hist(found, bins, weights=shares, color=_colour(number), alpha=0.45, label=label)
+    below.margins(y=0.4)  # room for the legend
     below.legend(fontsize=8, loc="upper left")
     _label(below, "", "P, accuracy of a question", "share of questions")
     return figure
