@@ -51,7 +51,7 @@ function showList() {
     button.onclick = () => choose(question.id);
     return button;
   }));
-  count.textContent = `${found.length} of ${questions.length}`;
+  count.textContent = `${found.length} of ${questions.length} are in the list.`;
   if (found.length && !found.some((question) => question.id === chosen)) choose(found[0].id);
   else mark();
 }
