@@ -246,6 +246,11 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
+    @property
+    def num_traces(self) -> int:
+        """K: the traces of a question that are weighed."""
+        return self.objective.num_traces or self.sample.num_traces
+
 
 def validate(config: Any, path: str = "") -> None:
     """Check every value of `config` on its own, then the pairs that depend on each other.

@@ -73,7 +73,7 @@ def _against_traces(runs: Mapping[str, FinishedRun], found: Round, passes: PassC
             other = found if label == first else run.last_round()
             fewer[label] = curves.fewer_traces(other.scores, other.weights, run.config.seed)
     finals = {
-        label: (runs[label].config.sample.num_traces, list(models.values())[-1][0])
+        label: (runs[label].config.num_traces, list(models.values())[-1][0])
         for label, models in passes.items()
         if list(models) != ["pi_0"]
     }
@@ -82,7 +82,7 @@ def _against_traces(runs: Mapping[str, FinishedRun], found: Round, passes: PassC
         "Accuracy against K",
         "What the round would have with fewer of its traces: the share of questions with a correct trace among K, and "
         "the mean effective sample size of the questions that would have weights, over subsets of the traces at hand. "
-        "Final pass@1 is drawn where runs of several sample.num_traces are compared.",
+        "Final pass@1 is drawn where runs of several K are compared.",
         figures.trace_number_curves(fewer, finals),
     )
 
@@ -120,6 +120,6 @@ def _of_round(run: FinishedRun, found: Round) -> list[Exhibit]:
             "effective_sample_size",
             "Effective sample size",
             "(Σ w)² / Σ w² of every question's traces. The bar at 0 is the questions without weights.",
-            figures.size_histogram(np.array(list(sizes.values())), config.sample.num_traces),
+            figures.size_histogram(np.array(list(sizes.values())), config.num_traces),
         ),
     ]

@@ -93,7 +93,7 @@ def _document(title: str, body: str, data: str) -> str:
 def _head(label: str, run: FinishedRun, found: Round, others: Sequence[str]) -> str:
     config = run.config
     facts = (
-        f"{found.folder.name} · {len(found.questions)} questions · K = {config.sample.num_traces} traces · "
+        f"{found.folder.name} · {len(found.questions)} questions · K = {config.num_traces} traces · "
         f"n = {config.sample.num_answers} answers · objective {config.objective.name}"
     )
     beside = f"<br>Beside it in the curves: {escape(', '.join(others))}" if others else ""

@@ -24,7 +24,7 @@ def summarize(run: Run) -> dict[str, Any]:
     return {
         "accuracy": {name: json.loads(file.read_text()) for name, file in models.items() if file.exists()},
         "ess": weigh["ess"],
-        "num_traces": run.config.sample.num_traces,
+        "num_traces": run.config.num_traces,
         "largest_engine_difference": weigh.get("largest_engine_difference"),
         "questions": int(weigh["questions"]),
         "questions_with_weight": int(weigh["questions_with_weight"]),
