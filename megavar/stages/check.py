@@ -1,6 +1,7 @@
 """Everything that can be found wrong with a run before anything is started or written."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from megavar.config.schema import RunConfig
@@ -78,6 +79,11 @@ def check_run(config: RunConfig, ranks: int | None) -> None:
         raise ValueError(
             f"data.max_sequence_tokens={limit} is more than the model's max_position_embeddings="
             f"{dims.max_positions}; lower it."
+        )
+    if config.logging.wandb_project is not None and find_spec("wandb") is None:
+        raise ValueError(
+            f"logging.wandb_project={config.logging.wandb_project} needs the package wandb, which is not installed; "
+            "run pip install 'megavar[wandb]', or leave it out."
         )
     if config.rollout.mode == "managed":
         check_interpreter(config.rollout.python)

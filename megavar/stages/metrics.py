@@ -34,7 +34,9 @@ class Metrics:
         if config.wandb_project:
             import wandb
 
-            self._wandb = wandb.init(project=config.wandb_project, name=run_name, id=run_name, resume="allow")
+            self._wandb = wandb.init(
+                project=config.wandb_project, name=run_name, id=run_name, dir=str(folder), resume="allow"
+            )
 
     @staticmethod
     def read(folder: Path) -> list[dict[str, Any]]:

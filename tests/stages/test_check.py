@@ -52,6 +52,7 @@ def test_a_good_run_passes(config_file):
          r"more than the model's max_position_embeddings"),
         (["rollout.mode=managed", "rollout.urls=[]", "rollout.python=/nowhere/python"], 1, r"make sglang"),
         (["model=/nowhere"], 1, r"no config\.json"),
+        (["logging.wandb_project=a"], 1, r"wandb_project=a needs the package wandb, which is not installed"),
         (["objective.name=forward_kl"], 1, r"is what the posterior learns by.*use posterior\.source=rollout"),
         (["objective.name=reverse_kl"], 1, r"is what the posterior learns by.*use posterior\.source=reverse_kl"),
         (["objective.name=rft", "objective.on_no_correct_trace=gold"], 1, r"on_no_correct_trace=gold has no effect"),
