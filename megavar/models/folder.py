@@ -4,6 +4,7 @@ Tensors are read one at a time into memory of their own: a memory-mapped file wo
 made from it.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -25,6 +26,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 COMPARED_BYTES = 2**24
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 TIED_HEAD = "lm_head.weight"
 """The output table, which a folder of tied embeddings may hold as a copy of the embedding."""
 
@@ -296,8 +298,15 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process is filling {folder}; wait for it, or choose another target.") from error
+            mine = os.path.samestat(os.fstat(handle), folder.stat())
+        except BlockingIOError:
+            mine = False
+        except OSError as error:
+            mine = error.errno in _NO_LOCKS  # some shared file systems have none
+            if not mine:
+                raise
+        if not mine:
+            raise ValueError(f"another process is filling {folder}; wait for it, or choose another target.")
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:

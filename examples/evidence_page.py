@@ -1,0 +1,266 @@
+"""Prints the tables of `docs/evidence.md` and draws its figures, from what `make evidence` measured.
+
+    python examples/evidence_page.py [--results docs/evidence/results.json] [--figures docs/evidence]
+
+Intervals are 95 % bootstrap intervals over the held-out questions, of the mean over the seeds. A method is compared
+with `iwae` on the same questions and seeds.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+NUM_SAMPLES = 4
+"""Of a held-out question."""
+NUM_BOOTSTRAP = 2000
+BASELINE = "iwae"
+TITLES = {"chains": "chains", "unknown": "unknowns"}
+NAMES = {
+    "pi_0": "π₀",
+    "more_sft": "more SFT",
+    "iwae": "IWAE, K = 8: geometric mean, accuracy",
+    "ratio_sequence": "— ratio `sequence`",
+    "ratio_none": "— ratio `none`",
+    "answer_geometric_mean": "— answer by geometric mean (GML)",
+    "answer_likelihood": "— answer by likelihood",
+    "forward_kl": "— q from π₀'s rollouts (forward KL)",
+    "no_hint": "no hint: π₀'s own traces × accuracy",
+    "rft": "RFT",
+    "grpo": "GRPO weights",
+    **{f"k{k}": f"— K = {k}" for k in (1, 2, 4, 16)},
+    "rounds_3": "T = 3 rounds, forward KL",
+    "reverse_kl_rounds_3": "T = 3 rounds, reverse KL",
+}
+NUM_TRACES = {"k1": 1, "k2": 2, "k4": 4, BASELINE: 8, "k16": 16}
+BY_DIFFICULTY = (BASELINE, "ratio_sequence", "no_hint", "rft", "grpo", "more_sft")
+COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#6b5b4b")
+
+Counts = NDArray[np.float64]
+"""[seeds, questions] correct samples."""
+Results = Mapping[str, Mapping[str, Any]]
+"""Method -> seed -> what `examples/evidence.py` kept of the run."""
+
+
+def read_counts(results: Results, method: str, policy: str | None = None) -> dict[str, Counts]:
+    """Seed -> correct samples of every held-out question, [questions], of a method's last policy or of the named one.
+
+    `pi_0` is that of the run `iwae`.
+    """
+    if method == "pi_0":
+        method, policy = BASELINE, "pi_0"
+    found = {}
+    for seed, result in sorted(results.get(method, {}).items()):
+        counts = result["correct"]
+        name = policy or max(counts)
+        if name in counts:
+            found[seed] = np.array(list(counts[name]), float)
+    return found
+
+
+def pass_at_1(counts: Counts) -> Counts:
+    """Share of correct samples of each question."""
+    return counts / NUM_SAMPLES
+
+
+def pass_at_4(counts: Counts) -> Counts:
+    """Whether a question has a correct sample."""
+    return (counts > 0).astype(float)
+
+
+def interval(rates: Counts) -> tuple[float, float, float]:
+    """Mean of [seeds, questions] rates, and the ends of its bootstrap interval over questions."""
+    per_question = rates.mean(0)
+    drawn = np.random.default_rng(0).integers(0, len(per_question), (NUM_BOOTSTRAP, len(per_question)))
+    low, high = np.quantile(per_question[drawn].mean(1), (0.025, 0.975))
+    return float(per_question.mean()), float(low), float(high)
+
+
+def difference(results: Results, method: str, measure: Callable[[Counts], Counts]) -> str:
+    """Mean difference to the baseline on the same questions and seeds, with its interval."""
+    own, other = read_counts(results, method), read_counts(results, BASELINE)
+    seeds = sorted(own.keys() & other.keys())
+    if method == BASELINE or not seeds:
+        return ""
+    mean, low, high = interval(np.array([measure(own[seed]) - measure(other[seed]) for seed in seeds]))
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def accuracy_table(results: Results) -> list[str]:
+    """One row a method: accuracy over the seeds, seed by seed, against the baseline, and what it took."""
+    rows = [
+        "| method | pass@1 | of each seed | against IWAE | pass@4 | trained tokens | sampled tokens | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for method, name in NAMES.items():
+        counts = read_counts(results, method)
+        if not counts:
+            continue
+        rates = np.array([pass_at_1(row) for row in counts.values()])
+        mean, low, high = interval(rates)
+        four = interval(np.array([pass_at_4(row) for row in counts.values()]))[0]
+        seeds = " ".join(f"{rate:.3f}" for rate in rates.mean(1))
+        rows.append(
+            f"| {name} | {mean:.3f} [{low:.3f}, {high:.3f}] | {seeds} | {difference(results, method, pass_at_1)} "
+            f"| {four:.3f} | {' | '.join(cost(results, method))} |"
+        )
+    return rows
+
+
+def cost(results: Results, method: str) -> list[str]:
+    """Trained tokens, sampled tokens of traces, and seconds of all stages but eval, as a run alone would take them."""
+    runs = list(results[BASELINE if method == "pi_0" else method].values())
+    stages = {"sft"} if method == "pi_0" else None
+
+    def total(row: Mapping[str, float]) -> float:
+        return sum(value for stage, value in row.items() if stage[:4] != "eval" and (not stages or stage in stages))
+
+    trained = np.mean([total(run["target_tokens"]) for run in runs])
+    sampled = np.mean([0 if stages else sum(part["tokens"] for part in run["traces"].values()) for run in runs])
+    seconds = np.mean([total(run["seconds"]) for run in runs])
+    return [f"{trained / 1000:.0f} k", f"{sampled / 1000:.0f} k", f"{seconds:.0f}"]
+
+
+def rounds_table(results: Results) -> list[str]:
+    """Accuracy after each round, and what the traces of q were like."""
+    rows = [
+        "| | round | pass@1 | answers correct after q's traces | distinct traces | tokens a trace | ESS | KL(q‖π) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for method in ("rounds_3", "reverse_kl_rounds_3"):
+        for index in (1, 2, 3):
+            counts = read_counts(results, method, f"pi_{index}")
+            if not counts:
+                continue
+            mean, low, high = interval(np.array([pass_at_1(row) for row in counts.values()]))
+            runs = [results[method][seed] for seed in counts]
+            drawn = [run["traces"][f"round_{index:02d}"] for run in runs]
+            weigh = [run["weigh"]["weigh" if index == 1 else f"weigh_{index:02d}"] for run in runs]
+            figures = [
+                f"{np.mean([row['correct_answers'] / row['answers'] for row in drawn]):.3f}",
+                f"{np.mean([row['distinct'] / row['traces'] for row in drawn]):.3f}",
+                f"{np.mean([row['tokens'] / row['traces'] for row in drawn]):.1f}",
+                f"{np.mean([row['ess'] for row in weigh]):.2f}",
+                f"{np.mean([row['kl_posterior_policy'] for row in weigh]):.2f}",
+            ]
+            name = f"{NAMES[method].split(', ')[1]}, {len(counts)} seeds"
+            rows.append(f"| {name} | {index} | {mean:.3f} [{low:.3f}, {high:.3f}] | {' | '.join(figures)} |")
+    return rows
+
+
+def difficulty_table(results: Results) -> list[str]:
+    """Accuracy by how many of pi_0's four samples were correct on the question, at the same seed."""
+    rows = [
+        f"| π₀ correct | {' | '.join(f'{count} of {NUM_SAMPLES}' for count in range(NUM_SAMPLES + 1))} |",
+        "|---" * (NUM_SAMPLES + 2) + "|",
+    ]
+    first = read_counts(results, "pi_0")
+    every = np.concatenate([first[seed] for seed in first])
+    rows.append(f"| questions | {' | '.join(str(int((every == c).sum())) for c in range(NUM_SAMPLES + 1))} |")
+    for method, means in by_difficulty(results).items():
+        rows.append(f"| {NAMES[method]} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+    return rows
+
+
+def by_difficulty(results: Results) -> dict[str, list[float]]:
+    """Method -> pass@1 on the questions of each number of correct samples of pi_0."""
+    first, found = read_counts(results, "pi_0"), {}
+    for method in BY_DIFFICULTY:
+        counts = read_counts(results, method)
+        seeds = sorted(counts.keys() & first.keys())
+        if seeds:
+            bins = np.concatenate([first[seed] for seed in seeds])
+            rates = np.concatenate([pass_at_1(counts[seed]) for seed in seeds])
+            found[method] = [float(rates[bins == count].mean()) for count in range(NUM_SAMPLES + 1)]
+    return found
+
+
+def draw_methods(results: Results) -> Figure:
+    """Accuracy of every method, with its interval and its seeds."""
+    shown = [method for method in NAMES if read_counts(results, method)]
+    figure = Figure(figsize=(7, 0.32 * len(shown) + 1), layout="constrained")
+    plot = figure.subplots()
+    for place, method in enumerate(reversed(shown)):
+        rates = np.array([pass_at_1(row) for row in read_counts(results, method).values()])
+        mean, low, high = interval(rates)
+        plot.errorbar([mean], [place], xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color=COLOURS[0])
+        plot.plot(rates.mean(1), [place] * len(rates), "|", color=COLOURS[1], markersize=9)
+    plot.set_yticks(range(len(shown)), [NAMES[method].replace("`", "") for method in reversed(shown)])
+    plot.set_xlabel("pass@1: mean over seeds with interval, and each seed")
+    plot.grid(alpha=0.3)
+    return figure
+
+
+def draw_numbers(results: Results) -> Figure:
+    """Accuracy against the traces that are weighed, and against rounds."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    numbers = {k: read_counts(results, method) for method, k in NUM_TRACES.items()}
+    draw_line(left, {k: counts for k, counts in numbers.items() if counts}, "IWAE", COLOURS[0])
+    left.set_xscale("log", base=2)
+    left.set_xticks(list(NUM_TRACES.values()), [str(k) for k in NUM_TRACES.values()])
+    left.set(xlabel="K", ylabel="pass@1")
+    for colour, (method, label) in enumerate((("rounds_3", "forward KL"), ("reverse_kl_rounds_3", "reverse KL"))):
+        after = {index: read_counts(results, method, f"pi_{index}") for index in (1, 2, 3)}
+        draw_line(right, {index: counts for index, counts in after.items() if counts}, label, COLOURS[colour + 1])
+    right.set_xticks([1, 2, 3])
+    right.set(xlabel="rounds T")
+    for plot in (left, right):
+        plot.grid(alpha=0.3)
+        plot.legend(fontsize=8)
+    return figure
+
+
+def draw_line(plot: Any, counts_at: Mapping[int, Mapping[str, Counts]], label: str, colour: str) -> None:
+    """Means with intervals at each number."""
+    points = [
+        (number, *interval(np.array([pass_at_1(row) for row in counts.values()])))
+        for number, counts in counts_at.items()
+    ]
+    if points:
+        numbers, means, lows, highs = (np.array(column) for column in zip(*points, strict=True))
+        plot.errorbar(numbers, means, (means - lows, highs - means), fmt="o-", capsize=3, color=colour, label=label)
+
+
+def draw_difficulty(results: Results) -> Figure:
+    """Accuracy against pi_0's on the same questions."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    plot = figure.subplots()
+    for colour, (method, means) in zip(COLOURS, by_difficulty(results).items(), strict=False):
+        plot.plot(range(NUM_SAMPLES + 1), means, "o-", color=colour, label=NAMES[method].split(",")[0].strip("— "))
+    plot.set_xticks(range(NUM_SAMPLES + 1))
+    plot.set(xlabel=f"correct of π₀'s {NUM_SAMPLES} samples", ylabel="pass@1")
+    plot.grid(alpha=0.3)
+    plot.legend(fontsize=8)
+    return figure
+
+
+TABLES: tuple[Callable[[Results], list[str]], ...] = (accuracy_table, rounds_table, difficulty_table)
+FIGURES: dict[str, Callable[[Results], Figure]] = {
+    "methods": draw_methods,
+    "numbers": draw_numbers,
+    "difficulty": draw_difficulty,
+}
+
+
+def main() -> None:
+    """Print the tables, draw the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("docs/evidence/results.json"))
+    parser.add_argument("--figures", type=Path, default=Path("docs/evidence"))
+    chosen = parser.parse_args()
+    for task, results in json.loads(chosen.results.read_text()).items():
+        print(f"## {TITLES[task]}\n")
+        for table in TABLES:
+            print("\n".join(table(results)) + "\n")
+        for name, draw in FIGURES.items():
+            draw(results).savefig(chosen.figures / f"{task}_{name}.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The tables of docs/evidence.md are those of its results, and their arithmetic is right."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SPEC = importlib.util.spec_from_file_location("evidence_page", ROOT / "examples" / "evidence_page.py")
+page = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(page)
+RESULTS = ROOT / "docs" / "evidence" / "results.json"
+
+
+def run(**correct):
+    return {
+        "correct": correct,
+        "target_tokens": {"sft": 1000.0, "policy": 3000.0},
+        "seconds": {"sft": 10.0, "policy": 20.0, "eval": 99.0},
+        "traces": {"round_01": {"tokens": 5000}},
+    }
+
+
+RUNS = {
+    "iwae": {"1": run(pi_0="0124", pi_1="4444"), "2": run(pi_0="0000", pi_1="0444")},
+    "rft": {"1": run(pi_1="2244"), "3": run(pi_1="0000")},
+}
+
+
+def test_the_last_policy_of_a_run_counts():
+    assert page.read_counts(RUNS, "iwae")["2"].tolist() == [0, 4, 4, 4]
+    assert page.read_counts(RUNS, "pi_0")["1"].tolist() == [0, 1, 2, 4]
+    assert page.read_counts(RUNS, "grpo") == {}
+
+
+def test_intervals_are_of_the_mean_over_seeds_by_question():
+    assert page.interval(np.full((3, 5), 0.25)) == (0.25, 0.25, 0.25)
+    opposite = np.array([[0.0, 1.0] * 50, [1.0, 0.0] * 50])  # every question has the same mean over seeds
+    assert page.interval(opposite) == (0.5, 0.5, 0.5)
+    mean, low, high = page.interval(np.array([[0.0, 1.0] * 200]))
+    assert mean == 0.5 and high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.1)
+
+
+def test_differences_are_of_the_seeds_that_both_have():
+    assert page.difference(RUNS, "rft", page.pass_at_1).startswith(
+        "-0.250 ["
+    )  # seed 1: 1, 1, 1, 1 against 1/2, 1/2, 1, 1
+    assert page.difference(RUNS, "iwae", page.pass_at_1) == ""
+
+
+def test_questions_are_binned_by_the_first_policy_of_the_same_seed():
+    found = page.by_difficulty({"iwae": {"1": run(pi_0="0123444", pi_1="0123400")}})["iwae"]
+    assert found == [0.0, 0.25, 0.5, 0.75, pytest.approx(1 / 3)]
+
+
+def test_costs_leave_evaluation_out_and_count_what_the_first_policy_took_alone():
+    assert page.cost(RUNS, "iwae") == ["4 k", "5 k", "30"]
+    assert page.cost(RUNS, "pi_0") == ["1 k", "0 k", "10"]
+
+
+def test_the_document_has_the_tables_of_its_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evidence_page.py", "--results", str(RESULTS), "--figures", str(tmp_path)])
+    page.main()
+    document = (ROOT / "docs" / "evidence.md").read_text()
+    for line in capsys.readouterr().out.splitlines():
+        assert line in document
+    tasks = json.loads(RESULTS.read_text())
+    assert len(list(tmp_path.glob("*.png"))) == len(page.FIGURES) * len(tasks)
