@@ -163,12 +163,12 @@ def difficulty_table(results: Results) -> list[str]:
     every = np.concatenate([first[seed] for seed in first])
     rows.append(f"| questions | {' | '.join(str(int((every == c).sum())) for c in range(NUM_SAMPLES + 1))} |")
     for method, means in by_difficulty(results).items():
-        rows.append(f"| {NAMES[method]} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+        rows.append(f"| {NAMES[method]} | {' | '.join('' if np.isnan(mean) else f'{mean:.3f}' for mean in means)} |")
     return rows
 
 
 def by_difficulty(results: Results) -> dict[str, list[float]]:
-    """Method -> pass@1 on the questions of each number of correct samples of pi_0."""
+    """Method -> pass@1 on the questions of each number of correct samples of pi_0; NaN where there is no question."""
     first, found = read_counts(results, "pi_0"), {}
     for method in BY_DIFFICULTY:
         counts = read_counts(results, method)
@@ -176,7 +176,10 @@ def by_difficulty(results: Results) -> dict[str, list[float]]:
         if seeds:
             bins = np.concatenate([first[seed] for seed in seeds])
             rates = np.concatenate([pass_at_1(counts[seed]) for seed in seeds])
-            found[method] = [float(rates[bins == count].mean()) for count in range(NUM_SAMPLES + 1)]
+            found[method] = [
+                float(rates[bins == count].mean()) if (bins == count).any() else np.nan
+                for count in range(NUM_SAMPLES + 1)
+            ]
     return found
 
 
