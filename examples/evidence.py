@@ -22,7 +22,8 @@ from itertools import product
 from pathlib import Path
 
 from megavar.config.load import load_config
-from megavar.records import Answer, Trace, read_records, write_aside
+from megavar.data.questions import read_questions
+from megavar.records import Answer, Question, Trace, read_records, write_aside
 from megavar.rollout.servers import ManagedServers, open_engine
 
 ROOT = Path(__file__).parents[1]
@@ -160,7 +161,7 @@ def launch(command: list[str], ranks: int, overrides: list[str]) -> None:
     subprocess.run([sys.executable, *torchrun, *arguments], check=True, env=environment)
 
 
-def result(folder: Path) -> dict[str, object]:
+def result(folder: Path, held_out: list[Question]) -> dict[str, object]:
     """What a run measured: accuracy of every policy, tokens and seconds a stage, what traces and weights were like."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     tokens: dict[str, float] = {}
@@ -169,7 +170,7 @@ def result(folder: Path) -> dict[str, object]:
     entries = json.loads((folder / "manifest.json").read_text())
     return {
         "accuracy": {file.stem: json.loads(file.read_text()) for file in sorted((folder / "eval").glob("*.json"))},
-        "correct": {path.parent.name: correct(path) for path in sorted((folder / "eval").glob("*/verified"))},
+        "correct": {path.parent.name: correct(path, held_out) for path in sorted((folder / "eval").glob("*/verified"))},
         "traces": {path.parent.name: traces(path.parent) for path in sorted(folder.glob("round_*/verified"))},
         "target_tokens": {stage: count for stage, count in tokens.items() if count},
         "seconds": {stage: entry["seconds"] for stage, entry in entries.items()},
@@ -177,12 +178,12 @@ def result(folder: Path) -> dict[str, object]:
     }
 
 
-def correct(verified: Path) -> str:
-    """How many of a held-out question's samples are correct: a digit a question, in the order of their ids."""
-    counts: dict[str, int] = {}
+def correct(verified: Path, questions: list[Question]) -> str:
+    """How many of each question's samples are correct, a digit a question; a truncated trace has no answer."""
+    counts = dict.fromkeys((question.id for question in questions), 0)
     for answer in read_records(verified / "data.parquet", Answer):
-        counts[answer.question_id] = counts.get(answer.question_id, 0) + bool(answer.correct)
-    return "".join(str(counts[question]) for question in sorted(counts))
+        counts[answer.question_id] += bool(answer.correct)
+    return "".join(map(str, counts.values()))
 
 
 def traces(folder: Path) -> dict[str, float]:
@@ -224,7 +225,8 @@ def main() -> None:
             known = json.loads(results.read_text()) if results.exists() else {}
             if str(seed) in known.setdefault(task, {}).setdefault(name, {}):
                 continue
-            known[task][name][str(seed)] = result(run(task, seed, name, urls))
+            folder = run(task, seed, name, urls)
+            known[task][name][str(seed)] = result(folder, read_questions(RUNS / f"{task}_data" / "eval.jsonl"))
             with write_aside(results) as aside:
                 aside.write_text(json.dumps(known, indent=1) + "\n")
 

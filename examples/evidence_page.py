@@ -260,7 +260,8 @@ def main() -> None:
     for task, results in json.loads(chosen.results.read_text()).items():
         print(f"## {TITLES[task]}\n")
         for table in TABLES:
-            print("\n".join(table(results)) + "\n")
+            if len(rows := table(results)) > 2:
+                print("\n".join(rows) + "\n")
         for name, draw in FIGURES.items():
             draw(results).savefig(chosen.figures / f"{task}_{name}.png", dpi=110)
 

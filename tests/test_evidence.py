@@ -4,9 +4,11 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megavar.config.load import load_config
+from megavar.records import Answer, Question, write_records
 from megavar.stages.pipeline import stages_of
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +44,16 @@ def test_a_run_shares_what_came_up_to_a_stage_and_nothing_after_it(source, tmp_p
     (target / "more").write_text("kept")
     evidence.share(source, target, "sft")
     assert (target / "more").exists()
+
+
+def test_a_question_without_answers_has_none_correct(tmp_path):
+    nothing = np.zeros(0, np.int32)
+    answers = [
+        Answer(name, 0, index, 0, nothing, "", "stop", 0, correct)
+        for index, (name, correct) in enumerate([("a", True), ("c", True), ("a", True), ("c", False)])
+    ]
+    write_records(tmp_path / "data.parquet", answers, Answer)
+    assert evidence.correct(tmp_path, [Question(name, "", "") for name in "abc"]) == "201"
 
 
 def test_a_whole_round_is_shared_with_its_link(source, tmp_path):
