@@ -39,6 +39,8 @@ NAMES = {
 }
 NUM_TRACES = {"k1": 1, "k2": 2, "k4": 4, BASELINE: 8, "k16": 16}
 BY_DIFFICULTY = (BASELINE, "ratio_sequence", "no_hint", "rft", "grpo", "more_sft")
+FEWEST_QUESTIONS = 20
+"""Of all seeds, that a mean by difficulty is given for."""
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#6b5b4b")
 
 Counts = NDArray[np.float64]
@@ -168,7 +170,7 @@ def difficulty_table(results: Results) -> list[str]:
 
 
 def by_difficulty(results: Results) -> dict[str, list[float]]:
-    """Method -> pass@1 on the questions of each number of correct samples of pi_0; NaN where there is no question."""
+    """Method -> pass@1 on the questions of each number of correct samples of pi_0; NaN where there are too few."""
     first, found = read_counts(results, "pi_0"), {}
     for method in BY_DIFFICULTY:
         counts = read_counts(results, method)
@@ -177,7 +179,7 @@ def by_difficulty(results: Results) -> dict[str, list[float]]:
             bins = np.concatenate([first[seed] for seed in seeds])
             rates = np.concatenate([pass_at_1(counts[seed]) for seed in seeds])
             found[method] = [
-                float(rates[bins == count].mean()) if (bins == count).any() else np.nan
+                float(rates[bins == count].mean()) if (bins == count).sum() >= FEWEST_QUESTIONS else np.nan
                 for count in range(NUM_SAMPLES + 1)
             ]
     return found
@@ -235,7 +237,13 @@ def draw_difficulty(results: Results) -> Figure:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     plot = figure.subplots()
     for colour, (method, means) in zip(COLOURS, by_difficulty(results).items(), strict=False):
-        plot.plot(range(NUM_SAMPLES + 1), means, "o-", color=colour, label=NAMES[method].split(",")[0].strip("— "))
+        plot.plot(
+            range(NUM_SAMPLES + 1),
+            means,
+            "o-",
+            color=colour,
+            label=NAMES[method].split(",")[0].strip("— ").replace("`", ""),
+        )
     plot.set_xticks(range(NUM_SAMPLES + 1))
     plot.set(xlabel=f"correct of π₀'s {NUM_SAMPLES} samples", ylabel="pass@1")
     plot.grid(alpha=0.3)

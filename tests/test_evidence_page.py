@@ -52,8 +52,10 @@ def test_differences_are_of_the_seeds_that_both_have():
 
 
 def test_questions_are_binned_by_the_first_policy_of_the_same_seed():
-    found = page.by_difficulty({"iwae": {"1": run(pi_0="0123444", pi_1="0123400")}})["iwae"]
-    assert found == [0.0, 0.25, 0.5, 0.75, pytest.approx(1 / 3)]
+    found = page.by_difficulty({"iwae": {"1": run(pi_0="0123444" * 20 + "4", pi_1="0123400" * 20 + "4")}})["iwae"]
+    assert found == [0.0, 0.25, 0.5, 0.75, pytest.approx((20 + 1) / 61)]
+    (few,) = page.by_difficulty({"iwae": {"1": run(pi_0="0" * 20 + "1" * 19, pi_1="4" * 39)}}).values()
+    assert few[0] == 1.0 and np.isnan(few[1:]).all()
 
 
 def test_costs_leave_evaluation_out_and_count_what_the_first_policy_took_alone():
