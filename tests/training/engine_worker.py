@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
-from megavar.models.convert import Model
-from megavar.training import parallel
+
+if __name__ == "__main__":  # the writer of checkpoints spawns a process a rank, which imports this file again
+    from megavar.models.convert import Model
+    from megavar.training import parallel
 
 
 def main() -> None:

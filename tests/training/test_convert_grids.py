@@ -60,13 +60,13 @@ TRAINED = ("tp1_pp1_ep1", "tp2_pp2_ep2", "tp1_pp2_vpp2_ep2", "tp1_pp1_ep2")
 
 
 def fits(model: str, grid: dict) -> bool:
-    family, tied, changes = MODELS[model]
+    family, _, changes = MODELS[model]
     large = grid["tensor"] * grid["pipeline"] > 4  # on sixteen processes: only where most can go wrong
     return (
         (grid["expert"] == 1 or family == "qwen3_moe")
         and (changes != ONE_GROUP or grid["tensor"] == 1)
         and (changes != RAW_ROUTING or grid["tensor"] == grid["pipeline"] == 1)
-        and (not large or (tied and family != "qwen2"))
+        and (not large or model == "qwen3-True" or (model == "qwen3_moe-True" and grid["tensor"] == grid["pipeline"]))
     )
 
 
