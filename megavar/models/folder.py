@@ -6,6 +6,7 @@ made from it.
 
 import errno
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 COMPARED_BYTES = 2**24
+WRITTEN_BYTES = 2**18
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 TIED_HEAD = "lm_head.weight"
 """The output table, which a folder of tied embeddings may hold as a copy of the embedding."""
@@ -42,6 +44,22 @@ class TensorInfo:
     def num_bytes(self) -> int:
         """Size in memory."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class FileInParts(io.FileIO):
+    """A file that takes what it is given a part at a time.
+
+    For a large write the kernel takes large pages, which cost ten times as much where memory has to be fetched from a
+    host first: 0.34 against 3.8 GB/s on a virtual machine.
+    """
+
+    def write(self, data: Any) -> int:
+        """Write all of it; returns its bytes."""
+        left = memoryview(data).cast("B")
+        done = 0
+        while done < len(left):
+            done += super().write(left[done : done + WRITTEN_BYTES])
+        return done
 
 
 class HuggingFaceFolder:
@@ -182,7 +200,7 @@ class HuggingFaceWriter:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
         self._shards = list(zip(names if len(shards) > 1 else [SINGLE], shards, strict=True))
         self._begins = {shard[0][0]: (file, shard) for file, shard in self._shards}
-        self._data: IO[bytes] | None = None
+        self._data: FileInParts | None = None
 
     def write(self, key: str, tensor: Tensor) -> None:
         """Write the next tensor."""
@@ -214,7 +232,7 @@ class HuggingFaceWriter:
             start = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
-        self._data = open(self._folder / file, "wb")  # noqa: SIM115
+        self._data = FileInParts(self._folder / file, "w")
         self._data.write(len(text).to_bytes(8, "little") + text)
 
     def _close(self) -> None:

@@ -11,7 +11,6 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megavar.models.dims import ModelDims
-from megavar.models.folder import TensorInfo
+from megavar.models.folder import FileInParts, TensorInfo
 from megavar.models.ops import Index, Operator, leading_axes, piece_shape
 
 CHUNK_BYTES = 2**28
@@ -196,7 +195,7 @@ class ShardedWriter:
     def __init__(self, folder: Path, dims: ModelDims) -> None:
         self._folder, self._dims = folder, dims
         self._metadata = Metadata(state_dict_metadata={}, storage_data={})
-        self._data: IO[bytes] | None = None
+        self._data: FileInParts | None = None
         self._num_files = 0
 
     def write(self, operator: Operator, index: Index, piece: Tensor, dtype: torch.dtype) -> None:
@@ -213,8 +212,9 @@ class ShardedWriter:
         assert isinstance(entry, TensorStorageMetadata)
         rows = max(1, CHUNK_BYTES * piece.shape[0] // max(1, piece.numel() * dtype.itemsize))
         for start in range(0, piece.shape[0], rows):
-            # torch.save writes the whole storage of a view: a part gets one of its own.
-            part = piece[start : start + rows].to(dtype).clone(memory_format=torch.contiguous_format)
+            part = piece[start : start + rows].to(dtype).contiguous()
+            if part.untyped_storage().nbytes() != part.nbytes:  # torch.save would write all of a view's storage
+                part = part.clone()
             offsets = torch.Size([*index, start, *[0] * (piece.dim() - 1)])
             sizes = torch.Size([*[1] * len(index), *part.shape])
             entry.chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=sizes))
@@ -245,12 +245,16 @@ class ShardedWriter:
         if self._data is None or self._data.tell() > FILE_BYTES:
             if self._data is not None:
                 self._data.close()
-            self._data = open(self._folder / f"__0_{self._num_files}.distcp", "wb")  # noqa: SIM115
+            self._data = FileInParts(self._folder / f"__0_{self._num_files}.distcp", "w")
             self._num_files += 1
         start = self._data.tell()
+        checked = torch.serialization.get_crc32_options()
         try:
+            torch.serialization.set_crc32_options(False)  # torch never looks at them, and they take most of the time
             torch.save(value, self._data)
         except RuntimeError as error:
             # When a write fails, torch's zip writer complains of its length on the way out: that hides the cause.
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        finally:
+            torch.serialization.set_crc32_options(checked)
         return _StorageInfo(Path(self._data.name).name, start, self._data.tell() - start)
