@@ -130,7 +130,7 @@ def settings(task: str, seed: int, name: str) -> list[str]:
     ]
     if name == "more_sft":
         found.append(f"sft.num_steps={sum(STEPS[task].values())}")
-    if method.until is not None and method.until != "eval":
+    if method.until is not None:
         found.append("eval.models=[policy]")  # pi_0 is that of the run it shares with
     return found
 
