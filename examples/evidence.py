@@ -225,12 +225,19 @@ def main() -> None:
             known = json.loads(results.read_text()) if results.exists() else {}
             if str(seed) in known.setdefault(task, {}).setdefault(name, {}):
                 continue
-            folder = run(task, seed, name, urls)
+            try:
+                folder = run(task, seed, name, urls)
+            except subprocess.CalledProcessError:
+                failed.append(f"{task}/{name}_{seed}")  # a posterior that collapsed ends its run: the others go on
+                continue
             known[task][name][str(seed)] = result(folder, read_questions(RUNS / f"{task}_data" / "eval.jsonl"))
             with write_aside(results) as aside:
                 aside.write_text(json.dumps(known, indent=1) + "\n")
 
+    failed: list[str] = []
     asyncio.run(serve(work))
+    if failed:
+        sys.exit(f"ended with an error, which is printed above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
