@@ -3,6 +3,7 @@
 Traces are up to two symbols of {a, b} and a close marker: seven of them, with softmax parameters at every node. After
 each trace the answer is one of eight, of which a known number is correct. All expectations are sums over everything
 that can happen; nothing is sampled unless a test says so. Weights come from the objectives' own code, by `Score`s.
+Gradients are also taken where the parameters are those of two real Qwen3 models, the policy and the posterior.
 """
 
 from itertools import product
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from made_scores import weigh
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megavar.objectives.bounds import multi_trace_bounds, question_bounds
 from megavar.records import Score
@@ -34,6 +36,7 @@ class World:
 
         self.policy, self.posterior = random(3, 3), random(3, 3)
         self.answers = random(7, 8) if answers else torch.zeros(7, 8, dtype=torch.float64, requires_grad=True)
+        self.policy_parameters, self.posterior_parameters = [self.policy, self.answers], [self.posterior]
 
     def token_logps(self, logits, trace):
         """log-probs of a trace's tokens, the close marker included; after two symbols it comes for certain."""
@@ -72,6 +75,29 @@ class World:
         )  # fmt: skip
 
 
+class Qwen3World(World):
+    """The same traces and answers, as a small Qwen3 continues a question, and another one a question with a hint.
+
+    Token 0 is the question, 1 the hint, 2 to 4 are `SYMBOLS`, 5 to 12 the answers; all others are ruled out.
+    """
+
+    def __init__(self, seed=0):
+        torch.manual_seed(seed)
+        sizes = {"vocab_size": 13, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.5}
+        policy, posterior = (Qwen3ForCausalLM(Qwen3Config(**sizes, **heads)).double() for _ in range(2))
+        self.policy = self.logits(policy, [0], ["", "a", "b"], slice(2, 5))
+        self.posterior = self.logits(posterior, [0, 1], ["", "a", "b"], slice(2, 5))
+        self.answers = self.logits(policy, [0], [f"{trace}." for trace in TRACES], slice(5, 13))
+        self.policy_parameters, self.posterior_parameters = list(policy.parameters()), list(posterior.parameters())
+
+    @staticmethod
+    def logits(model, prompt, symbols, allowed):
+        """Of the allowed tokens after the prompt and each string of symbols, [strings, allowed tokens]."""
+        ids = [torch.tensor([prompt + [2 + SYMBOLS.index(symbol) for symbol in string]]) for string in symbols]
+        return torch.stack([model(row).logits[0, -1, allowed] for row in ids])
+
+
 @pytest.fixture
 def world():
     return World()
@@ -84,7 +110,13 @@ def certain(monkeypatch):
     return World()
 
 
-def gradients(value, *parameters):
+@pytest.fixture(params=[World, Qwen3World])
+def trained(certain, request):
+    """`certain` by a table of logits, and by Qwen3 models."""
+    return request.param()
+
+
+def gradients(value, parameters):
     return torch.autograd.grad(value, parameters, retain_graph=True)
 
 
@@ -114,7 +146,7 @@ def expected_gradient(world, count, parameters, log_probability, **settings):
         for row, trace in zip(found, indices, strict=True):
             coefficients[trace] += p * float(row.weight)
     kept = coefficients != 0
-    return gradients((coefficients[kept] * log_probability[kept]).sum(), *parameters)
+    return gradients((coefficients[kept] * log_probability[kept]).sum(), parameters)
 
 
 def test_probabilities_of_all_traces_sum_to_one(world):
@@ -165,27 +197,25 @@ def test_bounds_of_many_traces_use_a_fixed_draw_of_subsets():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_iwae_weights_give_the_gradient_of_the_exact_bound(certain, count):
-    parameters = (certain.policy, certain.answers)
-    found = expected_gradient(certain, count, parameters, certain.log_joint(), ratio="sequence", answer="likelihood")
-    assert_close(found, gradients(exact_bound(certain, count), *parameters))
+def test_iwae_weights_give_the_gradient_of_the_exact_bound(trained, count):
+    parameters, settings = trained.policy_parameters, {"ratio": "sequence", "answer": "likelihood"}
+    found = expected_gradient(trained, count, parameters, trained.log_joint(), **settings)
+    assert_close(found, gradients(exact_bound(trained, count), parameters))
 
 
-def test_elbo_weights_give_the_gradient_of_the_one_trace_bound(certain):
-    parameters = (certain.policy, certain.answers)
-    settings = {"name": "elbo", "ratio": "sequence", "answer": "likelihood"}
-    found = expected_gradient(certain, 2, parameters, certain.log_joint(), **settings)
-    assert_close(found, gradients(exact_bound(certain, 1), *parameters))
+def test_elbo_weights_give_the_gradient_of_the_one_trace_bound(trained):
+    parameters, settings = trained.policy_parameters, {"name": "elbo", "ratio": "sequence", "answer": "likelihood"}
+    found = expected_gradient(trained, 2, parameters, trained.log_joint(), **settings)
+    assert_close(found, gradients(exact_bound(trained, 1), parameters))
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_reverse_kl_weights_give_the_elbos_gradient_for_the_posterior(certain, count):
-    log_rho = certain.log_joint().detach() - certain.log_posterior()
-    elbo = (certain.log_posterior().exp() * log_rho).sum()
-    found = expected_gradient(
-        certain, count, (certain.posterior,), certain.log_posterior(), name="reverse_kl", answer="likelihood"
-    )
-    assert_close(found, gradients(elbo, certain.posterior))
+def test_reverse_kl_weights_give_the_elbos_gradient_for_the_posterior(trained, count):
+    parameters, settings = trained.posterior_parameters, {"name": "reverse_kl", "answer": "likelihood"}
+    log_rho = trained.log_joint().detach() - trained.log_posterior()
+    elbo = (trained.log_posterior().exp() * log_rho).sum()
+    found = expected_gradient(trained, count, parameters, trained.log_posterior(), **settings)
+    assert_close(found, gradients(elbo, parameters))
 
 
 # Rollouts that are the policy's own distribution: trace z comes MULTIPLICITY[z] times in 16, so sums are exact.
@@ -222,7 +252,7 @@ def test_the_fixed_point_of_the_forward_kl_is_the_true_posterior(rational):
     kept = true > 0
     divergence = (true[kept] * (true[kept].log() - rational.log_posterior()[kept])).sum()
     loss = -(weights * rational.log_posterior()).sum()
-    assert_close(gradients(loss, rational.posterior), gradients(divergence, rational.posterior), 1e-12)
+    assert_close(gradients(loss, [rational.posterior]), gradients(divergence, [rational.posterior]), 1e-12)
     optimizer = torch.optim.LBFGS(
         [rational.posterior], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe"
     )
@@ -241,11 +271,11 @@ def joint_gradient(world, weights):
     """sum_z weight_z grad log pi(z, Y | x), which is what the trainer follows."""
     kept = torch.from_numpy(weights) > 0
     value = (torch.from_numpy(weights)[kept] * world.log_joint()[kept]).sum()
-    return gradients(value, world.policy, world.answers)
+    return gradients(value, [world.policy, world.answers])
 
 
 def test_reinforce_weights_give_the_gradient_of_the_expected_reward(rational):
-    expected = gradients(rational.log_evidence().exp(), rational.policy, rational.answers)
+    expected = gradients(rational.log_evidence().exp(), [rational.policy, rational.answers])
     assert_close(joint_gradient(rational, rollout_weights(rational, name="reinforce")), expected, 1e-12)
 
 
@@ -255,7 +285,7 @@ def test_grpo_weights_give_the_gradient_of_the_group_normalised_reward(rational)
     logps = rational.log_policy()[:, None] + rational.answers.log_softmax(1)
     rewards = torch.tensor([[float(y < count) for y in range(8)] for count in NUM_CORRECT], dtype=torch.float64)
     advantages = (rewards - p) / (p * (1 - p)).sqrt()
-    expected = gradients((logps.detach().exp() * advantages * logps).sum(), rational.policy, rational.answers)
+    expected = gradients((logps.detach().exp() * advantages * logps).sum(), [rational.policy, rational.answers])
     assert_close(joint_gradient(rational, rollout_weights(rational, name="grpo")), expected, 1e-9)
 
 
@@ -266,8 +296,8 @@ def test_rft_weights_give_the_gradient_of_the_likelihood_of_what_was_accepted(ra
     rational.policy = torch.randn(
         3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(9)
     ).requires_grad_()
-    expected = gradients((accepted * rational.log_policy()).sum(), rational.policy)
-    found = gradients((torch.from_numpy(weights) * rational.log_policy()).sum(), rational.policy)
+    expected = gradients((accepted * rational.log_policy()).sum(), [rational.policy])
+    found = gradients((torch.from_numpy(weights) * rational.log_policy()).sum(), [rational.policy])
     assert_close(found, expected, 1e-12)
 
 
