@@ -5,6 +5,7 @@ Stages that train or score run under torchrun. Two commands only look, and need 
 """
 
 import argparse
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -32,6 +33,8 @@ def launch(config_file: Path, overrides: list[str], stage: str) -> int:
     """Load and check a run's configuration, then run a stage or, for `run`, all of them."""
     from megavar.training import parallel
 
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("megavar").setLevel(logging.INFO)
     try:
         from megavar.config.load import load_config
         from megavar.stages import check, pipeline

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "megavar"
 LEVELS = [
-    {"records", "config"},
+    {"records", "config", "progress"},
     {"objectives", "verifiers", "models", "packing", "data"},
     {"rollout", "training"},
     {"stages"},

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megavar.models.convert import Converted, Model, differences, to_hugging_face, to_megatron
-from megavar.stages.metrics import ByteProgress
+from megavar.progress import ProgressLine, in_megabytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "keep": None}
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -36,16 +36,16 @@ def size_in_bytes(text: str) -> int:
 
 def convert_to_megatron(chosen: argparse.Namespace) -> int:
     """Hugging Face folder -> Megatron checkpoint."""
-    with ByteProgress("to-megatron") as progress:
-        done = to_megatron(chosen.hf, chosen.out, DTYPES[chosen.dtype], chosen.overwrite, progress.update)
+    with ProgressLine("to-megatron") as line:
+        done = to_megatron(chosen.hf, chosen.out, DTYPES[chosen.dtype], chosen.overwrite, in_megabytes(line))
     return tell(done, chosen.out)
 
 
 def convert_to_hugging_face(chosen: argparse.Namespace) -> int:
     """Megatron checkpoint -> Hugging Face folder."""
-    with ByteProgress("to-hf") as progress:
+    with ProgressLine("to-hf") as line:
         done = to_hugging_face(
-            chosen.megatron, chosen.out, chosen.hf_template, chosen.max_shard_size, chosen.overwrite, progress.update
+            chosen.megatron, chosen.out, chosen.hf_template, chosen.max_shard_size, chosen.overwrite, in_megabytes(line)
         )
     return tell(done, chosen.out)
 
@@ -66,8 +66,8 @@ def verify(chosen: argparse.Namespace) -> int:
     """Compare two models; with a text also their log-probs on it."""
     text = chosen.logits.read_text(encoding="utf-8") if chosen.logits is not None else None
     first, second = Model(chosen.a, chosen.hf_template), Model(chosen.b, chosen.hf_template)
-    with ByteProgress("verify") as progress:
-        found = list(differences(first, second, progress.update))
+    with ProgressLine("verify") as line:
+        found = list(differences(first, second, in_megabytes(line)))
     for text in found[:SHOWN_DIFFERENCES]:
         print(text)
     if found:

@@ -2,20 +2,16 @@
 
 import asyncio
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from megavar.progress import ProgressLine
 from megavar.rollout.engine import Engine, GenerateRequest, Generation, NoWorkerLeft, RolloutError
 
 logger = logging.getLogger(__name__)
 
-LOG_INTERVAL_SECONDS = 30.0
 NUM_ERRORS_SHOWN = 3
 
 Key = TypeVar("Key")
@@ -98,9 +94,9 @@ async def run_requests(
             done.num_samples += len(generations)
             done.num_tokens += sum(len(generation.ids) for generation in generations)
             done.seconds = time.monotonic() - start
-            progress.update(done)
+            progress.update(done.num_requests, total, f"requests, {done.tokens_per_second:,.0f} tokens/s")
 
-    with ProgressLine(description, total, show_progress) as progress:
+    with ProgressLine(description, show=show_progress) as progress:
         try:
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(concurrency or engine.capacity):
@@ -119,44 +115,3 @@ def first_error(group: BaseExceptionGroup[Exception]) -> Exception:
         error = error.exceptions[0]
     assert isinstance(error, Exception)
     return error
-
-
-class ProgressLine:
-    """Done of total, tokens per second and remaining time: a bar on a terminal, else a log line now and then."""
-
-    def __init__(self, description: str, total: int | None, show: bool) -> None:
-        self._description, self._total, self._show = description, total, show
-        console = Console(file=sys.stderr)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=console,
-            disable=not (show and console.is_terminal),
-        )
-        self._logs = show and not console.is_terminal
-        self._next_log = time.monotonic() + LOG_INTERVAL_SECONDS
-        self._task = self._progress.add_task(description, total=total, rate=0.0)
-
-    def __enter__(self) -> "ProgressLine":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def update(self, done: Throughput) -> None:
-        """Show what is done."""
-        self._progress.update(self._task, completed=done.num_requests, rate=done.tokens_per_second)
-        if self._logs and (time.monotonic() >= self._next_log or done.num_requests == self._total):
-            self._next_log = time.monotonic() + LOG_INTERVAL_SECONDS
-            remaining = ""
-            if self._total:
-                seconds = done.seconds * (self._total - done.num_requests) / done.num_requests
-                remaining = f" of {self._total}, {seconds:.0f} s left"
-            logger.info(
-                "%s: %d%s, %.0f tokens/s", self._description, done.num_requests, remaining, done.tokens_per_second
-            )

@@ -5,17 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
 from megavar.config.schema import LoggingConfig
 from megavar.records import write_aside
 
@@ -68,44 +57,3 @@ class Metrics:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
-
-
-class TrainingProgress:
-    """One line: stage, bar, steps, loss, tokens/s, elapsed and remaining time."""
-
-    def __init__(self, stage: str) -> None:
-        columns = [TextColumn(stage), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}")]
-        self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), refresh_per_second=2)
-        self._task = self._bar.add_task(stage, total=None, state="")
-
-    def __enter__(self) -> "TrainingProgress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def update(self, step: int, num_steps: int, values: dict[str, float]) -> None:
-        """Show a finished step."""
-        state = f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tok/s"
-        self._bar.update(self._task, completed=step, total=num_steps, state=state)
-
-
-class ByteProgress:
-    """One line: what is written, bar, bytes, rate, elapsed and remaining time."""
-
-    def __init__(self, description: str) -> None:
-        columns = [TextColumn(description), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
-        self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), refresh_per_second=2)
-        self._task = self._bar.add_task(description, total=None)
-
-    def __enter__(self) -> "ByteProgress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def update(self, num_bytes: int, total_bytes: int) -> None:
-        """Show that more bytes are done; the line appears with the first."""
-        self._bar.start()
-        self._bar.update(self._task, advance=num_bytes, total=total_bytes)

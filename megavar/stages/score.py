@@ -10,6 +10,7 @@ from megavar.config.schema import ParallelConfig, PrecisionConfig, ScoreConfig
 from megavar.data.templates import Templates
 from megavar.data.tokens import answers_by_trace, by_trace, count_correct
 from megavar.models.convert import Model
+from megavar.progress import ProgressLine
 from megavar.records import Answer, LogProbs, Question, RecordWriter, Score, Trace, TrainSequence
 from megavar.training.parallel import barrier, is_rank_zero
 from megavar.training.score import Scorer
@@ -105,11 +106,16 @@ def _score_all(
     if not pending:
         return
     scorer = Scorer(Model(model), parallel, precision)
-    for start in range(0, len(pending), config.chunk_sequences):
-        chunk = pending[start : start + config.chunk_sequences]
-        found = scorer.score([sequence_of(trace) for trace in chunk], config.temperature, config.microbatch_tokens)
-        if found is not None:
-            writer.append(*(record_of(trace, logps) for trace, logps in zip(chunk, found, strict=True)))
-            print(f"scored {start + len(chunk)} of {len(pending)} traces under {model}", flush=True)
+    with ProgressLine(f"scores under {model}", show=is_rank_zero()) as progress:
+        num_tokens = 0
+        for start in range(0, len(pending), config.chunk_sequences):
+            chunk = pending[start : start + config.chunk_sequences]
+            sequences = [sequence_of(trace) for trace in chunk]
+            found = scorer.score(sequences, config.temperature, config.microbatch_tokens)
+            if found is not None:
+                writer.append(*(record_of(trace, logps) for trace, logps in zip(chunk, found, strict=True)))
+            num_tokens += sum(sequence.num_tokens for sequence in sequences)
+            rate = num_tokens / progress.seconds
+            progress.update(start + len(chunk), len(pending), f"traces, {rate:,.0f} tokens/s")
     scorer.release()
     barrier()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from megavar.config.schema import RunConfig, TrainConfig
 from megavar.models.convert import MAX_SHARD_BYTES, to_hugging_face
+from megavar.progress import ProgressLine, in_megabytes
 from megavar.records import TrainSequence
-from megavar.stages.metrics import ByteProgress, Metrics, TrainingProgress
+from megavar.stages.metrics import Metrics
 from megavar.training.checkpoint import list_checkpoints, step_of
 from megavar.training.loop import train_model
 from megavar.training.parallel import is_rank_zero, on_rank_zero
@@ -25,12 +26,13 @@ def train_stage(
     """Train from the Hugging Face folder `init`; checkpoints go to `folder`/checkpoints. Every rank calls it."""
     checkpoints = folder / "checkpoints"
 
-    def run(progress: TrainingProgress | None, metrics: Metrics | None) -> None:
+    def run(progress: ProgressLine | None, metrics: Metrics | None) -> None:
         def report(step: int, num_steps: int, values: dict[str, float]) -> None:
             if metrics and (step % train.log_interval == 0 or step == num_steps):
                 metrics.log(stage, step, values)
             if progress:
-                progress.update(step, num_steps, values)
+                speed = f"{values['tokens_per_second']:,.0f} tokens/s"
+                progress.update(step, num_steps, f"steps, loss {values['loss']:.4f}, {speed}")
 
         train_model(init, sequences, train, config.parallel, config.precision, config.seed, checkpoints, report)
 
@@ -38,9 +40,10 @@ def train_stage(
         run(None, None)
         return
     done = list_checkpoints(checkpoints)
+    steps_before = step_of(done[-1]) if done else 0
     metrics = Metrics(run_folder, config.logging, config.name)
-    metrics.drop_from(stage, step_of(done[-1]) + 1 if done else 0)
-    with TrainingProgress(stage) as progress:
+    metrics.drop_from(stage, steps_before + 1)
+    with ProgressLine(stage, steps_before) as progress:
         run(progress, metrics)
     metrics.close()
 
@@ -56,8 +59,8 @@ def export_stage(folder: Path, target: Path) -> None:
         raise ValueError(f"{folder}/checkpoints holds no checkpoint; run the training stage first.")
 
     def convert() -> None:
-        with ByteProgress("export") as progress:
-            to_hugging_face(done[-1], target, None, MAX_SHARD_BYTES, overwrite=True, progress=progress.update)
+        with ProgressLine("export") as line:
+            to_hugging_face(done[-1], target, None, MAX_SHARD_BYTES, overwrite=True, progress=in_megabytes(line))
 
     on_rank_zero(convert)
 

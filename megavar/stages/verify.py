@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rich.progress import Progress
 
 from megavar.config.schema import VerifyConfig
+from megavar.progress import ProgressLine
 from megavar.records import Answer, Question, RecordWriter, identity
 from megavar.verifiers import get_verifier
 from megavar.verifiers.pool import VerifyJob, verify_all
@@ -29,12 +29,14 @@ def verify_answers(
     pending = [answer for answer in answers if identity(answer) not in have]
     question_of = {question.id: question for question in questions}
     jobs = [_job(answer, question_of) for answer in pending]
-    with Progress() as progress:
-        task = progress.add_task("verdicts", total=len(jobs))
+    with ProgressLine("verdicts") as progress:
+        num_verified = 0
 
         def keep(index: int, verdict: str) -> None:
+            nonlocal num_verified
             writer.append(replace(pending[index], correct=verdict == "correct", verdict=verdict))
-            progress.advance(task)
+            num_verified += 1
+            progress.update(num_verified, len(jobs), "answers")
 
         try:
             verify_all(jobs, config.num_workers, config.timeout_seconds, keep)
