@@ -174,7 +174,7 @@ def result(folder: Path, held_out: list[Question]) -> dict[str, object]:
         "traces": {path.parent.name: traces(path.parent) for path in sorted(folder.glob("round_*/verified"))},
         "target_tokens": {stage: count for stage, count in tokens.items() if count},
         "seconds": {stage: entry["seconds"] for stage, entry in entries.items()},
-        "weigh": {row["stage"]: row for row in rows if row["stage"].startswith("weigh")},
+        "weigh": {str(row["step"]): row for row in rows if row["stage"] == "weigh"},
     }
 
 

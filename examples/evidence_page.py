@@ -142,7 +142,7 @@ def rounds_table(results: Results) -> list[str]:
             mean, low, high = interval(np.array([pass_at_1(row) for row in counts.values()]))
             runs = [results[method][seed] for seed in counts]
             drawn = [run["traces"][f"round_{index:02d}"] for run in runs]
-            weigh = [run["weigh"]["weigh" if index == 1 else f"weigh_{index:02d}"] for run in runs]
+            weigh = [run["weigh"][str(index)] for run in runs]
             figures = [
                 f"{np.mean([row['correct_answers'] / row['answers'] for row in drawn]):.3f}",
                 f"{np.mean([row['distinct'] / row['traces'] for row in drawn]):.3f}",

@@ -96,8 +96,8 @@ def write_round(run: Run, number: int) -> None:
     write_records(folder / "verified" / "data.parquet", answers, Answer)
     write_records(folder / "scores" / "data.parquet", scores, Score)
     values = weigh_traces(traces, scores, "iwae", run.config.objective, folder / "weights")
+    Metrics(run.folder, run.config.logging, run.config.name).log("weigh", number, values)
     stage = replace(run, round_index=number).entry("weigh")
-    Metrics(run.folder, run.config.logging, run.config.name).log(stage, 0, values)
     Manifest(run.folder).begin(stage, {})
     Manifest(run.folder).finish(stage, 1.0)
 

@@ -277,7 +277,10 @@ def test_a_second_round_starts_from_the_first_ones_policy_and_resumes(job):
     first, second = (read_records(run / name / "traces" / "data.parquet", Trace) for name in ("round_01", "round_02"))
     assert {row.round for row in second} == {2} and len(second) == len(first)
     assert {row.seed for row in first}.isdisjoint(row.seed for row in second)
-    assert (run / "eval" / "pi_2.json").exists()
+    for stage, steps in (("weigh", [1, 2]), ("rollouts", [1, 2]), ("eval", [0, 1, 2])):
+        assert [row["step"] for row in Metrics.read(run) if row["stage"] == stage] == steps
+    (row,) = [row for row in Metrics.read(run) if (row["stage"], row["step"]) == ("eval", 2)]
+    assert row["pass@1"] == json.loads((run / "eval" / "pi_2.json").read_text())[0]["mean"]
 
 
 def test_the_second_rounds_scores_are_of_the_first_rounds_policy(job):

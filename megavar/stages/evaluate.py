@@ -26,14 +26,15 @@ class Accuracy:
 
 def evaluate_model(
     questions: Sequence[Question], answers: Sequence[Answer], config: EvalConfig, seed: int, file: Path
-) -> None:
-    """Write pass@1 and pass@num_samples of verified answers to `file` as JSON."""
+) -> list[Accuracy]:
+    """pass@1 and pass@num_samples of verified answers, written to `file` as JSON too."""
     found = [
         accuracy(questions, answers, config.num_samples, k, config.num_bootstrap, seed)
         for k in sorted({1, config.num_samples})
     ]
     with write_aside(file) as aside:
         aside.write_text(json.dumps([asdict(item) for item in found], indent=2) + "\n")
+    return found
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

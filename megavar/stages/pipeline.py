@@ -105,7 +105,8 @@ def run_rollouts(run: Run) -> None:
         traces, answers = asyncio.run(draw(questions, _templates(run)))
         verified = _verify(run, questions, answers, folder / "verified")
         scores = counted_scores(traces, verified)
-        _log(run, "rollouts", weigh_traces(traces, scores, "forward_kl", config.objective, folder / "weights"))
+        values = weigh_traces(traces, scores, "forward_kl", config.objective, folder / "weights")
+        _log(run, "rollouts", {run.round_index: values})
 
     settings = {
         **_common(run),
@@ -213,7 +214,7 @@ def run_weigh(run: Run) -> None:
         values = weigh_traces(traces, scores, objective.name, objective, run.round / "weights")
         if run.config.score.temperature == run.config.sample.temperature:
             values["largest_engine_difference"] = engine_difference(traces, scores)
-        _log(run, "weigh", values)
+        _log(run, "weigh", {run.round_index: values})
 
     settings = {**flat("objective", run.config.objective), "score": _after(run, "score")}
     run_once(run, "weigh", settings, lambda: on_rank_zero(work))
@@ -282,9 +283,13 @@ def run_eval(run: Run) -> None:
     def work() -> None:
         assert config.data.eval is not None
         questions = read_questions(Path(config.data.eval))
+        accuracies = {}
         for name, answers in asyncio.run(draw(questions)).items():
             verified = _verify(run, questions, answers, run.folder / "eval" / name / "verified")
-            evaluate_model(questions, verified, config.eval, config.seed, run.folder / "eval" / f"{name}.json")
+            file = run.folder / "eval" / f"{name}.json"
+            found = evaluate_model(questions, verified, config.eval, config.seed, file)
+            accuracies[int(name.removeprefix("pi_"))] = {f"pass@{item.k}": item.mean for item in found}
+        _log(run, "eval", accuracies)
 
     settings = {
         **_common(run),
@@ -391,8 +396,10 @@ def _train(
     train_stage(run.entry(stage), init, sequences, train, run.config, folder, run.folder)
 
 
-def _log(run: Run, stage: str, values: dict[str, float]) -> None:
+def _log(run: Run, stage: str, values_of: dict[int, dict[str, float]]) -> None:
+    """Log what a stage found, of each round (0: before the first), so that a curve over the rounds comes of it."""
     metrics = Metrics(run.folder, run.config.logging, run.config.name)
-    metrics.drop_from(run.entry(stage), 0)
-    metrics.log(run.entry(stage), 0, values)
+    metrics.drop_from(stage, min(values_of))
+    for round_index, values in values_of.items():
+        metrics.log(stage, round_index, values)
     metrics.close()

@@ -16,11 +16,10 @@ def summarize(run: Run) -> dict[str, Any]:
     """The run's results up to this round as one JSON-able dictionary; traces are those of this round."""
     traces = read_records(run.round / "traces" / "data.parquet", Trace)
     answers = read_records(run.round / "verified" / "data.parquet", Answer)
-    rows = {row["stage"]: row for row in Metrics.read(run.folder)}
     finishes = Counter(trace.finish for trace in traces)
     names = [f"pi_{index}" for index in range(run.round_index + 1)]
     models = {name: run.folder / "eval" / f"{name}.json" for name in names}
-    weigh = rows[run.entry("weigh")]
+    weigh = next(row for row in Metrics.read(run.folder) if (row["stage"], row["step"]) == ("weigh", run.round_index))
     return {
         "accuracy": {name: json.loads(file.read_text()) for name, file in models.items() if file.exists()},
         "ess": weigh["ess"],

@@ -46,7 +46,7 @@ def test_final_accuracy_against_k_is_drawn_for_runs_of_several_k_only():
 
 def test_training_has_a_column_for_each_stage_and_a_line_for_each_run_that_has_it():
     rows = [{"stage": stage, "step": step, "loss": step, "grad_norm": 2 * step} for stage in "ab" for step in (1, 2)]
-    weigh = {"stage": "weigh", "step": 0, "ess": 3.0}
+    weigh = {"stage": "weigh", "step": 1, "ess": 3.0}
     plots = figures.training_curves({"x": [*rows, weigh], "y": rows[:2]}).axes
     assert [plot.get_title() for plot in plots] == ["a", "b", "", ""]
     assert [len(plot.get_lines()) for plot in plots] == [2, 1, 2, 1]
