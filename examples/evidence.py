@@ -62,6 +62,7 @@ class Method:
 EIGHT = ("sample.num_traces=8",)
 OWN_TRACES = (*EIGHT, "sample.sampler=policy", "objective.ratio=none")
 ROLLOUT = (*EIGHT, "posterior.source=rollout")
+BROAD = ("data.questions_per_round=800", "sample.num_traces=4", "objective.num_traces=4")
 METHODS = {
     "iwae": Method(),
     "more_sft": Method(("eval.models=[pi_0]",)),
@@ -76,6 +77,8 @@ METHODS = {
     ),
     "answer_likelihood": Method(("objective.answer=likelihood", "objective.answers=reference"), "iwae", "score"),
     **{f"k{k}": Method((f"objective.num_traces={k}",), "iwae", "score") for k in (1, 2, 4, 16)},
+    "broad": Method(BROAD),
+    "broad_ratio_sequence": Method((*BROAD, "objective.ratio=sequence"), "broad", "score"),
     "rounds_3": Method((*ROLLOUT, "rounds=3"), "forward_kl", "eval"),
     "reverse_kl_rounds_3": Method((*EIGHT, "rounds=3", "posterior.source=reverse_kl"), "iwae", "sft"),
 }

@@ -34,6 +34,8 @@ NAMES = {
     "rft": "RFT",
     "grpo": "GRPO weights",
     **{f"k{k}": f"— K = {k}" for k in (1, 2, 4, 16)},
+    "broad": "— K = 4, of 800 questions",
+    "broad_ratio_sequence": "— K = 4, of 800 questions, ratio `sequence`",
     "rounds_3": "T = 3 rounds, forward KL",
     "reverse_kl_rounds_3": "T = 3 rounds, reverse KL",
 }

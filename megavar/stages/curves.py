@@ -52,15 +52,16 @@ def fewer_traces(scores: Sequence[Score], weights: Sequence[Weight], seed: int) 
 
     Args:
         scores: of every trace, with counted answers.
-        weights: of the same traces; those of gold traces are left out.
+        weights: of the same traces; those of gold traces, and traces beyond `objective.num_traces`, are left out.
     """
+    weighed = {key: row for key, row in by_trace(weights).items() if row.trace_index >= 0 and row.status != "unused"}
     num_correct: dict[str, list[int]] = defaultdict(list)
     for score in scores:
-        num_correct[score.question_id].append(score.num_correct or 0)
+        if (score.question_id, score.trace_index) in weighed:
+            num_correct[score.question_id].append(score.num_correct or 0)
     log_weights: dict[str, list[float]] = defaultdict(list)
-    for row in weights:
-        if row.trace_index >= 0:
-            log_weights[row.question_id].append(row.log_weight if row.status == "ok" else -np.inf)
+    for row in weighed.values():
+        log_weights[row.question_id].append(row.log_weight if row.status == "ok" else -np.inf)
     counts = [(len(group), sum(number > 0 for number in group)) for group in num_correct.values()]
     groups = [np.array(group) for group in log_weights.values()]
     at_hand = min(size for size, _ in counts)

@@ -91,7 +91,8 @@ def _of_round(run: FinishedRun, found: Round) -> list[Exhibit]:
     config = run.config
     sizes = curves.question_sizes(found.weights)
     per_question = config.sample.num_traces * config.sample.num_answers
-    accuracies = {"answers after q's traces": curves.question_accuracies(found.answers, list(sizes), per_question)}
+    label = f"answers after {'q' if config.sample.sampler == 'posterior' else 'the policy'}'s traces"
+    accuracies = {label: curves.question_accuracies(found.answers, list(sizes), per_question)}
     held_out = run.evaluated().get("pi_0")
     if held_out:
         ids = [question.id for question in run.eval_questions()]

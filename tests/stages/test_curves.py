@@ -1,5 +1,6 @@
 """The numbers of the report against enumeration and hand arithmetic."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -67,6 +68,12 @@ def test_weights_too_small_for_floats_still_have_a_size():
 @pytest.mark.parametrize(("largest", "expected"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
 def test_doublings_end_with_all_traces(largest, expected):
     assert curves.doublings(largest) == expected
+
+
+def test_traces_that_were_not_weighed_do_not_count():
+    scores, weights = rows_of([[-1.0, -2.0, -np.inf, -0.5]])
+    unused = [*weights[:2], *(replace(row, status="unused") for row in weights[2:])]
+    assert curves.fewer_traces(scores, unused, seed=0) == curves.fewer_traces(scores[:2], weights[:2], seed=0)
 
 
 def test_gold_rows_are_no_sampled_traces():
