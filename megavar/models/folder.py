@@ -330,7 +330,9 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            # After it was renamed, another process may have made its own in the same place.
+            if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
+                shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(handle)
 

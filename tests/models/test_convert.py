@@ -397,6 +397,20 @@ def test_a_target_that_another_process_fills_is_refused(folder, tmp_path):
     assert (tmp_path / "m" / "file").read_text() == "first"
 
 
+def test_what_another_process_begins_right_after_the_rename_is_left_alone(tmp_path, monkeypatch):
+    rename = os.replace
+
+    def rename_then_begin(source, target):
+        rename(source, target)
+        source.mkdir()
+        (source / "file").write_text("second")
+
+    monkeypatch.setattr(os, "replace", rename_then_begin)
+    with new_folder(tmp_path / "m", False, 0):
+        pass
+    assert (tmp_path / ".m.partial" / "file").read_text() == "second"
+
+
 def test_a_place_that_cannot_be_written_is_said(folder):
     with pytest.raises(ValueError, match=r"/proc/nowhere/m could not be written: .*; nothing half done is left"):
         to_megatron(folder, Path("/proc/nowhere/m"), None, False)
