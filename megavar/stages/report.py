@@ -13,13 +13,23 @@ from megavar.stages.run import Manifest, Run
 
 
 def summarize(run: Run) -> dict[str, Any]:
-    """The run's results up to this round as one JSON-able dictionary; traces are those of this round."""
+    """The run's results up to this round as one JSON-able dictionary; traces are those of this round.
+
+    Raises:
+        ValueError: if what `weigh` logged is lost.
+    """
     traces = read_records(run.round / "traces" / "data.parquet", Trace)
     answers = read_records(run.round / "verified" / "data.parquet", Answer)
     finishes = Counter(trace.finish for trace in traces)
     names = [f"pi_{index}" for index in range(run.round_index + 1)]
     models = {name: run.folder / "eval" / f"{name}.json" for name in names}
-    weigh = next(row for row in Metrics.read(run.folder) if (row["stage"], row["step"]) == ("weigh", run.round_index))
+    weighed = {row["step"]: row for row in Metrics.read(run.folder) if row["stage"] == "weigh"}
+    if run.round_index not in weighed:
+        raise ValueError(
+            f"{run.folder}/metrics.jsonl has no row of weigh in round {run.round_index}; restore it, or remove the "
+            f"entry {run.entry('weigh')} of manifest.json and run that stage again."
+        )
+    weigh = weighed[run.round_index]
     return {
         "accuracy": {name: json.loads(file.read_text()) for name, file in models.items() if file.exists()},
         "ess": weigh["ess"],

@@ -166,6 +166,12 @@ def test_files_that_are_gone_and_folders_of_something_else_are_named(run, tmp_pa
         write_page([tmp_path])
 
 
+def test_lost_metrics_are_said(run):
+    (run.folder / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"small/metrics\.jsonl has no row of weigh in round 1; .* entry weigh of"):
+        write_page([run.folder])
+
+
 def test_questions_that_moved_are_named_with_their_key(run):
     (run.folder.parents[1] / "questions.jsonl").rename(run.folder / "moved.jsonl")
     with pytest.raises(ValueError, match=r"data\.train: No question file .*the folder the run was started in"):
