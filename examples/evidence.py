@@ -72,6 +72,7 @@ METHODS = {
     "rft": Method((*OWN_TRACES, "objective.name=rft"), "no_hint", "score"),
     "grpo": Method((*OWN_TRACES, "objective.name=grpo"), "no_hint", "score"),
     "forward_kl": Method(ROLLOUT, "iwae", "sft"),
+    "forward_kl_ratio_sequence": Method((*ROLLOUT, "objective.ratio=sequence"), "forward_kl", "score"),
     "answer_geometric_mean": Method(
         ("objective.answer=geometric_mean", "objective.answers=reference"), "iwae", "score"
     ),
@@ -136,6 +137,14 @@ def settings(task: str, seed: int, name: str) -> list[str]:
     if method.until is not None:
         found.append("eval.models=[policy]")  # pi_0 is that of the run it shares with
     return found
+
+
+def collapsed(folder: Path) -> bool:
+    """Whether a run ended because no trace of its last round has weight: that is a result, too."""
+    file = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    weighed = [row["questions_with_weight"] for row in rows if row["stage"] == "weigh"]
+    return bool(weighed) and weighed[-1] == 0
 
 
 def run(task: str, seed: int, name: str, urls: list[str]) -> Path:
@@ -228,11 +237,13 @@ def main() -> None:
             known = json.loads(results.read_text()) if results.exists() else {}
             if str(seed) in known.setdefault(task, {}).setdefault(name, {}):
                 continue
+            folder = RUNS / task / f"{name}_{seed}"
             try:
-                folder = run(task, seed, name, urls)
+                run(task, seed, name, urls)
             except subprocess.CalledProcessError:
-                failed.append(f"{task}/{name}_{seed}")  # a posterior that collapsed ends its run: the others go on
-                continue
+                if not collapsed(folder):
+                    failed.append(str(folder))
+                    continue
             known[task][name][str(seed)] = result(folder, read_questions(RUNS / f"{task}_data" / "eval.jsonl"))
             with write_aside(results) as aside:
                 aside.write_text(json.dumps(known, indent=1) + "\n")

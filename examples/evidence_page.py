@@ -30,6 +30,7 @@ NAMES = {
     "answer_geometric_mean": "— answer by geometric mean (GML)",
     "answer_likelihood": "— answer by likelihood",
     "forward_kl": "— q from π₀'s rollouts (forward KL)",
+    "forward_kl_ratio_sequence": "— q from π₀'s rollouts, ratio `sequence`",
     "no_hint": "no hint: π₀'s own traces × accuracy",
     "rft": "RFT",
     "grpo": "GRPO weights",
@@ -54,14 +55,14 @@ Results = Mapping[str, Mapping[str, Any]]
 def read_counts(results: Results, method: str, policy: str | None = None) -> dict[str, Counts]:
     """Seed -> correct samples of every held-out question, [questions], of a method's last policy or of the named one.
 
-    `pi_0` is that of the run `iwae`.
+    `pi_0` is that of the run `iwae`. A run that collapsed before its last round has no last policy.
     """
     if method == "pi_0":
         method, policy = BASELINE, "pi_0"
     found = {}
     for seed, result in sorted(results.get(method, {}).items()):
         counts = result["correct"]
-        name = policy or max(counts)
+        name = policy or f"pi_{len(result['traces'])}"
         if name in counts:
             found[seed] = np.array(list(counts[name]), float)
     return found
@@ -133,27 +134,32 @@ def cost(results: Results, method: str) -> list[str]:
 def rounds_table(results: Results) -> list[str]:
     """Accuracy after each round, and what the traces of q were like."""
     rows = [
-        "| | round | pass@1 | answers correct after q's traces | distinct traces | tokens a trace | ESS | KL(q‖π) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | round | seeds | pass@1 | truncated traces | distinct traces | tokens a trace | correct answers | ESS "
+        "| KL(q‖π) |",
+        "|---" * 10 + "|",
     ]
     for method in ("rounds_3", "reverse_kl_rounds_3"):
         for index in (1, 2, 3):
-            counts = read_counts(results, method, f"pi_{index}")
-            if not counts:
+            runs = [run for run in results.get(method, {}).values() if f"round_{index:02d}" in run["traces"]]
+            if not runs:
                 continue
-            mean, low, high = interval(np.array([pass_at_1(row) for row in counts.values()]))
-            runs = [results[method][seed] for seed in counts]
+            counts = read_counts(results, method, f"pi_{index}")
+            mean, low, high = (
+                interval(np.array([pass_at_1(row) for row in counts.values()])) if counts else [np.nan] * 3
+            )
             drawn = [run["traces"][f"round_{index:02d}"] for run in runs]
             weigh = [run["weigh"][str(index)] for run in runs]
             figures = [
-                f"{np.mean([row['correct_answers'] / row['answers'] for row in drawn]):.3f}",
+                f"{len(runs)}",
+                f"{mean:.3f} [{low:.3f}, {high:.3f}]" if counts else "collapsed",
+                f"{np.mean([row['truncated'] / row['traces'] for row in drawn]):.3f}",
                 f"{np.mean([row['distinct'] / row['traces'] for row in drawn]):.3f}",
                 f"{np.mean([row['tokens'] / row['traces'] for row in drawn]):.1f}",
+                f"{np.mean([row['correct_answers'] / max(row['answers'], 1) for row in drawn]):.3f}",
                 f"{np.mean([row['ess'] for row in weigh]):.2f}",
                 f"{np.mean([row['kl_posterior_policy'] for row in weigh]):.2f}",
             ]
-            name = f"{NAMES[method].split(', ')[1]}, {len(counts)} seeds"
-            rows.append(f"| {name} | {index} | {mean:.3f} [{low:.3f}, {high:.3f}] | {' | '.join(figures)} |")
+            rows.append(f"| {NAMES[method].split(', ')[1]} | {index} | {' | '.join(figures)} |")
     return rows
 
 

@@ -71,3 +71,12 @@ def test_every_method_is_a_valid_run_and_shares_stages_that_it_has(name, task):
         other = load_config(ROOT / "conf" / "demo.yaml", list(evidence.settings(task, 1, method.shared_with)))
         assert (method.until, 1) in stages_of(other) and (method.until, 1) in stages_of(config)
         assert method.until != "eval" or config.eval == other.eval
+
+
+@pytest.mark.parametrize(("questions", "expected"), [([], False), ([200], False), ([200, 0], True)])
+def test_a_run_whose_last_round_has_no_weight_has_collapsed(tmp_path, questions, expected):
+    rows = [{"stage": "weigh", "step": step, "questions_with_weight": count} for step, count in enumerate(questions, 1)]
+    rows.append({"stage": "posterior_02", "step": 1, "loss": 1.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evidence.collapsed(tmp_path) is expected
+    assert not evidence.collapsed(tmp_path / "nothing")

@@ -58,6 +58,18 @@ def test_questions_are_binned_by_the_first_policy_of_the_same_seed():
     assert few[0] == 1.0 and np.isnan(few[1:]).all()
 
 
+def test_a_run_that_collapsed_is_told_by_its_rounds_and_has_no_last_policy():
+    ended = run(pi_0="0000", pi_1="4400")
+    drawn = {"traces": 100, "tokens": 700, "truncated": 99, "distinct": 50, "answers": 0, "correct_answers": 0}
+    weigh = {"ess": 0.0, "kl_posterior_policy": 98.0}
+    ended |= {"traces": {"round_01": drawn, "round_02": drawn}, "weigh": {"1": weigh, "2": weigh}}
+    results = {"iwae": RUNS["iwae"], "reverse_kl_rounds_3": {"1": ended}}
+    assert page.read_counts(results, "reverse_kl_rounds_3") == {}
+    first, second = page.rounds_table(results)[2:]
+    assert first.startswith("| reverse KL | 1 | 1 | 0.500 [")
+    assert second == "| reverse KL | 2 | 1 | collapsed | 0.990 | 0.500 | 7.0 | 0.000 | 0.00 | 98.00 |"
+
+
 def test_costs_leave_evaluation_out_and_count_what_the_first_policy_took_alone():
     assert page.cost(RUNS, "iwae") == ["4 k", "5 k", "30"]
     assert page.cost(RUNS, "pi_0") == ["1 k", "0 k", "10"]
