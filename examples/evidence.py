@@ -1,12 +1,13 @@
-"""Compares the methods on equal terms: `make evidence`. Same questions, base, seeds and training tokens; resumable.
+"""Compares the methods on equal terms: `make evidence`. Same questions, base, seeds and optimizer steps; resumable.
 
     python examples/evidence.py [--tasks chains unknown] [--seeds 1 2 3] [--methods iwae rft ...]
 
 For each task and seed the run `iwae` is the paper's method, on the first 8 of 16 traces a question. The others start
 from what they share with another run (files are linked, manifest entries copied, and the pipeline itself checks that
 the settings agree), so that methods differ in what they are about and in nothing else. Every policy takes the same
-number of steps of the same batch. Two servers are started once and serve every run in turn. Results go to
-runs/evidence/results.json after each run, and a run whose result is there is not run again.
+number of steps of the same batch. Two runs go on at a time, each a single rank with one of two servers, which are
+started once; what a run prints goes to runs/evidence/logs. Results go to runs/evidence/results.json after each run, and
+a run whose result is there is not run again.
 """
 
 import argparse
@@ -16,20 +17,23 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 from megavar.config.load import load_config
 from megavar.data.questions import read_questions
+from megavar.progress import ProgressLine
 from megavar.records import Answer, Question, Trace, read_records, write_aside
+from megavar.rollout import guard
 from megavar.rollout.servers import ManagedServers, open_engine
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "conf/demo.yaml"
 RUNS = Path("runs/evidence")
-RANKS = 2
+RESULTS = RUNS / "results.json"
+ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+"""What torchrun would say to its only rank."""
 STEPS = {
     "chains": {"sft": 52, "posterior.train": 52, "policy.train": 64},
     "unknown": {"sft": 80, "posterior.train": 100, "policy.train": 120},
@@ -59,6 +63,15 @@ class Method:
     until: str | None = None
 
 
+@dataclass(frozen=True)
+class Job:
+    """A run to do."""
+
+    task: str
+    method: str
+    seed: int
+
+
 EIGHT = ("sample.num_traces=8",)
 OWN_TRACES = (*EIGHT, "sample.sampler=policy", "objective.ratio=none")
 ROLLOUT = (*EIGHT, "posterior.source=rollout")
@@ -78,10 +91,10 @@ METHODS = {
     ),
     "answer_likelihood": Method(("objective.answer=likelihood", "objective.answers=reference"), "iwae", "score"),
     **{f"k{k}": Method((f"objective.num_traces={k}",), "iwae", "score") for k in (1, 2, 4, 16)},
-    "broad": Method(BROAD),
-    "broad_ratio_sequence": Method((*BROAD, "objective.ratio=sequence"), "broad", "score"),
     "rounds_3": Method((*ROLLOUT, "rounds=3"), "forward_kl", "eval"),
     "reverse_kl_rounds_3": Method((*EIGHT, "rounds=3", "posterior.source=reverse_kl"), "iwae", "sft"),
+    "broad": Method(BROAD),
+    "broad_ratio_sequence": Method((*BROAD, "objective.ratio=sequence"), "broad", "score"),
 }
 
 
@@ -147,30 +160,41 @@ def collapsed(folder: Path) -> bool:
     return bool(weighed) and weighed[-1] == 0
 
 
-def run(task: str, seed: int, name: str, urls: list[str]) -> Path:
-    """Run one method to its end, and what it shares with before it; finished stages are skipped."""
-    make_data(task)
+async def run(task: str, seed: int, name: str, url: str) -> Path:
+    """Run one method to its end, and what it shares with before it; finished stages are skipped.
+
+    Raises:
+        RunFailed: naming the log.
+    """
     method, overrides, target = METHODS[name], settings(task, seed, name), RUNS / task / f"{name}_{seed}"
     if (target / "done").exists():
         return target
     if method.shared_with is not None and method.until is not None:
-        share(run(task, seed, method.shared_with, urls), target, method.until)
-    overrides += ["rollout.mode=external", f"rollout.urls=[{','.join(urls)}]"]
-    if name == "more_sft":
-        for stage, ranks in (("sft", RANKS), ("eval", 0)):
-            launch(["-m", "megavar", stage], ranks, overrides)
-    else:
-        launch([str(ROOT / "examples/pretrain_variational.py")], RANKS, overrides)
+        share(await run(task, seed, method.shared_with, url), target, method.until)
+    overrides += ["rollout.mode=external", f"rollout.urls=[{url}]"]
+    log = RUNS / "logs" / f"{task}_{name}_{seed}.log"
+    for stage in ("sft", "eval") if name == "more_sft" else ("run",):
+        await launch(stage, overrides, log)
     (target / "done").touch()
     return target
 
 
-def launch(command: list[str], ranks: int, overrides: list[str]) -> None:
-    """One command of the main job, under torchrun if it has ranks."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    arguments = [*command, "--config", str(CONFIG), *overrides]
-    subprocess.run([sys.executable, *torchrun, *arguments], check=True, env=environment)
+class RunFailed(Exception):
+    """A run ended with an error."""
+
+
+async def launch(stage: str, overrides: list[str], log: Path) -> None:
+    """One command of megavar as a single rank, which ends with this process however that ends."""
+    command = [sys.executable, "-m", "megavar", stage, "--config", str(CONFIG), *overrides]
+    guarded = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), *command]
+    environment = {**os.environ, **ONE_RANK, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        process = await asyncio.create_subprocess_exec(
+            *guarded, stdout=file, stderr=file, env=environment, start_new_session=True
+        )
+        if await process.wait():
+            raise RunFailed(str(log))
 
 
 def result(folder: Path, held_out: list[Question]) -> dict[str, object]:
@@ -213,14 +237,58 @@ def traces(folder: Path) -> dict[str, float]:
     }
 
 
-async def serve(work: Callable[[list[str]], None]) -> None:
-    """Do the work while two servers run; each run loads its weights into them in place."""
+async def serve(jobs: list[Job]) -> list[str]:
+    """Do the jobs, one at a time on each server; each run loads its weights into it in place. Returns what failed."""
     config = load_config(CONFIG, [])
     async with ManagedServers(config.rollout, Path(config.model), RUNS / "servers") as servers:
         external = replace(config.rollout, mode="external", urls=servers.urls)
         async with open_engine(external, Path(config.model), RUNS) as engine:
             await engine.load_weights(Path(config.model))  # marks them as ours: a run may replace what they serve
-        await asyncio.to_thread(work, servers.urls)
+        waiting, failed = list(jobs), list[str]()
+        with ProgressLine("evidence") as line:
+            await asyncio.gather(*(work(url, waiting, failed, len(jobs), line) for url in servers.urls))
+    return failed
+
+
+BUSY: set[tuple[str, int]] = set()
+"""Tasks and seeds of which a run goes on: another run of the same may share its stages, and waits."""
+
+
+async def work(url: str, waiting: list[Job], failed: list[str], num_jobs: int, line: ProgressLine) -> None:
+    """Take one job after the other that can be begun, and keep its result, until none is left."""
+    while waiting:
+        job = next((job for job in waiting if (job.task, job.seed) not in BUSY), None)
+        if job is None:
+            await asyncio.sleep(1)
+            continue
+        waiting.remove(job)
+        BUSY.add((job.task, job.seed))
+        folder = RUNS / job.task / f"{job.method}_{job.seed}"
+        try:
+            await run(job.task, job.seed, job.method, url)
+            keep(job, folder)
+        except RunFailed as error:
+            if collapsed(folder):
+                keep(job, folder)
+            else:
+                failed.append(str(error))
+        BUSY.remove((job.task, job.seed))
+        line.update(num_jobs - len(waiting) - len(BUSY), num_jobs, f"runs, {job.task} {job.method} {job.seed} is done")
+
+
+def known_results() -> dict[str, dict[str, dict[str, object]]]:
+    """Task -> method -> seed -> result."""
+    found: dict[str, dict[str, dict[str, object]]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return found
+
+
+def keep(job: Job, folder: Path) -> None:
+    """Add a run's result to those known."""
+    known = known_results()
+    of_method = known.setdefault(job.task, {}).setdefault(job.method, {})
+    of_method[str(job.seed)] = result(folder, read_questions(RUNS / f"{job.task}_data" / "eval.jsonl"))
+    with write_aside(RESULTS) as aside:
+        aside.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def main() -> None:
@@ -230,28 +298,18 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     chosen = parser.parse_args()
-    results = RUNS / "results.json"
-
-    def work(urls: list[str]) -> None:
-        for name, task, seed in product(chosen.methods, chosen.tasks, chosen.seeds):
-            known = json.loads(results.read_text()) if results.exists() else {}
-            if str(seed) in known.setdefault(task, {}).setdefault(name, {}):
-                continue
-            folder = RUNS / task / f"{name}_{seed}"
-            try:
-                run(task, seed, name, urls)
-            except subprocess.CalledProcessError:
-                if not collapsed(folder):
-                    failed.append(str(folder))
-                    continue
-            known[task][name][str(seed)] = result(folder, read_questions(RUNS / f"{task}_data" / "eval.jsonl"))
-            with write_aside(results) as aside:
-                aside.write_text(json.dumps(known, indent=1) + "\n")
-
-    failed: list[str] = []
-    asyncio.run(serve(work))
+    for task in chosen.tasks:
+        make_data(task)
+    known = known_results()
+    jobs = [
+        Job(task, name, seed)
+        for name, task, seed in product(chosen.methods, chosen.tasks, chosen.seeds)
+        if str(seed) not in known.get(task, {}).get(name, {})
+    ]
+    failed = asyncio.run(serve(jobs)) if jobs else []
     if failed:
-        sys.exit(f"ended with an error, which is printed above: {', '.join(failed)}")
+        sys.exit(f"ended with an error; see {', '.join(failed)}")
+    print(f"{RESULTS}: {len(jobs)} runs added")
 
 
 if __name__ == "__main__":
