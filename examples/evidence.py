@@ -208,6 +208,7 @@ def result(folder: Path, held_out: list[Question]) -> dict[str, object]:
         "accuracy": {file.stem: json.loads(file.read_text()) for file in sorted((folder / "eval").glob("*.json"))},
         "correct": {path.parent.name: correct(path, held_out) for path in sorted((folder / "eval").glob("*/verified"))},
         "traces": {path.parent.name: traces(path.parent) for path in sorted(folder.glob("round_*/verified"))},
+        "rollouts": {path.parts[-3]: traces(path.parent) for path in sorted(folder.glob("round_*/rollouts/verified"))},
         "target_tokens": {stage: count for stage, count in tokens.items() if count},
         "seconds": {stage: entry["seconds"] for stage, entry in entries.items()},
         "weigh": {str(row["step"]): row for row in rows if row["stage"] == "weigh"},

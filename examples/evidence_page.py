@@ -118,7 +118,7 @@ def accuracy_table(results: Results) -> list[str]:
 
 
 def cost(results: Results, method: str) -> list[str]:
-    """Trained tokens, sampled tokens of traces, and seconds of all stages but eval, as a run alone would take them."""
+    """Trained tokens, sampled tokens of traces and rollouts, and seconds of all stages but eval."""
     runs = list(results[BASELINE if method == "pi_0" else method].values())
     stages = {"sft"} if method == "pi_0" else None
 
@@ -126,7 +126,8 @@ def cost(results: Results, method: str) -> list[str]:
         return sum(value for stage, value in row.items() if stage[:4] != "eval" and (not stages or stage in stages))
 
     trained = np.mean([total(run["target_tokens"]) for run in runs])
-    sampled = np.mean([0 if stages else sum(part["tokens"] for part in run["traces"].values()) for run in runs])
+    parts = [[*run["traces"].values(), *run.get("rollouts", {}).values()] for run in runs]
+    sampled = np.mean([0 if stages else sum(part["tokens"] for part in drawn) for drawn in parts])
     seconds = np.mean([total(run["seconds"]) for run in runs])
     return [f"{trained / 1000:.0f} k", f"{sampled / 1000:.0f} k", f"{seconds:.0f}"]
 

@@ -214,6 +214,7 @@ def browse(page, address="", script=""):
     inserted = f"<script>{script}</script></body>" if script else "</body>"
     shown.write_text(page.read_text().replace("</body>", inserted))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=2000"]
+    options += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     profile = f"--user-data-dir={page.parent}/profile"
     done = subprocess.run(
         ["chromium", *options, profile, "--dump-dom", f"file://{shown}{address}"],
