@@ -167,7 +167,8 @@ async def run(task: str, seed: int, name: str, url: str) -> Path:
         RunFailed: naming the log.
     """
     method, overrides, target = METHODS[name], settings(task, seed, name), RUNS / task / f"{name}_{seed}"
-    if (target / "done").exists():
+    done, made_by = target / "done", json.dumps(overrides)
+    if done.exists() and done.read_text() == made_by:  # else the run itself says what differs
         return target
     if method.shared_with is not None and method.until is not None:
         share(await run(task, seed, method.shared_with, url), target, method.until)
@@ -175,7 +176,7 @@ async def run(task: str, seed: int, name: str, url: str) -> Path:
     log = RUNS / "logs" / f"{task}_{name}_{seed}.log"
     for stage in ("sft", "eval") if name == "more_sft" else ("run",):
         await launch(stage, overrides, log)
-    (target / "done").touch()
+    done.write_text(made_by)
     return target
 
 
@@ -198,7 +199,10 @@ async def launch(stage: str, overrides: list[str], log: Path) -> None:
 
 
 def result(folder: Path, held_out: list[Question]) -> dict[str, object]:
-    """What a run measured: accuracy of every policy, tokens and seconds a stage, what traces and weights were like."""
+    """What a run measured: accuracy of every policy, tokens and seconds a stage, what traces and weights were like.
+
+    A run that collapsed has a last stage without seconds.
+    """
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     tokens: dict[str, float] = {}
     for row in rows:
@@ -210,7 +214,7 @@ def result(folder: Path, held_out: list[Question]) -> dict[str, object]:
         "traces": {path.parent.name: traces(path.parent) for path in sorted(folder.glob("round_*/verified"))},
         "rollouts": {path.parts[-3]: traces(path.parent) for path in sorted(folder.glob("round_*/rollouts/verified"))},
         "target_tokens": {stage: count for stage, count in tokens.items() if count},
-        "seconds": {stage: entry["seconds"] for stage, entry in entries.items()},
+        "seconds": {stage: entry["seconds"] for stage, entry in entries.items() if entry["status"] == "finished"},
         "weigh": {str(row["step"]): row for row in rows if row["stage"] == "weigh"},
     }
 
@@ -277,9 +281,11 @@ async def work(url: str, waiting: list[Job], failed: list[str], num_jobs: int, l
         line.update(num_jobs - len(waiting) - len(BUSY), num_jobs, f"runs, {job.task} {job.method} {job.seed} is done")
 
 
-def known_results() -> dict[str, dict[str, dict[str, object]]]:
+def known_results() -> dict[str, dict[str, dict[str, dict[str, object]]]]:
     """Task -> method -> seed -> result."""
-    found: dict[str, dict[str, dict[str, object]]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found: dict[str, dict[str, dict[str, dict[str, object]]]] = (
+        json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    )
     return found
 
 
@@ -287,7 +293,8 @@ def keep(job: Job, folder: Path) -> None:
     """Add a run's result to those known."""
     known = known_results()
     of_method = known.setdefault(job.task, {}).setdefault(job.method, {})
-    of_method[str(job.seed)] = result(folder, read_questions(RUNS / f"{job.task}_data" / "eval.jsonl"))
+    found = result(folder, read_questions(RUNS / f"{job.task}_data" / "eval.jsonl"))
+    of_method[str(job.seed)] = {"settings": settings(job.task, job.seed, job.method), **found}
     with write_aside(RESULTS) as aside:
         aside.write_text(json.dumps(known, indent=1) + "\n")
 
@@ -305,7 +312,7 @@ def main() -> None:
     jobs = [
         Job(task, name, seed)
         for name, task, seed in product(chosen.methods, chosen.tasks, chosen.seeds)
-        if str(seed) not in known.get(task, {}).get(name, {})
+        if known.get(task, {}).get(name, {}).get(str(seed), {}).get("settings") != settings(task, seed, name)
     ]
     failed = asyncio.run(serve(jobs)) if jobs else []
     if failed:
