@@ -158,7 +158,7 @@ def rounds_table(results: Results) -> list[str]:
                 f"{np.mean([row['tokens'] / row['traces'] for row in drawn]):.1f}",
                 f"{np.mean([row['correct_answers'] / max(row['answers'], 1) for row in drawn]):.3f}",
                 f"{np.mean([row['ess'] for row in weigh]):.2f}",
-                f"{np.mean([row['kl_posterior_policy'] for row in weigh]):.2f}",
+                f"{np.mean([row.get('kl_posterior_policy', np.nan) for row in weigh]):.2f}",
             ]
             rows.append(f"| {NAMES[method].split(', ')[1]} | {index} | {' | '.join(figures)} |")
     return rows

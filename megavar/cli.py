@@ -37,10 +37,10 @@ def launch(config_file: Path, overrides: list[str], stage: str) -> int:
     logging.getLogger("megavar").setLevel(logging.INFO)
     try:
         from megavar.config.load import load_config
-        from megavar.stages import check, pipeline
+        from megavar.stages import check, pipeline, plan
 
         config = load_config(config_file, overrides)
-        distributed = stage == "run" or pipeline.needs_every_rank(stage)
+        distributed = stage == "run" or plan.needs_every_rank(stage)
         check.check_run(config, parallel.world_size() if distributed else None)
         if distributed:
             parallel.start(config.parallel)

@@ -9,7 +9,6 @@ import numpy as np
 from megavar.config.load import load_config
 from megavar.data.decode import open_decoder
 from megavar.records import Answer, Question, Score, Trace, write_records
-from megavar.stages.finished import ROUND_STAGES
 from megavar.stages.metrics import Metrics
 from megavar.stages.run import Manifest, Run
 from megavar.stages.weigh import weigh_traces
@@ -62,6 +61,9 @@ def eval_answers(correct_of: dict[str, int], num_samples: int) -> list[Answer]:
         for question_id, correct in correct_of.items()
         for index in range(num_samples)
     ]
+
+
+ROUND_STAGES = ("sft", "posterior", "sample", "verify", "score", "weigh")
 
 
 def make_run(folder: Path, name: str = "small", stages: tuple[str, ...] = (*ROUND_STAGES, "policy", "export")) -> Run:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from megavar.config.load import load_config
-from megavar.records import Answer, Question, write_records
-from megavar.stages.pipeline import stages_of
+from megavar.records import Answer, Question, Trace, write_records
+from megavar.stages.plan import stages_of
 
 ROOT = Path(__file__).parents[1]
 SPEC = importlib.util.spec_from_file_location("evidence", ROOT / "examples" / "evidence.py")
@@ -80,3 +80,24 @@ def test_a_run_whose_last_round_has_no_weight_has_collapsed(tmp_path, questions,
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert evidence.collapsed(tmp_path) is expected
     assert not evidence.collapsed(tmp_path / "nothing")
+
+
+def test_what_a_collapsed_run_measured_is_kept(source, monkeypatch, tmp_path):
+    """Its last stage is begun only, and it has no last policy."""
+    monkeypatch.setattr(evidence, "RUNS", tmp_path)
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results.json")
+    folder = tmp_path / "chains" / "reverse_kl_rounds_3_1"
+    source.rename(folder.parent.mkdir() or folder)
+    entries = {"weigh": {"status": "finished", "seconds": 1.5}, "policy_02": {"status": "begun"}}
+    (folder / "manifest.json").write_text(json.dumps(entries))
+    for place in ("traces", "verified"):
+        (folder / "round_01" / place / "data").unlink()
+    write_records(folder / "round_01" / "traces" / "data.parquet", [], Trace)
+    write_records(folder / "round_01" / "verified" / "data.parquet", [], Answer)
+    (tmp_path / "chains_data").mkdir()
+    (tmp_path / "chains_data" / "eval.jsonl").write_text('{"id": "a", "question": "1", "answer": "1"}')
+    job = evidence.Job("chains", "reverse_kl_rounds_3", 1)
+    evidence.keep(job, folder)
+    kept = evidence.known_results()["chains"]["reverse_kl_rounds_3"]["1"]
+    assert kept["seconds"] == {"weigh": 1.5} and kept["traces"]["round_01"]["traces"] == 0
+    assert kept["settings"] == evidence.settings("chains", 1, "reverse_kl_rounds_3")

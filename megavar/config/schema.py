@@ -305,6 +305,12 @@ def _validate_pairs(config: RunConfig) -> None:
             f"sample.sampler=policy has no ratio to take, but objective.ratio={objective.ratio}: rounding would "
             "stand in for it; use objective.ratio=none."
         )
+    if objective.name == "grpo" and config.num_traces * sample.num_answers == 1:
+        raise ValueError(
+            f"objective.name=grpo compares a question's answers, but sample.num_answers={sample.num_answers} after one "
+            "trace (objective.num_traces, or sample.num_traces) is a single one; sample more."
+        )
+    _validate_posterior(config)
     if objective.min_weight > 0 and objective.selection != "weighted":
         raise ValueError(
             f"objective.min_weight={objective.min_weight} has no effect with objective.selection="
@@ -333,4 +339,23 @@ def _validate_pairs(config: RunConfig) -> None:
     if config.precision.fp8 != "none" and config.precision.dtype != "bf16":
         raise ValueError(
             f"precision.fp8={config.precision.fp8} needs precision.dtype=bf16, got {config.precision.dtype}."
+        )
+
+
+def _validate_posterior(config: RunConfig) -> None:
+    source = config.posterior.source
+    if source != "gold" and config.sample.sampler == "policy":
+        raise ValueError(
+            f"posterior.source={source} has no effect with sample.sampler=policy, which trains no posterior; use "
+            "posterior.source=gold or sample.sampler=posterior."
+        )
+    if source == "reverse_kl" and config.rounds == 1:
+        raise ValueError(
+            f"posterior.source=reverse_kl learns from the traces of the round before, but rounds={config.rounds}; use "
+            "rounds of at least 2, or posterior.source=gold."
+        )
+    if source == "reverse_kl" and config.num_traces == 1:
+        raise ValueError(
+            "posterior.source=reverse_kl takes the question's other traces as the baseline, but objective.num_traces "
+            f"(or sample.num_traces) is {config.num_traces}; use at least 2."
         )

@@ -151,9 +151,8 @@ def implied_weights(
 ) -> list[Weight]:
     """Normalised weights of one question's traces times the question's own weight (equations 10 to 12).
 
-    That is a function of P, the probability of a correct answer: the mean of exp(log-weight) over all traces, truncated
-    ones as 0. On the policy's own traces it is the share of correct answers; on the posterior's, the importance
-    estimate by `config.ratio`, at most 1.
+    The weights within the question are those of `config`; its own weight is a function of P, the probability that the
+    policy answers it correctly.
 
     Raises:
         ValueError: if a score lacks what the settings need, or the scores are not those of one question.
@@ -162,10 +161,27 @@ def implied_weights(
     pairs = list(zip(scores, truncated, strict=True))
     ratios = [0.0 if cut else log_ratio(score, config.ratio) for score, cut in pairs]
     answers = [-np.inf if cut else log_answer(score, config.answer) for score, cut in pairs]
-    weights = make_weights(scores, truncated, ratios, answers)
-    probability = min(1.0, float(np.mean(np.exp([row.log_weight for row in weights]))))
-    factor = question_weight(probability)
-    return [replace(row, weight=Float64(row.weight * factor)) for row in weights]
+    factor = question_weight(correct_probability(scores, truncated, config.answer))
+    return [
+        replace(row, weight=Float64(row.weight * factor)) for row in make_weights(scores, truncated, ratios, answers)
+    ]
+
+
+def correct_probability(scores: Sequence[Score], truncated: Sequence[bool], answer: str) -> float:
+    """Estimate of P = P(Y_x | x) under the scored policy, at most 1; truncated traces count as 0.
+
+    On the policy's own traces it is the share of correct answers; on the posterior's, which see the hint, each counts
+    by pi(z | x) / q(z | x, y'), whatever `objective.ratio` does within the question: a mean of anything else is not the
+    policy's probability. Where `answer` is the geometric mean, which is no probability, the likelihood stands for it.
+    """
+    estimator = "likelihood" if answer == "geometric_mean" else answer
+    terms = [
+        -np.inf
+        if cut
+        else (log_ratio(score, "sequence") if score.logp_posterior is not None else 0.0) + log_answer(score, estimator)
+        for score, cut in zip(scores, truncated, strict=True)
+    ]
+    return min(1.0, float(np.mean(np.exp(terms))))
 
 
 def best_trace(

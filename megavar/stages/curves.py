@@ -22,6 +22,7 @@ from megavar.stages.evaluate import Accuracy, accuracy, pass_at_k
 Floats = NDArray[np.float64]
 _MOST_SUBSETS = 128
 _MOST_POINTS = 64
+_SHARED_BY_LOG_WEIGHT = ("iwae", "rft", "reinforce")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class FewerTraces:
     correct: float
     """Share of questions with a correct trace among them."""
     ess: float
-    """Mean effective sample size of the questions that have weights; 0 if none has."""
+    """Mean effective sample size of the questions that have weights; 0 if none has. NaN where it cannot be told."""
 
 
 def pass_curve(
@@ -44,32 +45,44 @@ def pass_curve(
     return [accuracy(questions, answers, n, k, config.num_bootstrap, seed) for k in points]
 
 
-def fewer_traces(scores: Sequence[Score], weights: Sequence[Weight], seed: int) -> list[FewerTraces]:
+def fewer_traces(scores: Sequence[Score], weights: Sequence[Weight], objective: str, seed: int) -> list[FewerTraces]:
     """The round with 1, 2, 4, ... and all of its traces a question.
 
     A trace is correct if one of its answers is. Sizes are means over all subsets, or over 128 drawn ones where there
-    are more. What a question without a correct trace falls back to is not counted.
+    are more; with fewer than all traces they are told of objectives that share a question's weight by log-weights only.
+    What a question without a correct trace falls back to is not counted.
 
     Args:
         scores: of every trace, with counted answers.
         weights: of the same traces; those of gold traces, and traces beyond `objective.num_traces`, are left out.
+        objective: which made the weights.
     """
     weighed = {key: row for key, row in by_trace(weights).items() if row.trace_index >= 0 and row.status != "unused"}
     num_correct: dict[str, list[int]] = defaultdict(list)
     for score in scores:
         if (score.question_id, score.trace_index) in weighed:
             num_correct[score.question_id].append(score.num_correct or 0)
-    log_weights: dict[str, list[float]] = defaultdict(list)
+    rows_of: dict[str, list[Weight]] = defaultdict(list)
     for row in weighed.values():
-        log_weights[row.question_id].append(row.log_weight if row.status == "ok" else -np.inf)
+        rows_of[row.question_id].append(row)
     counts = [(len(group), sum(number > 0 for number in group)) for group in num_correct.values()]
-    groups = [np.array(group) for group in log_weights.values()]
+    groups = [
+        np.array([row.log_weight if row.status == "ok" else -np.inf for row in rows]) for rows in rows_of.values()
+    ]
     at_hand = min(size for size, _ in counts)
     random = np.random.default_rng(seed)
     points = []
     for k in doublings(at_hand):
         correct = np.mean([pass_at_k(size, found, k) for size, found in counts])
-        sizes = np.concatenate([subset_sizes(group, k, random) for group in groups])
+        if k == max(size for size, _ in counts):
+            shares = [
+                np.array([row.weight if row.status == "ok" else 0.0 for row in rows]) for rows in rows_of.values()
+            ]
+            sizes = np.array([effective_sample_size(np.abs(group)) for group in shares])
+        elif objective in _SHARED_BY_LOG_WEIGHT:
+            sizes = np.concatenate([subset_sizes(group, k, random) for group in groups])
+        else:
+            sizes = np.full(1, np.nan)
         points.append(FewerTraces(k, float(correct), float(sizes.sum() / max(np.count_nonzero(sizes), 1))))
     return points
 
@@ -115,9 +128,9 @@ def question_accuracies(answers: Sequence[Answer], question_ids: Sequence[str], 
 
 
 def ratios_by_length(traces: Sequence[Trace], weights: Sequence[Weight]) -> tuple[Floats, Floats]:
-    """(tokens, log-ratio) of every closed trace."""
+    """(tokens, log-ratio) of every closed trace that was weighed."""
     trace_of = by_trace(traces)
-    kept = [row for row in weights if row.trace_index >= 0 and row.status != "truncated"]
+    kept = [row for row in weights if row.trace_index >= 0 and row.status not in ("truncated", "unused")]
     tokens = [len(trace_of[row.question_id, row.trace_index].trace_ids) for row in kept]
     return np.array(tokens, float), np.array([row.log_ratio for row in kept], float)
 

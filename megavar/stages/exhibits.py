@@ -71,7 +71,8 @@ def _against_traces(runs: Mapping[str, FinishedRun], found: Round, passes: PassC
     for label, run in runs.items():
         if label == first or run.rounds():
             other = found if label == first else run.last_round()
-            fewer[label] = curves.fewer_traces(other.scores, other.weights, run.config.seed)
+            objective = run.config.objective.name
+            fewer[label] = curves.fewer_traces(other.scores, other.weights, objective, run.config.seed)
     finals = {
         label: (runs[label].config.num_traces, list(models.values())[-1][0])
         for label, models in passes.items()
@@ -82,7 +83,8 @@ def _against_traces(runs: Mapping[str, FinishedRun], found: Round, passes: PassC
         "Accuracy against K",
         "What the round would have with fewer of its traces: the share of questions with a correct trace among K, and "
         "the mean effective sample size of the questions that would have weights, over subsets of the traces at hand. "
-        "Final pass@1 is drawn where runs of several K are compared.",
+        "That of objectives other than iwae, rft and reinforce is told of all traces only. Final pass@1 is drawn where "
+        "runs of several K are compared.",
         figures.trace_number_curves(fewer, finals),
     )
 

@@ -32,7 +32,11 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figur
             for number, (name, found) in enumerate(metrics.items()):
                 points = [(row["step"], row[key]) for row in found if row["stage"] == stage and key in row]
                 if points:
-                    plot.plot(*zip(*points, strict=True), color=_colour(number), linewidth=1.2, label=name)
+                    line_style = _LINES[number // len(_COLOURS) % len(_LINES)]
+                    plot.plot(
+                        *zip(*points, strict=True),
+                        color=_colour(number), linestyle=line_style, linewidth=1.2, label=name,
+                    )  # fmt: skip
             plot.set_yscale("log")
             plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             plot.yaxis.set_major_formatter("{x:g}")

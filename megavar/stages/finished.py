@@ -14,10 +14,9 @@ from megavar.config.schema import RunConfig
 from megavar.data.questions import read_questions
 from megavar.records import Answer, Question, Record, Score, Trace, Weight, read_records
 from megavar.stages.metrics import Metrics
+from megavar.stages.plan import stages_of
 from megavar.stages.run import Manifest, Run
 
-ROUND_STAGES = ("sft", "posterior", "sample", "verify", "score", "weigh")
-"""What must be finished before traces have weights."""
 _ROUND_RECORDS = ("traces", "verified", "scores", "weights")
 
 
@@ -51,12 +50,15 @@ class FinishedRun:
         """All rows of metrics.jsonl."""
         return Metrics.read(self.folder)
 
+    @property
+    def stages(self) -> list[str]:
+        """The run's stages of all rounds, in order."""
+        return [Run(self.config, round_index).entry(stage) for stage, round_index in stages_of(self.config)]
+
     def unfinished(self) -> list[str]:
-        """Later stages, those after `weigh`, that are not finished."""
+        """Those that are not finished."""
         entries = Manifest(self.folder).entries()
-        later = ["policy", "export", *(["eval"] if self.config.data.eval else [])]
-        names = [self.run.entry(stage) for stage in later]
-        return [name for name in names if entries.get(name, {}).get("status") != "finished"]
+        return [name for name in self.stages if entries.get(name, {}).get("status") != "finished"]
 
     def evaluated(self) -> dict[str, list[Answer]]:
         """The verified answers of every evaluated policy, pi_0 first."""
@@ -88,7 +90,7 @@ class FinishedRun:
         found = self.rounds()
         if found:
             return found[-1]
-        for stage in ROUND_STAGES:
+        for stage in self.stages[: self.stages.index("weigh") + 1]:
             Manifest(self.folder).digest(stage)
         raise ValueError(
             f"{self.folder}: every stage up to weigh is finished, but no round_* folder holds "

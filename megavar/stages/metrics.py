@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ class Metrics:
         lines = file.read_text().splitlines() if file.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}")]
 
-    def drop_from(self, stage: str, step: int) -> None:
-        """Forget a stage's rows at and after `step`, which is about to be done again."""
-        rows = [row for row in self.read(self.file.parent) if row["stage"] != stage or row["step"] < step]
+    def drop(self, stage: str, steps: Container[int]) -> None:
+        """Forget a stage's rows of these steps, which are about to be done again."""
+        rows = [row for row in self.read(self.file.parent) if row["stage"] != stage or row["step"] not in steps]
         with write_aside(self.file) as aside:
             aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

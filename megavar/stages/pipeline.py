@@ -1,13 +1,12 @@
-"""The stages of a run, in order, each with the settings it depends on and the records it moves.
+"""What each stage of a run does: the records it reads and writes, and the library it calls.
 
 Every rank calls every stage: training and scoring use all of them, the rest runs on rank 0 while the others wait.
 """
 
 import asyncio
-import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from megavar.config.schema import RunConfig, TrainConfig
 from megavar.data.questions import read_questions
@@ -22,10 +21,10 @@ from megavar.objectives.weights import select
 from megavar.records import Answer, Question, Record, Score, Trace, TrainSequence, Weight, read_records
 from megavar.rollout.engine import Engine
 from megavar.rollout.servers import open_engine
-from megavar.stages import report
+from megavar.stages import plan, report
 from megavar.stages.evaluate import evaluate_model
 from megavar.stages.metrics import Metrics
-from megavar.stages.run import Manifest, Run, file_digest, flat, run_once
+from megavar.stages.run import Run, run_once
 from megavar.stages.sample import Sampling, sample_answers, sample_traces
 from megavar.stages.score import score_traces
 from megavar.stages.train import export_stage, link, train_stage
@@ -36,9 +35,9 @@ from megavar.training.parallel import is_rank_zero, on_rank_zero
 
 def run_pipeline(config: RunConfig) -> None:
     """Run every stage that is not finished, then print the table of results."""
-    on_rank_zero(Run(config).open)
-    for stage, round_index in stages_of(config):
-        STAGES[stage](Run(config, round_index))
+    _open(config)
+    for stage, round_index in plan.stages_of(config):
+        _run(Run(config, round_index), stage)
     if is_rank_zero():
         report.print_summary(Run(config, config.rounds))
 
@@ -47,48 +46,30 @@ def run_stage(config: RunConfig, name: str) -> None:
     """Run one stage, such as `policy`, or `policy_02` for that of the second round; those it reads must be finished.
 
     Raises:
-        ValueError: for an unknown stage, or one that this configuration has no use for.
+        ValueError: for an unknown stage, or one that this configuration has no use for, or if what the run has made
+            so far was made under other settings.
     """
-    known = {Run(config, round_index).entry(stage): (stage, round_index) for stage, round_index in stages_of(config)}
-    if name not in known:
-        raise ValueError(f"no stage {name!r} in this run; its stages are {', '.join(known)}.")
-    stage, round_index = known[name]
-    run = Run(config, round_index)
-    on_rank_zero(run.open)
-    STAGES[stage](run)
+    stage, round_index = plan.find_stage(config, name)
+    _open(config)
+    _run(Run(config, round_index), stage)
 
 
-def stages_of(config: RunConfig) -> list[tuple[str, int]]:
-    """The run's stages and their rounds, in order."""
-    unused = set()
-    if config.posterior.source != "rollout":
-        unused.add("rollouts")
-    if config.sample.sampler == "policy":
-        unused |= {"rollouts", "posterior"}
-    if config.data.eval is None:
-        unused.add("eval")
-    once = {"sft"}
-    if config.posterior.source == "gold":
-        once.add("posterior")
-    if "policy" not in config.eval.models:
-        once.add("eval")
-    return [
-        (stage, round_index)
-        for round_index in range(1, config.rounds + 1)
-        for stage in STAGES
-        if stage not in unused and not (round_index > 1 and stage in once)
-    ]
+def _open(config: RunConfig) -> None:
+    def work() -> None:
+        plan.check_made(config)
+        Run(config).open()
+
+    on_rank_zero(work)
+
+
+def _run(run: Run, stage: str) -> None:
+    run_once(run, stage, plan.settings_of(run, stage), lambda: WORK[stage](run))
 
 
 def run_sft(run: Run) -> None:
     """pi_0 from the base on the gold data."""
-    train = run.config.sft
-
-    def work() -> None:
-        _train(run, "sft", run.base, gold_sequences(*_gold(run)), train, run.sft)
-        export_stage(run.sft, run.sft / "hf")
-
-    run_once(run, "sft", {**_common(run), **flat("sft", train)}, work)
+    _train(run, "sft", run.base, gold_sequences(*_gold(run)), run.config.sft, run.sft)
+    export_stage(run.sft, run.sft / "hf")
 
 
 def run_rollouts(run: Run) -> None:
@@ -104,50 +85,32 @@ def run_rollouts(run: Run) -> None:
         questions = _round_questions(run)
         traces, answers = asyncio.run(draw(questions, _templates(run)))
         verified = _verify(run, questions, answers, folder / "verified")
-        scores = counted_scores(traces, verified)
-        values = weigh_traces(traces, scores, "forward_kl", config.objective, folder / "weights")
+        every = replace(config.objective, num_traces=None)  # K is about q's traces
+        values = weigh_traces(traces, counted_scores(traces, verified), "forward_kl", every, folder / "weights")
         _log(run, "rollouts", {run.round_index: values})
 
-    settings = {
-        **_common(run),
-        **flat("sample", config.sample),
-        **flat("verify", config.verify),
-        "posterior.num_rollouts": config.posterior.num_rollouts,
-        "reference": _reference(run),
-    }
-    run_once(run, "rollouts", settings, lambda: on_rank_zero(work))
+    on_rank_zero(work)
 
 
 def run_posterior(run: Run) -> None:
     """q on the gold traces, on weighted rollouts of the policy, or by the reverse KL on its own last traces."""
-    config, train, rollouts = run.config, run.config.posterior.train, run.round / "rollouts"
-    reverse = config.posterior.source == "reverse_kl" and run.round_index > 1
-
-    def work() -> None:
-        init = run.base
-        if config.posterior.source == "rollout":
-            sequences = rollout_posterior_sequences(
-                _round_questions(run), _read(rollouts / "traces", Trace), _read(rollouts / "weights", Weight),
-                _templates(run),
-            )  # fmt: skip
-        elif reverse:
-            init, last, weights = run.before.posterior / "hf", run.before.round, run.round / "reverse_kl"
-            traces, scores = _read(last / "traces", Trace), _read(last / "scores", Score)
-            on_rank_zero(lambda: _weigh_reverse(run, traces, scores, weights))
-            sequences = rollout_posterior_sequences(
-                _round_questions(run.before), traces, _read(weights, Weight), _templates(run)
-            )
-        else:
-            sequences = gold_posterior_sequences(*_gold(run))
-        _train(run, "posterior", init, sequences, train, run.posterior)
-        export_stage(run.posterior, run.posterior / "hf")
-
-    settings = {**_common(run), **flat("posterior.train", train), "posterior.source": config.posterior.source}
+    config, rollouts, init = run.config, run.round / "rollouts", run.base
     if config.posterior.source == "rollout":
-        settings["rollouts"] = _after(run, "rollouts")
-    elif reverse:
-        settings["weigh"] = _after(run.before, "weigh")
-    run_once(run, "posterior", settings, work)
+        sequences = rollout_posterior_sequences(
+            _round_questions(run), _read(rollouts / "traces", Trace), _read(rollouts / "weights", Weight),
+            _templates(run),
+        )  # fmt: skip
+    elif run.learns_by_reverse_kl:
+        init, last, weights = run.before.posterior / "hf", run.before.round, run.round / "reverse_kl"
+        traces, scores = _read(last / "traces", Trace), _read(last / "scores", Score)
+        on_rank_zero(lambda: _weigh_reverse(run, traces, scores, weights))
+        sequences = rollout_posterior_sequences(
+            _round_questions(run.before), traces, _read(weights, Weight), _templates(run)
+        )
+    else:
+        sequences = gold_posterior_sequences(*_gold(run))
+    _train(run, "posterior", init, sequences, config.posterior.train, run.posterior)
+    export_stage(run.posterior, run.posterior / "hf")
 
 
 def run_sample(run: Run) -> None:
@@ -166,14 +129,7 @@ def run_sample(run: Run) -> None:
             await engine.load_weights(run.reference)
             await sample_answers(engine, traces, questions, config.sample.num_answers, sampling, run.round / "answers")
 
-    settings = {
-        **_common(run),
-        **flat("sample", config.sample),
-        "reference": _reference(run),
-    }
-    if config.sample.sampler == "posterior":
-        settings["posterior"] = _posterior(run)
-    run_once(run, "sample", settings, lambda: on_rank_zero(lambda: asyncio.run(draw())))
+    on_rank_zero(lambda: asyncio.run(draw()))
 
 
 def run_verify(run: Run) -> None:
@@ -182,27 +138,17 @@ def run_verify(run: Run) -> None:
     def work() -> None:
         _verify(run, _round_questions(run), _read(run.round / "answers", Answer), run.round / "verified")
 
-    settings = {**_common(run), **flat("verify", run.config.verify), "sample": _after(run, "sample")}
-    run_once(run, "verify", settings, lambda: on_rank_zero(work))
+    on_rank_zero(work)
 
 
 def run_score(run: Run) -> None:
     """Log-probs of every trace under the policy that the round starts with, and under who drew it."""
     config = run.config
-
-    def work() -> None:
-        score_traces(
-            _round_questions(run), _read(run.round / "traces", Trace), _read(run.round / "verified", Answer),
-            run.reference, _sampler(run), config.score, config.parallel, config.precision, _templates(run),
-            run.round / "scores",
-        )  # fmt: skip
-
-    settings = {
-        **_common(run),
-        "score.temperature": config.score.temperature,
-        "verify": _after(run, "verify"),
-    }
-    run_once(run, "score", settings, work)
+    score_traces(
+        _round_questions(run), _read(run.round / "traces", Trace), _read(run.round / "verified", Answer),
+        run.reference, _sampler(run), config.score, config.parallel, config.precision, _templates(run),
+        run.round / "scores",
+    )  # fmt: skip
 
 
 def run_weigh(run: Run) -> None:
@@ -216,49 +162,28 @@ def run_weigh(run: Run) -> None:
             values["largest_engine_difference"] = engine_difference(traces, scores)
         _log(run, "weigh", {run.round_index: values})
 
-    settings = {**flat("objective", run.config.objective), "score": _after(run, "score")}
-    run_once(run, "weigh", settings, lambda: on_rank_zero(work))
+    on_rank_zero(work)
 
 
 def run_policy(run: Run) -> None:
     """The round's policy, on the weighted traces and, by configuration, the gold data."""
-    config, objective, train = run.config, run.config.objective, run.config.policy.train
-
-    def work() -> None:
-        weights, lost = select(
-            _read(run.round / "weights", Weight), objective.selection, objective.min_weight, config.seed
-        )
-        if is_rank_zero():
-            print(f"policy: {len(weights)} weighted traces; weight left out by min_weight: {lost:.4f}", flush=True)
-        traces, answers = _read(run.round / "traces", Trace), _read(run.round / "verified", Answer)
-        sequences = policy_sequences(
-            _round_questions(run), traces, answers, weights, _templates(run), objective.answers
-        )
-        if config.policy.mix_gold:
-            sequences += gold_sequences(_round_questions(run), _templates(run), config.data.max_sequence_tokens)
-        init = run.base if config.policy.init == "base" else run.reference
-        _train(run, "policy", init, sequences, train, run.policy)
-
-    settings = {
-        **_common(run),
-        **flat("policy.train", train),
-        **flat("objective", objective),
-        "policy.init": config.policy.init,
-        "policy.mix_gold": config.policy.mix_gold,
-        "weigh": _after(run, "weigh"),
-    }
-    run_once(run, "policy", settings, work)
+    config, objective = run.config, run.config.objective
+    weights, lost = select(_read(run.round / "weights", Weight), objective.selection, objective.min_weight, config.seed)
+    if is_rank_zero():
+        print(f"policy: {len(weights)} weighted traces; weight left out by min_weight: {lost:.4f}", flush=True)
+    traces, answers = _read(run.round / "traces", Trace), _read(run.round / "verified", Answer)
+    sequences = policy_sequences(_round_questions(run), traces, answers, weights, _templates(run), objective.answers)
+    if config.policy.mix_gold:
+        sequences += gold_sequences(_round_questions(run), _templates(run), config.data.max_sequence_tokens)
+    init = run.base if config.policy.init == "base" else run.reference
+    _train(run, "policy", init, sequences, config.policy.train, run.policy)
 
 
 def run_export(run: Run) -> None:
     """The round's policy as a Hugging Face folder, to which the run's `hf` then leads."""
-
-    def work() -> None:
-        export_stage(run.policy, run.policy / "hf")
-        if not Run(run.config, run.round_index + 1).policy.exists():  # a later round's policy keeps its place
-            on_rank_zero(lambda: link(run.final, run.policy / "hf"))
-
-    run_once(run, "export", {"policy": _after(run, "policy")}, work)
+    export_stage(run.policy, run.policy / "hf")
+    if not Run(run.config, run.round_index + 1).policy.exists():  # a later round's policy keeps its place
+        on_rank_zero(lambda: link(run.final, run.policy / "hf"))
 
 
 def run_eval(run: Run) -> None:
@@ -291,18 +216,10 @@ def run_eval(run: Run) -> None:
             accuracies[int(name.removeprefix("pi_"))] = {f"pass@{item.k}": item.mean for item in found}
         _log(run, "eval", accuracies)
 
-    settings = {
-        **_common(run),
-        **flat("eval", config.eval),
-        **flat("sample", config.sample),
-        **flat("verify", config.verify),
-        "data.eval": file_digest(Path(config.data.eval or "")),
-        "trained": _after(run, "export" if "policy" in config.eval.models else "sft"),
-    }
-    run_once(run, "eval", settings, lambda: on_rank_zero(work))
+    on_rank_zero(work)
 
 
-STAGES: dict[str, Callable[[Run], None]] = {
+WORK: dict[str, Callable[[Run], None]] = {
     "sft": run_sft,
     "rollouts": run_rollouts,
     "posterior": run_posterior,
@@ -314,11 +231,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "export": run_export,
     "eval": run_eval,
 }
-
-
-def needs_every_rank(name: str) -> bool:
-    """Whether a stage, of whichever round, trains or scores and so runs under torchrun."""
-    return re.sub(r"_\d+$", "", name) in ("sft", "posterior", "score", "policy")
+"""What each stage of `plan.STAGES` does."""
 
 
 async def _draw_policy(
@@ -330,34 +243,6 @@ async def _draw_policy(
     num_answers = num_answers or sampling.config.num_answers
     answers = await sample_answers(engine, traces, questions, num_answers, sampling, folder / "answers")
     return traces, answers
-
-
-def _common(run: Run) -> dict[str, Any]:
-    """Settings that every trained or sampled result depends on."""
-    config = run.config
-    return {
-        "seed": config.seed,
-        "model": config.model,
-        "data.train": file_digest(Path(config.data.train)),
-        "data.questions_per_round": config.data.questions_per_round,
-        "data.fresh_questions": config.data.fresh_questions,
-        **flat("templates", config.templates),
-        **flat("precision", config.precision),
-    }
-
-
-def _after(run: Run, stage: str) -> str:
-    return Manifest(run.folder).digest(run.entry(stage))
-
-
-def _reference(run: Run) -> str:
-    """Digest of the policy that the round starts with."""
-    return _after(run, "sft") if run.round_index == 1 else _after(run.before, "export")
-
-
-def _posterior(run: Run) -> str:
-    """Digest of q."""
-    return _after(Run(run.config) if run.config.posterior.source == "gold" else run, "posterior")
 
 
 def _sampler(run: Run) -> Path:
@@ -399,7 +284,7 @@ def _train(
 def _log(run: Run, stage: str, values_of: dict[int, dict[str, float]]) -> None:
     """Log what a stage found, of each round (0: before the first), so that a curve over the rounds comes of it."""
     metrics = Metrics(run.folder, run.config.logging, run.config.name)
-    metrics.drop_from(stage, min(values_of))
+    metrics.drop(stage, list(values_of))
     for round_index, values in values_of.items():
         metrics.log(stage, round_index, values)
     metrics.close()

@@ -51,14 +51,13 @@ def summarize(run: Run) -> dict[str, Any]:
 
 def summary_rows(found: dict[str, Any]) -> list[list[tuple[str, str]]]:
     """What `summarize` found as sections of (label, value)."""
-    last = list(found["accuracy"])[-1:]
     accuracy = [
-        (f"pass@{row['k']} {'after' if [name] == last else 'before'} ({name})", f"{row['mean']:.3f}  {interval(row)}")
+        (f"pass@{row['k']} {'before' if name == 'pi_0' else 'after'} ({name})", f"{row['mean']:.3f}  {interval(row)}")
         for name, rows in found["accuracy"].items()
         for row in rows
     ]
     sampled = [
-        ("questions with a correct trace", f"{found['questions_with_weight']} of {found['questions']}"),
+        ("questions with weight", f"{found['questions_with_weight']} of {found['questions']}"),
         ("traces sampled / truncated", f"{found['traces_sampled']} / {found['traces_truncated']}"),
         ("answers sampled / correct", f"{found['answers_sampled']} / {found['answers_correct']}"),
         ("effective sample size", f"{found['ess']:.2f} of {found['num_traces']} traces a question"),

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,11 @@ class Run:
         return (replace(self, round_index=1) if first else self).round / "posterior"
 
     @property
+    def learns_by_reverse_kl(self) -> bool:
+        """Whether q goes on from the last round's by the ELBO's own gradient, which needs traces of it."""
+        return self.config.posterior.source == "reverse_kl" and self.round_index > 1
+
+    @property
     def reference(self) -> Path:
         """The policy that this round starts with, as a Hugging Face folder: pi_0, or the last round's."""
         return self.sft / "hf" if self.round_index == 1 else self.before.policy / "hf"
@@ -91,6 +97,10 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         with write_aside(self.folder / "config.yaml") as aside:
             save_config(self.config, aside)
+
+
+class NotFinished(ValueError):
+    """A stage whose records are asked for is not finished."""
 
 
 class Manifest:
@@ -127,11 +137,11 @@ class Manifest:
         """Digest of a finished stage, as an input of later ones.
 
         Raises:
-            ValueError: if the stage is not finished.
+            NotFinished: if it is not.
         """
         entry = self.entries().get(stage)
         if entry is None or entry["status"] != "finished":
-            raise ValueError(f"{self.file.parent}: stage {stage} is not finished; run `megavar {stage}` first.")
+            raise NotFinished(f"{self.file.parent}: stage {stage} is not finished; run `megavar {stage}` first.")
         return str(entry["digest"])
 
     def begin(self, stage: str, settings: dict[str, Any]) -> None:
@@ -181,4 +191,11 @@ def flat(prefix: str, section: Any) -> dict[str, Any]:
 
 def file_digest(file: Path) -> str:
     """Digest of a file's bytes."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    state = file.stat()
+    return _digest(file, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache
+def _digest(file: Path, _modified: int, _size: int) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:16]

@@ -10,7 +10,7 @@ from megavar.progress import ProgressLine, in_megabytes
 from megavar.records import TrainSequence
 from megavar.stages.metrics import Metrics
 from megavar.training.checkpoint import list_checkpoints, step_of
-from megavar.training.loop import train_model
+from megavar.training.loop import num_training_steps, train_model
 from megavar.training.parallel import is_rank_zero, on_rank_zero
 
 
@@ -42,7 +42,7 @@ def train_stage(
     done = list_checkpoints(checkpoints)
     steps_before = step_of(done[-1]) if done else 0
     metrics = Metrics(run_folder, config.logging, config.name)
-    metrics.drop_from(stage, steps_before + 1)
+    metrics.drop(stage, range(steps_before + 1, num_training_steps(len(sequences), train) + 1))
     with ProgressLine(stage, steps_before) as progress:
         run(progress, metrics)
     metrics.close()

@@ -36,11 +36,11 @@ def weigh_traces(
     bounds: list[Bound] = []
     for question_id in sorted(of_question):
         every = sorted(of_question[question_id], key=lambda score: score.trace_index)
+        truncated = [finish_of[question_id, score.trace_index] != "closed" for score in every]
         group = every[: config.num_traces]
-        truncated = [finish_of[question_id, score.trace_index] != "closed" for score in group]
-        found = weigh(group, truncated, config)
+        found = weigh(group, truncated[: len(group)], config)
         weights += found + [_unused(score) for score in every[len(group) :]]
-        if (bound := question_bounds(group, truncated, found)) is not None:
+        if (bound := question_bounds(every, truncated, found)) is not None:
             bounds.append(bound)
         if any(weight.weight > 0 for weight in found):
             sizes.append(effective_sample_size(np.array([weight.weight for weight in found])))
@@ -64,18 +64,24 @@ def _unused(score: Score) -> Weight:
 
 
 def _mean_bounds(bounds: Sequence[Bound]) -> dict[str, float]:
-    """Means over the questions: L_K for each K that all questions have, KL(q || pi), entropy of the weights."""
+    """Means over the questions: KL(q || pi), entropy of the weights, and each L_K over those that have K traces left.
+
+    `bound_K_questions` says how many those are where a truncated trace has left some out.
+    """
     if not bounds:
         return {}
     found = {
         "kl_posterior_policy": float(np.mean([bound.kl_posterior_policy for bound in bounds])),
         "weight_entropy": float(np.mean([bound.weight_entropy for bound in bounds])),
     }
-    for size in range(1, min(bound.num_traces for bound in bounds) + 1):
-        found[f"bound_{size}"] = float(np.mean([bound.bounds[size - 1] for bound in bounds]))
+    for size in range(1, max(bound.num_traces for bound in bounds) + 1):
+        having = [bound for bound in bounds if bound.num_traces >= size]
+        found[f"bound_{size}"] = float(np.mean([bound.bounds[size - 1] for bound in having]))
         found[f"bound_{size}_geometric_mean"] = float(
-            np.mean([bound.bounds_geometric_mean[size - 1] for bound in bounds])
+            np.mean([bound.bounds_geometric_mean[size - 1] for bound in having])
         )
+        if len(having) < len(bounds):
+            found[f"bound_{size}_questions"] = float(len(having))
     return found
 
 

@@ -49,6 +49,16 @@ def test_a_saved_configuration_loads_to_the_same(tmp_path):
         (["sample.sampler=policy"], r"sample\.sampler=policy has no ratio.*objective\.ratio=geometric_mean"),
         (["objective.name=elbo"], r"objective\.name=elbo .*answers=reference"),
         (["objective.name=reverse_kl"], r"use posterior\.source=reverse_kl"),
+        (["posterior.source=reverse_kl"], r"posterior\.source=reverse_kl learns from .* round before, but rounds=1"),
+        (["posterior.source=reverse_kl", "rounds=2", "sample.num_traces=1"], r"as the baseline, but .* is 1"),
+        (
+            ["posterior.source=rollout", "sample.sampler=policy", "objective.ratio=none"],
+            r"posterior\.source=rollout has no effect with sample\.sampler=policy",
+        ),
+        (
+            ["objective.name=grpo", "objective.num_traces=1", "sample.num_answers=1"],
+            r"objective\.name=grpo compares .* sample\.num_answers=1 after one trace",
+        ),
         (["data.fresh_questions=true"], r"data\.fresh_questions=true needs data\.questions_per_round"),
         (["eval.models=[odd]"], r"eval\.models=\['odd'\]"),
         (["parallel.virtual_pipeline=2"], r"parallel\.virtual_pipeline=2 needs parallel\.pipeline"),

@@ -6,6 +6,7 @@ that can happen; nothing is sampled unless a test says so. Weights come from the
 Gradients are also taken where the parameters are those of two real Qwen3 models, the policy and the posterior.
 """
 
+from dataclasses import replace
 from itertools import product
 from math import log, sqrt
 
@@ -116,6 +117,12 @@ def trained(certain, request):
     return request.param()
 
 
+def logits_of(p):
+    """[3 nodes, 3 symbols] under which the seven traces have probabilities in proportion to `p`."""
+    first = torch.stack([p[[1, 3, 4]].sum(), p[[2, 5, 6]].sum(), p[0]])
+    return torch.stack([first, p[[3, 4, 1]], p[[5, 6, 2]]]).log()
+
+
 def gradients(value, parameters):
     return torch.autograd.grad(value, parameters, retain_graph=True)
 
@@ -164,12 +171,8 @@ def test_bounds_rise_with_the_number_of_traces_and_stay_below_the_evidence(certa
 
 
 def test_the_bound_is_tight_when_the_posterior_is_the_true_one(certain):
-    """Seven traces, of which q must be the true posterior: its rows are set to the conditional probabilities."""
     true = (certain.log_joint() - certain.log_evidence()).exp().detach()
-    reach = {"": true[[0]], "a": true[[1, 3, 4]], "b": true[[2, 5, 6]]}
-    certain.posterior = torch.stack(
-        [torch.stack([reach["a"].sum(), reach["b"].sum(), true[0]]), true[[3, 4, 1]], true[[5, 6, 2]]]
-    ).log()
+    certain.posterior = logits_of(true)
     assert_close([certain.log_posterior().exp()], [true], 1e-12)
     assert float(exact_bound(certain, 1)) == pytest.approx(float(certain.log_evidence()), abs=1e-12)
 
@@ -227,15 +230,14 @@ ROLLOUTS = [trace for trace, count in enumerate(MULTIPLICITY) for _ in range(cou
 def rational():
     """pi(z) = MULTIPLICITY / 16, and pi(Y | z) = NUM_CORRECT / 8: accuracies of eight answers are exact too."""
     world = World(answers=False)
-    p = torch.tensor(MULTIPLICITY, dtype=torch.float64)
-    rows = [torch.stack([p[[1, 3, 4]].sum(), p[[2, 5, 6]].sum(), p[0]]), p[[3, 4, 1]], p[[5, 6, 2]]]
-    world.policy = torch.stack(rows).log().requires_grad_()
+    world.policy = logits_of(torch.tensor(MULTIPLICITY, dtype=torch.float64)).requires_grad_()
     return world
 
 
 def rollout_weights(world, **settings):
     """Weight of each trace, summed over its copies among the rollouts."""
-    found = weigh([world.score(trace, k) for k, trace in enumerate(ROLLOUTS)], ratio="none", **settings)
+    scores = [replace(world.score(trace, k), logp_posterior=None) for k, trace in enumerate(ROLLOUTS)]
+    found = weigh(scores, ratio="none", **settings)
     totals = np.zeros(7)
     np.add.at(totals, ROLLOUTS, [float(row.weight) for row in found])
     return totals
@@ -311,8 +313,25 @@ def test_implied_weights_are_a_factor_on_the_forward_kl(rational, name):
 
 @pytest.mark.parametrize(("correct", "factor"), [(0, 0.0), (8, 0.0)])
 def test_questions_without_advantage_have_no_weight_under_grpo(rational, correct, factor):
-    scores = [rational.score(trace, k, num_correct=correct) for k, trace in enumerate(ROLLOUTS)]
+    scores = [
+        replace(rational.score(trace, k, num_correct=correct), logp_posterior=None) for k, trace in enumerate(ROLLOUTS)
+    ]
     assert sum(float(row.weight) for row in weigh(scores, name="grpo", ratio="none")) == factor
+
+
+@pytest.mark.parametrize("ratio", ["sequence", "geometric_mean", "none"])
+@pytest.mark.parametrize("answer", ["accuracy", "likelihood", "geometric_mean"])
+def test_a_questions_own_weight_is_the_policys_probability_on_the_posteriors_traces_too(rational, ratio, answer):
+    """A single trace has the whole weight, so under RFT its weight is the estimate of P, and E_q of that is P."""
+    leaning = (rational.log_policy() + (rational.log_correct().exp() + 0.3).log()).exp().detach()
+    rational.posterior = logits_of(leaning)  # to the correct, so that no estimate is cut at 1
+    estimates = [
+        float(weigh([rational.score(trace, 0)], name="rft", ratio=ratio, answer=answer)[0].weight)
+        for trace in range(7)
+        if NUM_CORRECT[trace]
+    ]
+    drawn = rational.log_posterior().exp().detach().numpy()[np.array(NUM_CORRECT) > 0]
+    assert drawn @ estimates == pytest.approx(float(rational.log_evidence().exp()), abs=EXACT)
 
 
 def variances(probabilities):

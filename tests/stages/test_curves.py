@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from small_run import NUM_ANSWERS, NUM_CORRECT, NUM_TRACES, QUESTIONS, eval_answers, make_run, round_records
 
-from megavar.config.schema import EvalConfig
+from megavar.config.schema import EvalConfig, ObjectiveConfig
 from megavar.objectives.weights import effective_sample_size, normalise
 from megavar.records import Float64, Score, Weight, read_records
 from megavar.stages import curves
+from megavar.stages.weigh import weigh_traces
 
 
 def rows_of(log_weights):
@@ -29,7 +30,7 @@ def test_fewer_traces_equals_the_mean_over_all_subsets():
     random = np.random.default_rng(0)
     log_weights = np.where(random.random((5, 6)) < 0.5, random.normal(size=(5, 6)), -np.inf)
     log_weights[0] = -np.inf
-    found = curves.fewer_traces(*rows_of(log_weights), seed=0)
+    found = curves.fewer_traces(*rows_of(log_weights), "iwae", seed=0)
     assert [point.num_traces for point in found] == [1, 2, 4, 6]
     for point in found:
         subsets = [row[list(chosen)] for row in log_weights for chosen in combinations(range(6), point.num_traces)]
@@ -42,13 +43,24 @@ def test_fewer_traces_equals_the_mean_over_all_subsets():
 def test_all_traces_give_what_the_weigh_stage_reports(tmp_path):
     run = make_run(tmp_path)
     reported = curves.fewer_traces(
-        round_records()[2], read_records(run.round / "weights" / "data.parquet", Weight), seed=0
+        round_records()[2], read_records(run.round / "weights" / "data.parquet", Weight), "iwae", seed=0
     )[-1]
     assert reported.num_traces == NUM_TRACES and reported.correct == 3 / 4
     # easy: exp(0, .1, .2, .3); mixed: two traces, 1:2 by accuracy and 1:exp(.1) by ratio; cut: one trace.
     easy, mixed = np.exp([0, 0.1, 0.2, 0.3]), np.array([1, 2 * np.exp(0.1)])
     expected = [easy.sum() ** 2 / (easy**2).sum(), mixed.sum() ** 2 / (mixed**2).sum(), 1.0]
     assert reported.ess == pytest.approx(np.mean(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("elbo", 3.75), ("reference_gml", 1.0), ("grpo", None)])
+def test_other_objectives_have_the_size_of_their_own_weights_and_none_of_fewer_traces(tmp_path, name, sizes):
+    traces, _, scores = round_records()
+    config = ObjectiveConfig(answers="reference", answer="likelihood" if name == "elbo" else "accuracy", ratio="none")
+    logged = weigh_traces(traces, scores, name, config, tmp_path)
+    weights = read_records(tmp_path / "data.parquet", Weight)
+    *fewer, full = curves.fewer_traces(scores, weights, name, seed=0)
+    assert full.ess == pytest.approx(logged["ess"]) and (sizes is None or full.ess == pytest.approx(sizes))
+    assert len(fewer) == 2 and all(np.isnan(point.ess) for point in fewer)
 
 
 def test_many_subsets_are_drawn_without_bias():
@@ -73,13 +85,15 @@ def test_doublings_end_with_all_traces(largest, expected):
 def test_traces_that_were_not_weighed_do_not_count():
     scores, weights = rows_of([[-1.0, -2.0, -np.inf, -0.5]])
     unused = [*weights[:2], *(replace(row, status="unused") for row in weights[2:])]
-    assert curves.fewer_traces(scores, unused, seed=0) == curves.fewer_traces(scores[:2], weights[:2], seed=0)
+    assert curves.fewer_traces(scores, unused, "iwae", seed=0) == curves.fewer_traces(
+        scores[:2], weights[:2], "iwae", seed=0
+    )
 
 
 def test_gold_rows_are_no_sampled_traces():
     scores, weights = rows_of([[-np.inf, -np.inf]])
     gold = Weight("0", -1, 1, *[Float64(0.0)] * 3, Float64(1.0), "gold")
-    (one, two) = curves.fewer_traces(scores, [*weights, gold], seed=0)
+    (one, two) = curves.fewer_traces(scores, [*weights, gold], "iwae", seed=0)
     assert (one.correct, one.ess, two.ess) == (0, 0, 0)
 
 
@@ -125,6 +139,8 @@ def test_densities_join_by_identity_and_leave_out_truncated_traces(tmp_path):
     weights = read_records(run.round / "weights" / "data.parquet", Weight)
     tokens, ratios = curves.ratios_by_length(traces[::-1], weights)
     assert len(tokens) == 15
+    unused = [replace(row, status="unused") if row.trace_index else row for row in weights]
+    assert len(curves.ratios_by_length(traces, unused)[0]) == 4
     assert ratios == pytest.approx(0.1 * (tokens - 3), abs=1e-6)
     answer_tokens, likelihoods = curves.likelihoods_by_length(scores)
     assert set(answer_tokens) == {2} and set(likelihoods) == {-3.0} and len(likelihoods) == 16

@@ -9,14 +9,15 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-from small_run import EVIL, NUM_CORRECT, QUESTIONS, make_run, trace_text, write_eval, write_round
+from small_run import EVIL, NUM_CORRECT, QUESTIONS, ROUND_STAGES, make_run, trace_text, write_eval, write_round
 
 from megavar.cli import main
+from megavar.config.load import load_config
 from megavar.config.schema import ObjectiveConfig
 from megavar.data.decode import open_decoder
 from megavar.records import Question, Score, read_records
 from megavar.stages.browser import MOST_CHARACTERS, shorten, spread
-from megavar.stages.finished import ROUND_STAGES, labels, open_run
+from megavar.stages.finished import FinishedRun, labels, open_run
 from megavar.stages.page import write_page
 from megavar.stages.weigh import weigh_traces
 
@@ -156,6 +157,24 @@ def test_a_run_without_weights_is_refused_by_the_first_missing_stage(tmp_path, f
     missing = ROUND_STAGES[finished]
     assert f"stage {missing} is not finished; run `megavar {missing}` first." in capsys.readouterr().out
     assert not (run.folder / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "made", "missing"),
+    [
+        ("sample.sampler=policy objective.ratio=none", ["sft"], ["sample", "verify", "score", "weigh"]),
+        ("posterior.source=rollout", ["sft"], ["rollouts", "posterior", "sample", "verify", "score", "weigh"]),
+        ("rounds=2 eval.models=[pi_0]", [*ROUND_STAGES, "policy", "export", "eval"], ["sample_02", "verify_02"]),
+    ],
+)
+def test_missing_stages_are_those_of_the_run(tmp_path, settings, made, missing):
+    run = make_run(tmp_path, stages=tuple(made))
+    config = load_config(tmp_path / "run.yaml", settings.split())
+    found = FinishedRun(run.folder, config).unfinished()
+    assert found[: len(missing)] == missing and "eval_02" not in found
+    if made == ["sft"]:
+        with pytest.raises(ValueError, match=f"stage {missing[0]} is not finished"):
+            FinishedRun(run.folder, config).round_folder()
 
 
 def test_files_that_are_gone_and_folders_of_something_else_are_named(run, tmp_path):

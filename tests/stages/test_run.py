@@ -72,9 +72,11 @@ def test_metrics_of_repeated_steps_replace_the_old_ones_and_a_cut_line_is_left_o
     metrics.log("sft", 4, {"loss": 0.0})
     with (tmp_path / "metrics.jsonl").open("a") as lines:
         lines.write('{"stage": "policy", "st')
-    metrics.drop_from("policy", 4)
+    metrics.drop("policy", range(4, 7))
     assert [(row["stage"], row["step"]) for row in Metrics.read(tmp_path)] == [
         ("policy", 1), ("policy", 2), ("policy", 3), ("sft", 4)]  # fmt: skip
+    metrics.drop("policy", [2])
+    assert [row["step"] for row in Metrics.read(tmp_path) if row["stage"] == "policy"] == [1, 3]
 
 
 def test_tensorboard_gets_the_same_values(tmp_path):
