@@ -75,7 +75,6 @@ class Job:
 EIGHT = ("sample.num_traces=8",)
 OWN_TRACES = (*EIGHT, "sample.sampler=policy", "objective.ratio=none")
 ROLLOUT = (*EIGHT, "posterior.source=rollout")
-BROAD = ("data.questions_per_round=800", "sample.num_traces=4", "objective.num_traces=4")
 METHODS = {
     "iwae": Method(),
     "more_sft": Method(("eval.models=[pi_0]",)),
@@ -93,8 +92,6 @@ METHODS = {
     **{f"k{k}": Method((f"objective.num_traces={k}",), "iwae", "score") for k in (1, 2, 4, 16)},
     "rounds_3": Method((*ROLLOUT, "rounds=3"), "forward_kl", "eval"),
     "reverse_kl_rounds_3": Method((*EIGHT, "rounds=3", "posterior.source=reverse_kl"), "iwae", "sft"),
-    "broad": Method(BROAD),
-    "broad_ratio_sequence": Method((*BROAD, "objective.ratio=sequence"), "broad", "score"),
 }
 
 

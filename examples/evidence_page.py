@@ -35,8 +35,6 @@ NAMES = {
     "rft": "RFT",
     "grpo": "GRPO weights",
     **{f"k{k}": f"— K = {k}" for k in (1, 2, 4, 16)},
-    "broad": "— K = 4, of 800 questions",
-    "broad_ratio_sequence": "— K = 4, of 800 questions, ratio `sequence`",
     "rounds_3": "T = 3 rounds, forward KL",
     "reverse_kl_rounds_3": "T = 3 rounds, reverse KL",
 }
@@ -99,8 +97,8 @@ def difference(results: Results, method: str, measure: Callable[[Counts], Counts
 def accuracy_table(results: Results) -> list[str]:
     """One row a method: accuracy over the seeds, seed by seed, against the baseline, and what it took."""
     rows = [
-        "| method | pass@1 | of each seed | against IWAE | pass@4 | trained tokens | sampled tokens | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | pass@1 | of each seed | against IWAE | pass@4 | trained tokens | sampled tokens |",
+        "|---|---|---|---|---|---|---|",
     ]
     for method, name in NAMES.items():
         counts = read_counts(results, method)
@@ -118,18 +116,15 @@ def accuracy_table(results: Results) -> list[str]:
 
 
 def cost(results: Results, method: str) -> list[str]:
-    """Trained tokens, sampled tokens of traces and rollouts, and seconds of all stages but eval."""
+    """Tokens trained on in all stages, and tokens of sampled traces and rollouts, those for evaluation left out."""
     runs = list(results[BASELINE if method == "pi_0" else method].values())
-    stages = {"sft"} if method == "pi_0" else None
-
-    def total(row: Mapping[str, float]) -> float:
-        return sum(value for stage, value in row.items() if stage[:4] != "eval" and (not stages or stage in stages))
-
-    trained = np.mean([total(run["target_tokens"]) for run in runs])
-    parts = [[*run["traces"].values(), *run.get("rollouts", {}).values()] for run in runs]
-    sampled = np.mean([0 if stages else sum(part["tokens"] for part in drawn) for drawn in parts])
-    seconds = np.mean([total(run["seconds"]) for run in runs])
-    return [f"{trained / 1000:.0f} k", f"{sampled / 1000:.0f} k", f"{seconds:.0f}"]
+    if method == "pi_0":
+        trained, sampled = [run["target_tokens"]["sft"] for run in runs], [0]
+    else:
+        trained = [sum(run["target_tokens"].values()) for run in runs]
+        parts = [[*run["traces"].values(), *run["rollouts"].values()] for run in runs]
+        sampled = [sum(part["tokens"] for part in drawn) for drawn in parts]
+    return [f"{np.mean(tokens) / 1000:.0f} k" for tokens in (trained, sampled)]
 
 
 def rounds_table(results: Results) -> list[str]:
@@ -226,7 +221,8 @@ def draw_numbers(results: Results) -> Figure:
     right.set(xlabel="rounds T")
     for plot in (left, right):
         plot.grid(alpha=0.3)
-        plot.legend(fontsize=8)
+        if plot.get_legend_handles_labels()[0]:
+            plot.legend(fontsize=8)
     return figure
 
 

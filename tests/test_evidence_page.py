@@ -19,8 +19,8 @@ def run(**correct):
     return {
         "correct": correct,
         "target_tokens": {"sft": 1000.0, "policy": 3000.0},
-        "seconds": {"sft": 10.0, "policy": 20.0, "eval": 99.0},
         "traces": {"round_01": {"tokens": 5000}},
+        "rollouts": {"round_01": {"tokens": 2000}},
     }
 
 
@@ -70,9 +70,9 @@ def test_a_run_that_collapsed_is_told_by_its_rounds_and_has_no_last_policy():
     assert second == "| reverse KL | 2 | 1 | collapsed | 0.990 | 0.500 | 7.0 | 0.000 | 0.00 | 98.00 |"
 
 
-def test_costs_leave_evaluation_out_and_count_what_the_first_policy_took_alone():
-    assert page.cost(RUNS, "iwae") == ["4 k", "5 k", "30"]
-    assert page.cost(RUNS, "pi_0") == ["1 k", "0 k", "10"]
+def test_costs_are_of_all_stages_and_of_the_first_policy_alone():
+    assert page.cost(RUNS, "iwae") == ["4 k", "7 k"]
+    assert page.cost(RUNS, "pi_0") == ["1 k", "0 k"]
 
 
 def test_the_document_has_the_tables_of_its_results(tmp_path, monkeypatch, capsys):
