@@ -145,15 +145,17 @@ def rounds_table(results: Results) -> list[str]:
             )
             drawn = [run["traces"][f"round_{index:02d}"] for run in runs]
             weigh = [run["weigh"][str(index)] for run in runs]
+            kls = [row["kl_posterior_policy"] for row in weigh if "kl_posterior_policy" in row]  # none if all were cut
+            lost = "" if len(counts) == len(runs) else f" of {len(counts)}"
             figures = [
                 f"{len(runs)}",
-                f"{mean:.3f} [{low:.3f}, {high:.3f}]" if counts else "collapsed",
+                f"{mean:.3f} [{low:.3f}, {high:.3f}]{lost}" if counts else "collapsed",
                 f"{np.mean([row['truncated'] / row['traces'] for row in drawn]):.3f}",
                 f"{np.mean([row['distinct'] / row['traces'] for row in drawn]):.3f}",
                 f"{np.mean([row['tokens'] / row['traces'] for row in drawn]):.1f}",
                 f"{np.mean([row['correct_answers'] / max(row['answers'], 1) for row in drawn]):.3f}",
                 f"{np.mean([row['ess'] for row in weigh]):.2f}",
-                f"{np.mean([row.get('kl_posterior_policy', np.nan) for row in weigh]):.2f}",
+                f"{np.mean(kls):.2f}" if kls else "–",
             ]
             rows.append(f"| {NAMES[method].split(', ')[1]} | {index} | {' | '.join(figures)} |")
     return rows
