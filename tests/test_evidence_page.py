@@ -62,12 +62,12 @@ def test_a_run_that_collapsed_is_told_by_its_rounds_and_has_no_last_policy():
     ended = run(pi_0="0000", pi_1="4400")
     drawn = {"traces": 100, "tokens": 700, "truncated": 99, "distinct": 50, "answers": 0, "correct_answers": 0}
     weigh = {"ess": 0.0, "kl_posterior_policy": 98.0}
-    ended |= {"traces": {"round_01": drawn, "round_02": drawn}, "weigh": {"1": weigh, "2": weigh}}
+    ended |= {"traces": {"round_01": drawn, "round_02": drawn}, "weigh": {"1": weigh, "2": {"ess": 0.0}}}
     results = {"iwae": RUNS["iwae"], "reverse_kl_rounds_3": {"1": ended}}
     assert page.read_counts(results, "reverse_kl_rounds_3") == {}
     first, second = page.rounds_table(results)[2:]
-    assert first.startswith("| reverse KL | 1 | 1 | 0.500 [")
-    assert second == "| reverse KL | 2 | 1 | collapsed | 0.990 | 0.500 | 7.0 | 0.000 | 0.00 | 98.00 |"
+    assert first.startswith("| reverse KL | 1 | 1 | 0.500 [") and first.endswith("| 98.00 |")
+    assert second == "| reverse KL | 2 | 1 | collapsed | 0.990 | 0.500 | 7.0 | 0.000 | 0.00 | – |"
 
 
 def test_costs_are_of_all_stages_and_of_the_first_policy_alone():
