@@ -7,7 +7,7 @@ from what they share with another run (files are linked, manifest entries copied
 the settings agree), so that methods differ in what they are about and in nothing else. Every policy takes the same
 number of steps of the same batch. Two runs go on at a time, each a single rank with one of two servers, which are
 started once; what a run prints goes to runs/evidence/logs. Results go to runs/evidence/results.json after each run, and
-a run whose result is there is not run again.
+a run whose result is there, made with the same settings, is not run again.
 """
 
 import argparse

@@ -150,3 +150,12 @@ def test_question_accuracies_count_missing_answers_as_wrong():
     answers = round_records()[1]
     found = curves.question_accuracies(answers, list(NUM_CORRECT), NUM_TRACES * NUM_ANSWERS)
     assert found.tolist() == [1.0, 3 / 8, 0.0, 1 / 8]
+
+
+def test_bounds_are_of_all_traces_at_hand_and_say_where_a_truncated_one_leaves_a_question_out(tmp_path):
+    traces, _, scores = round_records()
+    found = weigh_traces(traces, scores, "iwae", ObjectiveConfig(num_traces=2), tmp_path)
+    assert found["bound_4_questions"] == 3 and "bound_3_questions" not in found and "bound_5" not in found
+    # Of each trace: log pi - log q = 0.1 index at each of its index + 3 tokens, and log pi(y'|x, z) = -3.
+    log_rhos = np.array([0.1 * index * (index + 3) for index in range(4)]) - 3
+    assert found["bound_4"] == pytest.approx(np.log(np.mean(np.exp(log_rhos))), rel=1e-5)
