@@ -6,6 +6,7 @@ A stage that produces records for hours appends them through `RecordWriter`, whi
 disk every few seconds as numbered parts and merges the parts when the stage is done.
 """
 
+import glob
 import os
 import time
 import types
@@ -210,13 +211,20 @@ def _column_values(column: pa.ChunkedArray) -> list[Any]:
 
 
 class write_aside:
-    """Context manager: yields a temporary path beside `file`, synced and renamed to it on success."""
+    """Context manager: yields a temporary path beside `file`, synced and renamed to it on success.
+
+    What a killed process left of the same file is removed; a living one's is not.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
+        for left in self.file.parent.glob(f".{glob.escape(self.file.name)}.*.tmp"):
+            pid = left.name.split(".")[-2]
+            if pid.isdecimal() and not _is_running(int(pid)):
+                left.unlink(missing_ok=True)
         return self.aside
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -226,6 +234,16 @@ class write_aside:
         with open(self.aside, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(self.aside, self.file)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 class RecordWriter:

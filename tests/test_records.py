@@ -1,9 +1,24 @@
 """Records survive the disk, and a killed writer loses nothing that it flushed."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
-from megavar.records import Answer, RecordWriter, Score, Trace, Weight, read_records, schema_of, write_records
+from megavar.records import (
+    Answer,
+    RecordWriter,
+    Score,
+    Trace,
+    Weight,
+    read_records,
+    schema_of,
+    write_aside,
+    write_records,
+)
 
 
 def answer(index: int, correct: bool | None = None) -> Answer:
@@ -86,3 +101,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_records(file, [answer(1), object()], Answer)
     assert [row.answer_index for row in read_records(file, Answer)] == [0]
     assert [found.name for found in tmp_path.iterdir()] == ["a.parquet"]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_a_living_one_writes_is_not(tmp_path):
+    file = tmp_path / "manifest.json"
+    script = "import os, pathlib, signal, sys\nfrom megavar.records import write_aside\n"
+    script += "with write_aside(pathlib.Path(sys.argv[1])) as aside:\n"
+    script += "    aside.write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)"
+    assert subprocess.run([sys.executable, "-c", script, file], check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.read_text() == "half"
+    living = tmp_path / f".manifest.json.{os.getppid()}.tmp"
+    living.write_text("of a process that runs")
+    with write_aside(file) as aside:
+        aside.write_text("whole")
+    assert file.read_text() == "whole" and sorted(tmp_path.iterdir()) == sorted([file, living])
