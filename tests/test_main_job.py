@@ -21,7 +21,7 @@ from megavar.records import Answer, Score, Trace, Weight, read_records
 from megavar.stages.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
-NUM_QUESTIONS, NUM_TRACES, NUM_ANSWERS = 60, 4, 3
+NUM_QUESTIONS, NUM_TRACES, NUM_ANSWERS, NUM_ROLLOUTS = 60, 4, 3, 5
 
 
 def config_of(folder: Path) -> str:
@@ -34,11 +34,11 @@ precision: {{dtype: fp32}}
 rollout: {{python: {ROOT}/.venv-sglang/bin/python, dtype: float32, max_total_tokens: 8192, context_length: 256,
            concurrency: 8}}
 sft: &train {{epochs: 4, batch_sequences: 16, microbatch_tokens: 1024, learning_rate: 2.0e-3, save_interval: 5}}
-posterior: {{source: rollout, num_rollouts: 2, train: {{<<: *train, epochs: 1}}}}
+posterior: {{source: rollout, num_rollouts: {NUM_ROLLOUTS}, train: {{<<: *train, epochs: 1}}}}
 sample: {{num_traces: {NUM_TRACES}, num_answers: {NUM_ANSWERS}, max_trace_tokens: 80, max_answer_tokens: 16,
           temperature: 0.7, flush_seconds: 0.1}}
 score: {{temperature: 0.7, microbatch_tokens: 2048, chunk_sequences: 100}}
-objective: {{on_no_correct_trace: gold}}
+objective: {{num_traces: {NUM_TRACES}, on_no_correct_trace: gold}}
 policy: {{mix_gold: true, train: {{<<: *train, epochs: 5, save_interval: 3}}}}
 eval: {{num_samples: 2}}
 """
@@ -137,6 +137,28 @@ def test_every_closed_trace_has_its_answers_verdicts_scores_and_weight(job):
         totals[row.question_id] = totals.get(row.question_id, 0.0) + row.weight
     assert totals.keys() == {trace.question_id for trace in traces}
     assert all(total == pytest.approx(1.0) for total in totals.values())
+
+
+def test_every_rollout_is_weighed_by_its_accuracy_also_those_beyond_the_traces_of_q(job):
+    """Equation 9: the posterior's weights are the shares of a question's correct answers."""
+    _, run, _ = job
+    folder = run / "round_01" / "rollouts"
+    traces = read_records(folder / "traces" / "data.parquet", Trace)
+    assert {trace.trace_index for trace in traces} == set(range(NUM_ROLLOUTS)) and NUM_ROLLOUTS > NUM_TRACES
+    correct: dict[tuple[str, int], int] = {}
+    for row in read_records(folder / "verified" / "data.parquet", Answer):
+        key = row.question_id, row.trace_index
+        correct[key] = correct.get(key, 0) + bool(row.correct)
+    weights = {
+        (row.question_id, row.trace_index): row.weight
+        for row in read_records(folder / "weights" / "data.parquet", Weight)
+    }
+    assert weights.keys() == {(trace.question_id, trace.trace_index) for trace in traces}
+    totals = {question: sum(n for (of, _), n in correct.items() if of == question) for question, _ in weights}
+    for (question, index), weight in weights.items():
+        expected = correct.get((question, index), 0) / totals[question] if totals[question] else 0.0
+        assert weight == pytest.approx(expected, abs=1e-9)
+    assert any(weight > 0 for (_, index), weight in weights.items() if index >= NUM_TRACES)
 
 
 def test_the_serving_engine_and_the_training_engine_agree_on_the_posteriors_log_probs(job):
