@@ -1,7 +1,7 @@
 # make demo   environments, then one round on two CPU cores
 # make test   environments, then the test suite
 # make check  formatting, lint and types
-# make evidence  all methods over three seeds on two tasks (hours; resumable)
+# make evidence  all methods over three seeds on two tasks (nearly 3 hours; resumable)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

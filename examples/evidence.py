@@ -5,9 +5,10 @@
 For each task and seed the run `iwae` is the paper's method, on the first 8 of 16 traces a question. The others start
 from what they share with another run (files are linked, manifest entries copied, and the pipeline itself checks that
 the settings agree), so that methods differ in what they are about and in nothing else. Every policy takes the same
-number of steps of the same batch. Two runs go on at a time, each a single rank with one of two servers, which are
-started once; what a run prints goes to runs/evidence/logs. Results go to runs/evidence/results.json after each run, and
-a run whose result is there, made with the same settings, is not run again.
+number of steps of the same batch; `more_sft` and `rft_more_steps` also those of the models that they do without.
+Two runs go on at a time, each a single rank with one of two servers, which are started once; what a run prints goes to
+runs/evidence/logs. Results go to runs/evidence/results.json after each run, and a run whose result is there, made with
+the same settings, is not run again.
 """
 
 import argparse
@@ -82,6 +83,7 @@ METHODS = {
     "ratio_sequence": Method(("objective.ratio=sequence",), "iwae", "score"),
     "no_hint": Method(OWN_TRACES, "iwae", "sft"),
     "rft": Method((*OWN_TRACES, "objective.name=rft"), "no_hint", "score"),
+    "rft_more_steps": Method((*OWN_TRACES, "objective.name=rft"), "no_hint", "score"),
     "grpo": Method((*OWN_TRACES, "objective.name=grpo"), "no_hint", "score"),
     "forward_kl": Method(ROLLOUT, "iwae", "sft"),
     "forward_kl_ratio_sequence": Method((*ROLLOUT, "objective.ratio=sequence"), "forward_kl", "score"),
@@ -144,6 +146,8 @@ def settings(task: str, seed: int, name: str) -> list[str]:
     ]
     if name == "more_sft":
         found.append(f"sft.num_steps={sum(STEPS[task].values())}")
+    if name == "rft_more_steps":  # those of the posterior that it has no use for
+        found.append(f"policy.train.num_steps={STEPS[task]['posterior.train'] + STEPS[task]['policy.train']}")
     if method.until is not None:
         found.append("eval.models=[policy]")  # pi_0 is that of the run it shares with
     return found

@@ -31,10 +31,11 @@ NAMES = {
     "answer_likelihood": "— answer by likelihood",
     "forward_kl": "— q from π₀'s rollouts (forward KL)",
     "forward_kl_ratio_sequence": "— q from π₀'s rollouts, ratio `sequence`",
+    **{f"k{k}": f"— K = {k}" for k in (1, 2, 4, 16)},
     "no_hint": "no hint: π₀'s own traces × accuracy",
     "rft": "RFT",
+    "rft_more_steps": "— for the steps of q and policy",
     "grpo": "GRPO weights",
-    **{f"k{k}": f"— K = {k}" for k in (1, 2, 4, 16)},
     "rounds_3": "T = 3 rounds, forward KL",
     "reverse_kl_rounds_3": "T = 3 rounds, reverse KL",
 }
