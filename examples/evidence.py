@@ -62,6 +62,8 @@ class Method:
     overrides: tuple[str, ...] = ()
     shared_with: str | None = None
     until: str | None = None
+    takes_steps: tuple[str, ...] = ()
+    """The first of these trains for as many optimizer steps as others take for all of them together."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,14 @@ OWN_TRACES = (*EIGHT, "sample.sampler=policy", "objective.ratio=none")
 ROLLOUT = (*EIGHT, "posterior.source=rollout")
 METHODS = {
     "iwae": Method(),
-    "more_sft": Method(("eval.models=[pi_0]",)),
+    "more_sft": Method(("eval.models=[pi_0]",), takes_steps=("sft", "posterior.train", "policy.train")),
     "ratio_none": Method(("objective.ratio=none",), "iwae", "score"),
     "ratio_sequence": Method(("objective.ratio=sequence",), "iwae", "score"),
     "no_hint": Method(OWN_TRACES, "iwae", "sft"),
     "rft": Method((*OWN_TRACES, "objective.name=rft"), "no_hint", "score"),
-    "rft_more_steps": Method((*OWN_TRACES, "objective.name=rft"), "no_hint", "score"),
+    "rft_more_steps": Method(
+        (*OWN_TRACES, "objective.name=rft"), "no_hint", "score", takes_steps=("policy.train", "posterior.train")
+    ),
     "grpo": Method((*OWN_TRACES, "objective.name=grpo"), "no_hint", "score"),
     "forward_kl": Method(ROLLOUT, "iwae", "sft"),
     "forward_kl_ratio_sequence": Method((*ROLLOUT, "objective.ratio=sequence"), "forward_kl", "score"),
@@ -144,10 +148,8 @@ def settings(task: str, seed: int, name: str) -> list[str]:
         *(f"{stage}.num_steps={steps}" for stage, steps in STEPS[task].items()),
         *method.overrides,
     ]
-    if name == "more_sft":
-        found.append(f"sft.num_steps={sum(STEPS[task].values())}")
-    if name == "rft_more_steps":  # those of the posterior that it has no use for
-        found.append(f"policy.train.num_steps={STEPS[task]['posterior.train'] + STEPS[task]['policy.train']}")
+    if method.takes_steps:
+        found.append(f"{method.takes_steps[0]}.num_steps={sum(STEPS[task][stage] for stage in method.takes_steps)}")
     if method.until is not None:
         found.append("eval.models=[policy]")  # pi_0 is that of the run it shares with
     return found

@@ -101,3 +101,20 @@ def test_what_a_collapsed_run_measured_is_kept(source, monkeypatch, tmp_path):
     kept = evidence.known_results()["chains"]["reverse_kl_rounds_3"]["1"]
     assert kept["seconds"] == {"weigh": 1.5} and kept["traces"]["round_01"]["traces"] == 0
     assert kept["settings"] == evidence.settings("chains", 1, "reverse_kl_rounds_3")
+
+
+def test_the_committed_results_are_those_of_the_methods_as_they_are():
+    """Every task, method and seed, made with the settings that a run would have now."""
+    results = json.loads((ROOT / "docs" / "evidence" / "results.json").read_text())
+    assert list(results) == list(evidence.STEPS)
+    for task, methods in results.items():
+        assert list(methods) == list(evidence.METHODS)
+        for method, seeds in methods.items():
+            assert {seed: found["settings"] for seed, found in seeds.items()} == {
+                str(seed): evidence.settings(task, seed, method) for seed in (1, 2, 3)
+            }
+
+
+def test_steps_of_what_a_method_does_without_are_taken_by_another_stage():
+    assert "sft.num_steps=168" in evidence.settings("chains", 1, "more_sft")  # 52 + 52 + 64
+    assert "policy.train.num_steps=220" in evidence.settings("unknown", 1, "rft_more_steps")  # 100 + 120

@@ -66,25 +66,25 @@ def fewer_traces(scores: Sequence[Score], weights: Sequence[Weight], objective: 
     for row in weighed.values():
         rows_of[row.question_id].append(row)
     counts = [(len(group), sum(number > 0 for number in group)) for group in num_correct.values()]
-    groups = [
-        np.array([row.log_weight if row.status == "ok" else -np.inf for row in rows]) for rows in rows_of.values()
-    ]
     at_hand = min(size for size, _ in counts)
     random = np.random.default_rng(seed)
     points = []
     for k in doublings(at_hand):
         correct = np.mean([pass_at_k(size, found, k) for size, found in counts])
-        if k == max(size for size, _ in counts):
-            shares = [
-                np.array([row.weight if row.status == "ok" else 0.0 for row in rows]) for rows in rows_of.values()
-            ]
-            sizes = np.array([effective_sample_size(np.abs(group)) for group in shares])
-        elif objective in _SHARED_BY_LOG_WEIGHT:
-            sizes = np.concatenate([subset_sizes(group, k, random) for group in groups])
-        else:
-            sizes = np.full(1, np.nan)
+        sizes = _sizes_of(list(rows_of.values()), k, objective, random)
         points.append(FewerTraces(k, float(correct), float(sizes.sum() / max(np.count_nonzero(sizes), 1))))
     return points
+
+
+def _sizes_of(groups: Sequence[Sequence[Weight]], k: int, objective: str, random: np.random.Generator) -> Floats:
+    """Effective sample sizes of questions with `k` of their traces; one NaN where the weights do not tell them."""
+    if all(len(group) == k for group in groups):
+        shares = [np.array([abs(row.weight) if row.status == "ok" else 0.0 for row in group]) for group in groups]
+        return np.array([effective_sample_size(group) for group in shares])
+    if objective not in _SHARED_BY_LOG_WEIGHT:
+        return np.full(1, np.nan)
+    logs = [np.array([row.log_weight if row.status == "ok" else -np.inf for row in group]) for group in groups]
+    return np.concatenate([subset_sizes(group, k, random) for group in logs])
 
 
 def doublings(largest: int) -> list[int]:
