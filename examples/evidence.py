@@ -26,8 +26,8 @@ from megavar.config.load import load_config
 from megavar.data.questions import read_questions
 from megavar.progress import ProgressLine
 from megavar.records import Answer, Question, Trace, read_records, write_aside
-from megavar.rollout import guard
-from megavar.rollout.servers import ManagedServers, open_engine
+from megavar.rollout import watchdog
+from megavar.rollout.sglang_servers import ManagedServers, open_engine
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "conf/demo.yaml"
@@ -92,9 +92,11 @@ METHODS = {
     "forward_kl": Method(ROLLOUT, "iwae", "sft"),
     "forward_kl_ratio_sequence": Method((*ROLLOUT, "objective.ratio=sequence"), "forward_kl", "score"),
     "answer_geometric_mean": Method(
-        ("objective.answer=geometric_mean", "objective.answers=reference"), "iwae", "score"
+        ("objective.answer_estimator=geometric_mean", "objective.train_answers=reference"), "iwae", "score"
     ),
-    "answer_likelihood": Method(("objective.answer=likelihood", "objective.answers=reference"), "iwae", "score"),
+    "answer_likelihood": Method(
+        ("objective.answer_estimator=likelihood", "objective.train_answers=reference"), "iwae", "score"
+    ),
     **{f"k{k}": Method((f"objective.num_traces={k}",), "iwae", "score") for k in (1, 2, 4, 16)},
     "rounds_3": Method((*ROLLOUT, "rounds=3"), "forward_kl", "eval"),
     "reverse_kl_rounds_3": Method((*EIGHT, "rounds=3", "posterior.source=reverse_kl"), "iwae", "sft"),
@@ -190,7 +192,7 @@ class RunFailed(Exception):
 async def launch(stage: str, overrides: list[str], log: Path) -> None:
     """One command of megavar as a single rank, which ends with this process however that ends."""
     command = [sys.executable, "-m", "megavar", stage, "--config", str(CONFIG), *overrides]
-    guarded = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), *command]
+    guarded = [sys.executable, "-I", "-S", watchdog.__file__, str(os.getpid()), *command]
     environment = {**os.environ, **ONE_RANK, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:

@@ -1,56 +1,118 @@
-"""Command line: `python -m megavar STAGE --config FILE [key=value ...]`; STAGE is one stage, or `run` for all.
+"""Command line: `megavar COMMAND ...`; a command is a stage, `run` for all of them, or one that looks at a run.
 
-Stages that train or score run under torchrun. Two commands only look, and need no torch: `report RUN ...` and
-`show FILE`. Heavy imports happen after the arguments are read.
+Libraries are imported when they are needed: a mistake in the configuration is reported before torch is imported, and
+`report` and `show` never import it.
 """
 
 import argparse
 import logging
+import os
+import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-HELP = """stages: run (all), sft, rollouts, posterior, sample, verify, score, weigh, policy, export, eval;
-those of later rounds: sample_02 and so on;
-to look at a run: report RUN [RUN ...], show FILE (each has its own --help)"""
+from megavar.ranks import RankZeroError, is_rank_zero
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one stage or command; returns the exit code: 0, 2 for a user's mistake, 1 for a failure."""
+    """Run one command; returns the exit code: 0, 2 for a user's mistake, 1 for a failure."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given and given[0] in COMMANDS:
-        return COMMANDS[given[0]](given[1:])
-    parser = argparse.ArgumentParser("megavar", description=__doc__, epilog=HELP)
-    parser.add_argument("stage", metavar="STAGE")
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to change")
-    chosen = parser.parse_intermixed_args(given)
-    return launch(chosen.config, chosen.overrides, chosen.stage)
+    if not given or given[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if given else 2
+    if given[0] in LOOKING:
+        return LOOKING[given[0]][1](given[1:])
+    parser = _stage_parser(given[0])
+    chosen = parser.parse_intermixed_args(given[1:])
+    return launch(chosen.config, chosen.overrides, given[0])
 
 
 def launch(config_file: Path, overrides: list[str], stage: str) -> int:
     """Load and check a run's configuration, then run a stage or, for `run`, all of them."""
-    from megavar.training import parallel
+    return reported(lambda: _launch(config_file, overrides, stage))
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("megavar").setLevel(logging.INFO)
-    try:
-        from megavar.config.load import load_config
-        from megavar.stages import check, pipeline, plan
 
-        config = load_config(config_file, overrides)
-        distributed = stage == "run" or plan.needs_every_rank(stage)
-        check.check_run(config, parallel.world_size() if distributed else None)
-        if distributed:
-            parallel.start(config.parallel)
-        if stage == "run":
-            pipeline.run_pipeline(config)
-        else:
-            pipeline.run_stage(config, stage)
+def _launch(config_file: Path, overrides: list[str], stage: str) -> None:
+    from megavar.config.load import load_config
+    from megavar.runs.plan import find_stage
+
+    config = load_config(config_file, overrides)
+    show_logs(config.logging.level)
+    all_ranks = stage == "run" or find_stage(config, stage)[0].all_ranks
+    ranks = world_size() if all_ranks else None
+    if is_rank_zero():
+        from megavar.stages.check import check_run
+
+        check_run(config, ranks)
+    if all_ranks:
+        from megavar.training import parallel
+
+        parallel.start(config.parallel)  # the other ranks wait here until rank 0 has checked
+    from megavar.stages import runner
+
+    if stage == "run":
+        runner.run_pipeline(config)
+        if is_rank_zero():
+            from megavar.report.summary import print_summary
+            from megavar.runs.folder import Run
+
+            print_summary(Run(config, config.rounds))
+    else:
+        runner.run_stage(config, stage)
+    if all_ranks:
         parallel.stop()
+
+
+def world_size() -> int:
+    """Ranks that torchrun started.
+
+    Raises:
+        ValueError: if this process was not started by torchrun.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "this command trains or scores and runs under torchrun; start it with "
+            "`torchrun --nproc-per-node N -m megavar ...` or `torchrun --nproc-per-node N examples/...`."
+        )
+    return int(os.environ["WORLD_SIZE"])
+
+
+def show_logs(level: str) -> None:
+    """Show our log lines; those of libraries, and their warnings, only at `debug`. Before they are imported."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s" if level == "info" else "%(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.DEBUG if level == "debug" else logging.ERROR)
+    logging.getLogger("megavar").setLevel(logging.DEBUG if level == "debug" else logging.INFO)
+    if level == "debug":
+        return
+    warnings.simplefilter("ignore")
+    # For C++ code, for libraries that set up logging of their own, and for processes that this one spawns.
+    for name, value in (
+        ("PYTHONWARNINGS", "ignore"),
+        ("TORCH_CPP_LOG_LEVEL", "ERROR"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def reported(work: Callable[[], None]) -> int:
+    """Do the work and return the exit code; an error is printed once, a user's mistake as one line, on rank 0."""
+    try:
+        work()
+    except RankZeroError:
+        return 1
+    except ValueError as error:
+        if is_rank_zero():
+            print(f"error: {error}", flush=True)
+        return 2
     except (Exception, KeyboardInterrupt) as error:
-        return parallel.exit_code_for(error)
+        traceback.print_exception(error)
+        return 1
     return 0
 
 
@@ -58,16 +120,16 @@ def report(arguments: Sequence[str]) -> int:
     """Write the page of a run."""
     parser = argparse.ArgumentParser("megavar report", description="Write RUN/report/index.html and its figures.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/demo")
-    parser.add_argument("others", type=Path, metavar="OTHER", nargs="*", help="runs drawn beside it in the curves")
+    parser.add_argument("others", type=Path, metavar="OTHER", nargs="*", help="runs to compare with in the curves")
     chosen = parser.parse_args(arguments)
 
     def work() -> None:
-        from megavar.stages.page import write_page
+        from megavar.report.page import write_page
 
         page = write_page([chosen.run, *chosen.others])
-        print(f"{page}: {page.stat().st_size / 1e6:.1f} MB, and its figures as PNG files beside it")
+        print(f"{page}: {page.stat().st_size / 1e6:.1f} MB, with its figures as PNG files in the same folder")
 
-    return _look(work)
+    return reported(work)
 
 
 def show(arguments: Sequence[str]) -> int:
@@ -82,28 +144,54 @@ def show(arguments: Sequence[str]) -> int:
     def work() -> None:
         from rich.console import Console
 
-        from megavar.stages.show import show as print_records
+        from megavar.report.show import show as print_records
 
         print_records(chosen.file, chosen.limit, chosen.question, chosen.model, Console())
 
-    return _look(work)
+    return reported(work)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"report": report, "show": show}
-"""What is no stage: its arguments -> exit code."""
+LOOKING: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
+    "report": ("write a run's results, figures and traces as one HTML page", report),
+    "show": ("print records of a run", show),
+}
+"""Commands that look at a run: what they do, and the function that does it."""
 
 
-def _look(work: Callable[[], None]) -> int:
-    """As `launch` reports errors, without importing the training engine."""
-    try:
-        work()
-    except ValueError as error:
-        print(f"error: {error}", flush=True)
-        return 2
-    except (Exception, KeyboardInterrupt) as error:
-        traceback.print_exception(error)
-        return 1
-    return 0
+def _help() -> str:
+    from megavar.runs.plan import STAGES
+
+    rows = [
+        ("run", "all stages of a run that are not finished"),
+        *((stage.name, stage.summary) for stage in STAGES),
+        *((name, summary) for name, (summary, _) in LOOKING.items()),
+    ]
+    commands = "\n".join(f"  {name:<10} {summary}" for name, summary in rows)
+    return (
+        "usage: megavar COMMAND --config FILE [key=value ...]\n"
+        "       megavar report RUN [RUN ...] | show FILE\n\n"
+        f"commands:\n{commands}\n\n"
+        "Stages of later rounds are named sample_02 and so on. `run` and the stages that train or score start under\n"
+        "torchrun: torchrun --nproc-per-node N -m megavar run --config FILE. `megavar COMMAND --help` says more."
+    )
+
+
+def _stage_parser(command: str) -> argparse.ArgumentParser:
+    from megavar.runs.plan import STAGES
+
+    known = {stage.name: stage for stage in STAGES}
+    stage = known.get(re.sub(r"_\d+$", "", command))
+    if stage is None:
+        description = "Run all stages that are not finished, in order, then print the table of results."
+    else:
+        ranks = "under torchrun, on all ranks" if stage.all_ranks else "in one process"
+        description = f"{stage.summary}\n\nreads:   {stage.reads}\nwrites:  {stage.writes}\nruns:    {ranks}"
+    parser = argparse.ArgumentParser(
+        f"megavar {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to change")
+    return parser
 
 
 if __name__ == "__main__":

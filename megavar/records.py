@@ -13,8 +13,9 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,61 @@ import pyarrow.parquet as pq
 
 TokenIds = np.ndarray[Any, np.dtype[np.int32]]
 LogProbs = np.ndarray[Any, np.dtype[np.float32]]
-Float64 = typing.NewType("Float64", float)
+Int32 = Annotated[int, pa.int32()]
+Float64 = Annotated[float, pa.float64()]
+
+
+class Sampler(StrEnum):
+    """The model that a trace was sampled from (its proposal distribution)."""
+
+    POLICY = "policy"
+    POSTERIOR = "posterior"
+    GOLD = "gold"
+
+
+class TraceFinish(StrEnum):
+    """Why a trace ended."""
+
+    CLOSED = "closed"
+    """With its close marker: usable."""
+    LENGTH = "length"
+    """Truncated at `sample.max_trace_tokens`."""
+    ABORTED = "aborted"
+    """Without a close marker, or aborted by the server."""
+
+
+class AnswerFinish(StrEnum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    """With the end of sequence."""
+    LENGTH = "length"
+    """Truncated at `sample.max_answer_tokens`."""
+    ABORTED = "aborted"
+
+
+class Verdict(StrEnum):
+    """A verifier's judgement of one answer; a verifier that raises gives the text `error: ...` instead."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    NO_ANSWER = "no_answer"
+    """The response holds nothing that could be an answer."""
+    TIMEOUT = "timeout"
+
+
+class WeightStatus(StrEnum):
+    """What a trace's weight stands for."""
+
+    OK = "ok"
+    TRUNCATED = "truncated"
+    """Not closed, so excluded: weight 0."""
+    UNUSED = "unused"
+    """Beyond `objective.num_traces`: weight 0."""
+    GOLD = "gold"
+    """The question's gold trace, with trace index -1."""
+    NO_CORRECT_TRACE = "no_correct_trace"
+    """No trace of the question has a correct answer; a weight above 0 then comes from the reference answer."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +98,13 @@ class Trace:
     """One sampled (or gold) thinking trace z; `trace_ids` includes its close marker."""
 
     question_id: str
-    trace_index: int
-    round: int
-    sampler: str  # policy, posterior or gold
+    trace_index: Int32
+    round: Int32
+    sampler: Sampler
     prompt_ids: TokenIds
     trace_ids: TokenIds
     logp_engine: LogProbs | None
-    finish: str  # closed, length (truncated) or aborted
+    finish: TraceFinish
     seed: int
 
 
@@ -58,15 +113,16 @@ class Answer:
     """One sampled answer y after trace z; `correct` and `verdict` are null until verified."""
 
     question_id: str
-    trace_index: int
-    answer_index: int
-    round: int
+    trace_index: Int32
+    answer_index: Int32
+    round: Int32
     answer_ids: TokenIds
     text: str
-    finish: str  # stop, length or aborted
+    finish: AnswerFinish
     seed: int
     correct: bool | None = None
-    verdict: str | None = None  # correct, wrong, no_answer, timeout or "error: ..."
+    verdict: str | None = None
+    """A `Verdict`, or `error: ...`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,13 +130,13 @@ class Score:
     """Log-probs of one trace under policy and posterior, by the training engine's forward."""
 
     question_id: str
-    trace_index: int
-    round: int
+    trace_index: Int32
+    round: Int32
     logp_policy: LogProbs
     logp_posterior: LogProbs | None
     logp_answer: LogProbs | None
-    num_answers: int | None
-    num_correct: int | None
+    num_answers: Int32 | None
+    num_correct: Int32 | None
 
 
 @dataclass(frozen=True)
@@ -88,16 +144,13 @@ class Weight:
     """The weight of one trace among the traces of its question (equation 8)."""
 
     question_id: str
-    trace_index: int
-    round: int
+    trace_index: Int32
+    round: Int32
     log_ratio: Float64
     log_answer: Float64
     log_weight: Float64
     weight: Float64
-    status: str
-    """`ok`; `truncated`: left out; `unused`: beyond `objective.num_traces`; `gold`: the question's own trace;
-    `no_correct_trace`: no trace of the question has a correct answer, and a weight above 0 then comes from the
-    reference answer."""
+    status: WeightStatus
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +158,7 @@ class Bound:
     """What a question's traces say of the bounds on log pi(y' | x) (equation 5); natural log."""
 
     question_id: str
-    round: int
+    round: Int32
     num_traces: int
     bounds: LogProbs
     """Estimates of L_1 to L_K, K = num_traces."""
@@ -138,24 +191,32 @@ _ARROW_TYPES: dict[Any, pa.DataType] = {
     str: pa.string(),
     int: pa.int64(),
     bool: pa.bool_(),
-    float: pa.float32(),
-    Float64: pa.float64(),
     TokenIds: pa.list_(pa.int32()),
     LogProbs: pa.list_(pa.float32()),
 }
-_INT32_FIELDS = ("trace_index", "answer_index", "round", "num_answers", "num_correct")
+
+
+def _column_type(kind: Any) -> Any:
+    """A field's type without `| None`."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return next(part for part in typing.get_args(kind) if part is not type(None))
+    return kind
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, StrEnum)
 
 
 def schema_of(record_type: type[Record]) -> pa.Schema:
-    """The Parquet schema of a record type, column for field."""
+    """The Parquet schema of a record type, column for field; an enum is a string column."""
     columns = []
     for item in fields(record_type):
-        kind = item.type
-        nullable = typing.get_origin(kind) in (typing.Union, types.UnionType)
-        if nullable:
-            kind = next(part for part in typing.get_args(kind) if part is not type(None))
-        arrow = pa.int32() if item.name in _INT32_FIELDS else _ARROW_TYPES[kind]
-        columns.append(pa.field(item.name, arrow, nullable))
+        kind = _column_type(item.type)
+        if typing.get_origin(kind) is Annotated:
+            arrow = kind.__metadata__[0]
+        else:
+            arrow = _ARROW_TYPES[str if _is_enum(kind) else kind]
+        columns.append(pa.field(item.name, arrow, kind is not item.type))
     return pa.schema(columns)
 
 
@@ -192,7 +253,8 @@ def read_records(file: Path, record_type: type[Record]) -> list[Record]:
     """Read a file of records; id and log-prob columns come back as numpy arrays.
 
     Raises:
-        ValueError: if the file is no Parquet file or its columns are not those of `record_type`.
+        ValueError: if the file is no Parquet file, its columns are not those of `record_type`, or a value of an enum
+            column is unknown.
     """
     table = _read_table(file)
     schema = schema_of(record_type)
@@ -200,14 +262,24 @@ def read_records(file: Path, record_type: type[Record]) -> list[Record]:
         raise ValueError(
             f"{file} has columns {table.schema.names}, expected those of {record_type.__name__}: {schema.names}."
         )
-    columns = [_column_values(table[name]) for name in schema.names]
+    columns = [_column_values(file, table[item.name], item.type) for item in fields(record_type)]
     return [record_type(*row) for row in zip(*columns, strict=True)]
 
 
-def _column_values(column: pa.ChunkedArray) -> list[Any]:
-    if not pa.types.is_list(column.type):
-        return list(column.to_pylist())
-    return [value.values.to_numpy() if value.is_valid else None for value in column]
+def _column_values(file: Path, column: pa.ChunkedArray, kind: Any) -> list[Any]:
+    if pa.types.is_list(column.type):
+        return [value.values.to_numpy() if value.is_valid else None for value in column]
+    values: list[Any] = column.to_pylist()
+    if not _is_enum(kind):
+        return values
+    unknown = sorted(set(map(str, values)) - set(kind))
+    if unknown:
+        raise ValueError(
+            f"{file} has the {kind.__name__} {unknown[0]!r}, expected one of {', '.join(kind)}; the file is damaged or "
+            "of another version."
+        )
+    members = {str(member): member for member in kind}
+    return [members[value] for value in values]
 
 
 class write_aside:

@@ -9,8 +9,9 @@ import numpy as np
 from megavar.config.load import load_config
 from megavar.data.decode import open_decoder
 from megavar.records import Answer, Question, Score, Trace, write_records
-from megavar.stages.metrics import Metrics
-from megavar.stages.run import Manifest, Run
+from megavar.runs.folder import Run
+from megavar.runs.manifest import Manifest
+from megavar.runs.metrics import Metrics
 from megavar.stages.weigh import weigh_traces
 
 BASE = Path(__file__).parents[1] / "examples" / "base" / "qwen3-tiny"

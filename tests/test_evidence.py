@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from megavar.stages.plan import stages_of
 
 from megavar.config.load import load_config
 from megavar.records import Answer, Question, Trace, write_records
-from megavar.stages.plan import stages_of
 
 ROOT = Path(__file__).parents[1]
 SPEC = importlib.util.spec_from_file_location("evidence", ROOT / "examples" / "evidence.py")

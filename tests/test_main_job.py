@@ -16,9 +16,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from megavar.models.convert import Model
+from megavar.checkpoints.convert import Model
 from megavar.records import Answer, Score, Trace, Weight, read_records
-from megavar.stages.metrics import Metrics
+from megavar.runs.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
 NUM_QUESTIONS, NUM_TRACES, NUM_ANSWERS, NUM_ROLLOUTS = 60, 4, 3, 5
@@ -254,7 +254,7 @@ def test_sglangs_greedy_output_of_the_exported_policy_equals_transformers(job):
 
     from megavar.config.load import load_config
     from megavar.rollout.engine import GenerateRequest
-    from megavar.rollout.servers import open_engine
+    from megavar.rollout.sglang_servers import open_engine
 
     folder, run, _ = job
     config = load_config(folder / "run.yaml", [])

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
+from megavar.checkpoints.convert import MAX_SHARD_BYTES
+from megavar.checkpoints.huggingface import HuggingFaceWriter, TensorInfo
 from megavar.models import operators
-from megavar.models.convert import MAX_SHARD_BYTES
-from megavar.models.dims import read_dims
-from megavar.models.folder import HuggingFaceWriter, TensorInfo
+from megavar.models.config_json import read_dims
 from megavar.models.ops import names_at, pieces
 
 SIZES = {
@@ -42,7 +42,7 @@ SIZES = {
 CONVERT = """
 import json, resource, sys, time
 from pathlib import Path
-from megavar.models.convert import MAX_SHARD_BYTES, to_hugging_face, to_megatron
+from megavar.checkpoints.convert import MAX_SHARD_BYTES, to_hugging_face, to_megatron
 direction, source, target = sys.argv[1], *map(Path, sys.argv[2:])
 started = time.perf_counter()
 if direction == "to-megatron":

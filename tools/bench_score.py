@@ -68,10 +68,10 @@ def score_with_transformers(model_folder: Path, sequences: list[TrainSequence]) 
 
 def score_with_megavar(model_folder: Path, sequences: list[TrainSequence]) -> tuple[list[np.ndarray], float]:
     """The same by the training engine on one rank."""
+    from megavar.checkpoints.convert import Model
     from megavar.config.schema import ParallelConfig, PrecisionConfig
-    from megavar.models.convert import Model
     from megavar.training import parallel
-    from megavar.training.score import Scorer
+    from megavar.training.scorer import Scorer
 
     parallel.start_alone()
     scorer = Scorer(Model(model_folder), ParallelConfig(), PrecisionConfig(dtype="fp32"))

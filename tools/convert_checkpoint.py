@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megavar.models.convert import Converted, Model, differences, to_hugging_face, to_megatron
+from megavar.checkpoints.convert import Converted, Model, differences, to_hugging_face, to_megatron
 from megavar.progress import ProgressLine, in_megabytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "keep": None}
@@ -78,7 +78,7 @@ def verify(chosen: argparse.Namespace) -> int:
         print(f"{chosen.a} and {chosen.b} are equal: every key, shape, dtype and bit.")
     if text is None:
         return 1 if found else 0
-    from megavar.training.compare import text_logps
+    from megavar.training.text_logps import text_logps
 
     logps, others = text_logps(first, text), text_logps(second, text)
     if len(logps) != len(others):

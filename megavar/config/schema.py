@@ -150,6 +150,10 @@ class VerifyConfig:
 
     num_workers: int = at_least(1, default=2)
     timeout_seconds: float = at_least(0.1, default=10.0)
+    """Deadline of one verdict."""
+    plugins: list[str] = field(default_factory=list)
+    """Verifiers of your own that questions may name, each `package.module:function`. One that is not listed here is
+    refused: a data file must not choose what code runs."""
 
 
 @dataclass
@@ -164,18 +168,25 @@ class ScoreConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """How scores become weights (method.md, equations 6 and 8)."""
+    """How scores become weights (docs/method.md, equations 6 and 8)."""
 
     name: str = "iwae"
+    """One of docs/objectives.md, or `package.module:name` of your own."""
     num_traces: int | None = None
     """K: only the first K of the sampled traces are used; null: all."""
     ratio: str = choice("geometric_mean", "sequence", "none", default="geometric_mean")
-    answer: str = choice("accuracy", "geometric_mean", "likelihood", default="accuracy")
-    answers: str = choice("all_correct", "first_correct", "reference", default="all_correct")
+    """d_k, the trace log-ratio: mean over the tokens, sum, or 0."""
+    answer_estimator: str = choice("accuracy", "geometric_mean", "likelihood", default="accuracy")
+    """a_k, the estimate of pi(Y_x | x, z_k): share of correct sampled answers, or mean or summed log-prob of the
+    reference answer."""
+    train_answers: str = choice("all_correct", "first_correct", "reference", default="all_correct")
+    """The answers trained on after a trace: its distinct correct ones, the first of them, or the reference answer."""
     on_no_correct_trace: str = choice("drop", "gold", "geometric_mean", default="drop")
+    """A question without a correct trace: left out, its gold trace instead, or weights by the geometric mean."""
     selection: str = choice("weighted", "resample", "best", default="weighted")
+    """Train every trace with its weight, one resampled trace a question, or the one of the largest weight."""
     min_weight: float = at_least(0, default=0.0)
-    """Traces under this normalised weight are left out; their mass is reported."""
+    """Traces under this normalised weight are pruned; their weight mass is reported."""
 
 
 @dataclass
@@ -216,6 +227,8 @@ class EvalConfig:
 class LoggingConfig:
     """Where metrics go besides `metrics.jsonl`."""
 
+    level: str = choice("info", "debug", default="info")
+    """`debug` also shows what Megatron, torch, transformers and other libraries log and warn of."""
     tensorboard: bool = True
     wandb_project: str | None = None
 
@@ -274,26 +287,11 @@ def validate(config: Any, path: str = "") -> None:
 
 def _validate_pairs(config: RunConfig) -> None:
     objective, sample, rollout = config.objective, config.sample, config.rollout
-    if objective.answer != "accuracy" and objective.answers != "reference":
+    if objective.answer_estimator != "accuracy" and objective.train_answers != "reference":
         raise ValueError(
-            f"objective.answer={objective.answer} weighs the reference answer, but "
-            f"objective.answers={objective.answers} trains on sampled ones; use objective.answers=reference."
-        )
-    if objective.name in ("sft", "elbo", "reference_gml") and objective.answers != "reference":
-        raise ValueError(
-            f"objective.name={objective.name} trains on traces without a correct answer too, but objective.answers="
-            f"{objective.answers} needs one; use objective.answers=reference."
-        )
-    if objective.name in ("forward_kl", "reverse_kl"):
-        source = "rollout" if objective.name == "forward_kl" else "reverse_kl"
-        raise ValueError(
-            f"objective.name={objective.name} is what the posterior learns by, objective.name what the policy does; "
-            f"use posterior.source={source}."
-        )
-    if objective.on_no_correct_trace != "drop" and objective.name != "iwae":
-        raise ValueError(
-            f"objective.on_no_correct_trace={objective.on_no_correct_trace} has no effect with objective.name="
-            f"{objective.name}; use drop."
+            f"objective.answer_estimator={objective.answer_estimator} weighs the reference answer, but "
+            f"objective.train_answers={objective.train_answers} trains on sampled ones; use "
+            "objective.train_answers=reference."
         )
     if objective.num_traces is not None and not 1 <= objective.num_traces <= sample.num_traces:
         raise ValueError(
@@ -304,11 +302,6 @@ def _validate_pairs(config: RunConfig) -> None:
         raise ValueError(
             f"sample.sampler=policy has no ratio to take, but objective.ratio={objective.ratio}: rounding would "
             "stand in for it; use objective.ratio=none."
-        )
-    if objective.name == "grpo" and config.num_traces * sample.num_answers == 1:
-        raise ValueError(
-            f"objective.name=grpo compares a question's answers, but sample.num_answers={sample.num_answers} after one "
-            "trace (objective.num_traces, or sample.num_traces) is a single one; sample more."
         )
     _validate_posterior(config)
     if objective.min_weight > 0 and objective.selection != "weighted":

@@ -1,69 +1,15 @@
 """Training sequences from questions, traces, answers and weights, joined by identity.
 
-A row that is missing or doubled is an error that names it: nothing is joined by position.
+A row that is missing or doubled is an error that names it: nothing is joined by position (`joins.py`).
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
 
 import numpy as np
 
 from megavar.data.templates import Templates
-from megavar.records import Answer, Question, Score, TokenIds, Trace, TrainSequence, Weight
-
-Key = tuple[str, int]
-Row = TypeVar("Row", Trace, Score, Weight)
-
-
-def by_trace(rows: Iterable[Row]) -> dict[Key, Row]:
-    """Rows by (question id, trace index).
-
-    Raises:
-        ValueError: naming an identity that occurs twice.
-    """
-    found: dict[Key, Row] = {}
-    for row in rows:
-        key = (row.question_id, row.trace_index)
-        if key in found:
-            raise ValueError(
-                f"trace {key[1]} of question {key[0]!r} occurs twice; remove the stage's folder, rerun it."
-            )
-        found[key] = row
-    return found
-
-
-def answers_by_trace(answers: Iterable[Answer]) -> dict[Key, list[Answer]]:
-    """Answers of each trace, in the order of their indices.
-
-    Raises:
-        ValueError: naming an identity that occurs twice.
-    """
-    found: dict[Key, list[Answer]] = defaultdict(list)
-    for answer in sorted(answers, key=lambda row: row.answer_index):
-        group = found[answer.question_id, answer.trace_index]
-        if group and group[-1].answer_index == answer.answer_index:
-            raise ValueError(
-                f"answer {answer.answer_index} of trace {answer.trace_index} of question {answer.question_id!r} occurs "
-                "twice; remove the stage's folder, rerun it."
-            )
-        group.append(answer)
-    return found
-
-
-def count_correct(answers: Sequence[Answer]) -> int:
-    """How many of a trace's or question's answers are correct.
-
-    Raises:
-        ValueError: naming an answer without a verdict.
-    """
-    for answer in answers:
-        if answer.correct is None:
-            raise ValueError(
-                f"answer {answer.answer_index} of trace {answer.trace_index} of question {answer.question_id!r} has no "
-                "verdict; run `megavar verify`."
-            )
-    return sum(bool(answer.correct) for answer in answers)
+from megavar.joins import Key, answers_by_trace, by_trace
+from megavar.records import Answer, AnswerFinish, Question, TokenIds, Trace, TrainSequence, Weight, WeightStatus
 
 
 def gold_sequences(questions: Sequence[Question], templates: Templates, longest: int) -> list[TrainSequence]:
@@ -133,11 +79,11 @@ def policy_sequences(
     sequences = []
     for weight in _with_weight(weights):
         question = _question_of(question_of, weight)
-        if weight.status == "gold":
+        if weight.status == WeightStatus.GOLD:
             sequences.append(_gold(question, templates, weight.weight))
             continue
         trace, prompt = _trace_of(trace_of, weight), templates.policy_prompt(question)
-        if answers_used == "reference" or weight.status == "no_correct_trace":
+        if answers_used == "reference" or weight.status == WeightStatus.NO_CORRECT_TRACE:
             written = [templates.answer(question)]
         else:
             distinct = _distinct_correct(answers_of[weight.question_id, weight.trace_index], weight)
@@ -189,8 +135,8 @@ def _distinct_correct(answers: Sequence[Answer], weight: Weight) -> list[TokenId
             )
     correct = [answer for answer in answers if answer.correct]
     if not correct:
-        raise ValueError(f"{_name(weight)} has weight but no correct answer; use objective.answers=reference.")
-    complete = [answer for answer in correct if answer.finish == "stop"] or correct
+        raise ValueError(f"{_name(weight)} has weight but no correct answer; use objective.train_answers=reference.")
+    complete = [answer for answer in correct if answer.finish == AnswerFinish.STOP] or correct
     return list({answer.answer_ids.tobytes(): answer.answer_ids for answer in complete}.values())
 
 

@@ -1,18 +1,17 @@
-"""Registry of the model families."""
-
-from collections.abc import Callable
+"""Registry of the model families, by `model_type`: one file and one line each."""
 
 from megavar.models import qwen2, qwen3, qwen3_moe
 from megavar.models.dims import ModelDims
+from megavar.models.family import Family
 from megavar.models.ops import Operator
 
-FAMILIES: dict[str, Callable[[ModelDims], list[Operator]]] = {
-    "qwen2": qwen2.operators,
-    "qwen3": qwen3.operators,
-    "qwen3_moe": qwen3_moe.operators,
+FAMILIES: dict[str, Family] = {
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
 }
 
 
 def operators(dims: ModelDims) -> list[Operator]:
     """The operators of the family of `dims`."""
-    return FAMILIES[dims.family](dims)
+    return FAMILIES[dims.family].operators(dims)

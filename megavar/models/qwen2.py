@@ -1,6 +1,7 @@
 """Qwen2 and Qwen2.5, dense: biases on query, key and value."""
 
 from megavar.models.dims import ModelDims
+from megavar.models.family import Family
 from megavar.models.ops import InterleaveQkv, Operator, Rename, StackGateUp
 
 LAYER = "model.layers.{layer}."
@@ -43,3 +44,6 @@ def dense_mlp() -> list[Operator]:
         StackGateUp(source + "gate_proj.weight", source + "up_proj.weight", target + "linear_fc1.weight"),
         Rename(source + "down_proj.weight", target + "linear_fc2.weight", ("hidden_size", "ffn_size")),
     ]
+
+
+FAMILY = Family(operators, qkv_bias=True)

@@ -2,6 +2,7 @@
 
 from megavar.models import qwen2
 from megavar.models.dims import ModelDims
+from megavar.models.family import Family
 from megavar.models.ops import Operator, Rename
 
 
@@ -14,3 +15,6 @@ def head_norms() -> list[Operator]:
     """The norms of a head's query and key, shared by the heads of a layer."""
     source, target = qwen2.LAYER + "self_attn.", qwen2.DECODER + "self_attention."
     return [Rename(f"{source}{part}_norm.weight", f"{target}{part}_layernorm.weight", ("head_dim",)) for part in "qk"]
+
+
+FAMILY = Family(operators, qk_norm=True, head_dim=128, required={"attention_bias": False})

@@ -2,6 +2,7 @@
 
 from megavar.models import qwen2, qwen3
 from megavar.models.dims import ModelDims
+from megavar.models.family import Family
 from megavar.models.ops import Operator, Rename, StackGateUp
 
 EXPERT = qwen2.LAYER + "mlp.experts.{expert}."
@@ -22,3 +23,11 @@ def _mixture() -> list[Operator]:
         StackGateUp(EXPERT + "gate_proj.weight", EXPERT + "up_proj.weight", EXPERTS + "linear_fc1.weight"),
         Rename(EXPERT + "down_proj.weight", EXPERTS + "linear_fc2.weight", ("hidden_size", "ffn_size")),
     ]
+
+
+FAMILY = Family(
+    operators,
+    qk_norm=True,
+    is_mixture=True,
+    required={"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+)

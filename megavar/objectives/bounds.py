@@ -13,8 +13,8 @@ from math import comb
 import numpy as np
 from numpy.typing import NDArray
 
-from megavar.objectives.weights import check_traces, effective_sample_size, log_answer, log_ratio
-from megavar.records import Bound, Float64, Score, Weight
+from megavar.objectives.importance import check_traces, effective_sample_size, log_answer, log_ratio
+from megavar.records import Bound, Score, Weight
 
 MOST_SUBSETS = 2_000
 """Subsets of K traces beyond which a fixed draw of that many stands for all."""
@@ -68,7 +68,7 @@ def question_bounds(scores: Sequence[Score], truncated: Sequence[bool], weights:
         num_traces=len(whole),
         bounds=multi_trace_bounds(ratios + answers).astype(np.float32),
         bounds_geometric_mean=multi_trace_bounds(means + mean_answers).astype(np.float32),
-        kl_posterior_policy=Float64(float(-ratios.mean())),
-        ess=Float64(effective_sample_size(np.abs(shares))),
-        weight_entropy=Float64(float(-(positive * np.log(positive)).sum())),
+        kl_posterior_policy=float(-ratios.mean()),
+        ess=effective_sample_size(np.abs(shares)),
+        weight_entropy=float(-(positive * np.log(positive)).sum()),
     )

@@ -1,13 +1,14 @@
 """The one-trace bound's policy weights (method.md, equation 2): the mean of the ELBO's gradients over K traces.
 
 Every trace counts alike, however unlikely its answer: this is IWAE with K = 1, averaged. It takes an answer after every
-trace, and so the reference answer (`objective.answers=reference`).
+trace, and so the reference answer (`objective.train_answers=reference`).
 """
 
 from collections.abc import Sequence
 
 from megavar.config.schema import ObjectiveConfig
-from megavar.objectives.weights import check_traces, log_answer, log_ratio, make_weights
+from megavar.objectives.base import Objective
+from megavar.objectives.importance import check_traces, log_answer, log_ratio, make_weights
 from megavar.records import Score, Weight
 
 
@@ -20,5 +21,8 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
     check_traces(scores, truncated)
     pairs = list(zip(scores, truncated, strict=True))
     ratios = [0.0 if cut else log_ratio(score, config.ratio) for score, cut in pairs]
-    answers = [float("-inf") if cut else log_answer(score, config.answer) for score, cut in pairs]
+    answers = [float("-inf") if cut else log_answer(score, config.answer_estimator) for score, cut in pairs]
     return make_weights(scores, truncated, ratios, answers, shares=[0.0 if cut else 1.0 for cut in truncated])
+
+
+OBJECTIVE = Objective(weigh, needs_reference_answer=True)

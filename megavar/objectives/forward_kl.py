@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from megavar.config.schema import ObjectiveConfig
-from megavar.objectives.weights import check_traces, log_answer, make_weights
+from megavar.objectives.base import Objective
+from megavar.objectives.importance import check_traces, log_answer, make_weights
 from megavar.records import Score, Weight
 
 
@@ -18,3 +19,6 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
         float("-inf") if cut else log_answer(score, "accuracy") for score, cut in zip(scores, truncated, strict=True)
     ]
     return make_weights(scores, truncated, [0.0] * len(scores), answers)
+
+
+OBJECTIVE = Objective(weigh, posterior_source="rollout", weights_from_log_weights=True)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from math import sqrt
 
 from megavar.config.schema import ObjectiveConfig
-from megavar.objectives.weights import implied_weights
+from megavar.objectives.base import ImpliedWeight, Objective
+from megavar.objectives.importance import implied_weights
 from megavar.records import Score, Weight
 
 
@@ -23,3 +24,8 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
         ValueError: if a score lacks what the settings need, or the scores are not those of one question.
     """
     return implied_weights(scores, truncated, config, question_weight)
+
+
+OBJECTIVE = Objective(
+    weigh, compares_answers=True, implied_weight=ImpliedWeight("GRPO: sqrt(P / (1 - P))", question_weight)
+)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megavar.config.schema import ObjectiveConfig
-from megavar.objectives.weights import check_traces, gold_weight, log_answer, log_ratio, make_weights
-from megavar.records import Score, Weight
+from megavar.objectives.base import ImpliedWeight, Objective
+from megavar.objectives.importance import check_traces, gold_weight, log_answer, log_ratio, make_weights
+from megavar.records import Score, Weight, WeightStatus
 
 
 def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveConfig) -> list[Weight]:
@@ -20,12 +21,15 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
         ValueError: if a score lacks what the settings need, or the scores are not those of one question.
     """
     check_traces(scores, truncated)
-    weights = _weigh(scores, truncated, config.ratio, config.answer)
+    weights = _weigh(scores, truncated, config.ratio, config.answer_estimator)
     if any(weight.weight > 0 for weight in weights) or config.on_no_correct_trace == "drop":
         return weights
     if config.on_no_correct_trace == "geometric_mean":
         fallback = _weigh(scores, truncated, config.ratio, "geometric_mean")
-        return [replace(row, status="no_correct_trace") if row.status == "ok" else row for row in fallback]
+        return [
+            replace(row, status=WeightStatus.NO_CORRECT_TRACE) if row.status == WeightStatus.OK else row
+            for row in fallback
+        ]
     return [*weights, gold_weight(scores[0])]
 
 
@@ -34,3 +38,11 @@ def _weigh(scores: Sequence[Score], truncated: Sequence[bool], ratio: str, answe
     ratios = [0.0 if cut else log_ratio(score, ratio) for score, cut in pairs]
     answers = [float("-inf") if cut else log_answer(score, answer) for score, cut in pairs]
     return make_weights(scores, truncated, ratios, answers)
+
+
+OBJECTIVE = Objective(
+    weigh,
+    has_fallback=True,
+    weights_from_log_weights=True,
+    implied_weight=ImpliedWeight("IWAE, forward KL: 1", lambda probability: 1.0),
+)

@@ -8,8 +8,9 @@ is trained on. Weight 1; mix the gold data in with `policy.mix_gold=true`, as th
 from collections.abc import Sequence
 
 from megavar.config.schema import ObjectiveConfig
+from megavar.objectives.base import Objective
+from megavar.objectives.importance import best_trace, check_traces, gold_weight, log_answer, log_ratio
 from megavar.objectives.reference_gml import LONGEST_TRACE
-from megavar.objectives.weights import best_trace, check_traces, gold_weight, log_answer, log_ratio
 from megavar.records import Score, Weight
 
 
@@ -29,3 +30,6 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
     ]
     weights = best_trace(scores, truncated, ratios, answers)
     return weights if any(row.weight for row in weights) else [*weights, gold_weight(scores[0])]
+
+
+OBJECTIVE = Objective(weigh, needs_gold_traces=True)

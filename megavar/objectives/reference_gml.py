@@ -7,7 +7,8 @@ mix the gold data in with `policy.mix_gold=true`, as those scripts do.
 from collections.abc import Sequence
 
 from megavar.config.schema import ObjectiveConfig
-from megavar.objectives.weights import best_trace, check_traces, log_answer, log_ratio
+from megavar.objectives.base import Objective
+from megavar.objectives.importance import best_trace, check_traces, log_answer, log_ratio
 from megavar.records import Score, Weight
 
 LONGEST_TRACE = 28_000
@@ -27,3 +28,6 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
         for score, out in zip(scores, left_out, strict=True)
     ]
     return best_trace(scores, truncated, ratios, answers)
+
+
+OBJECTIVE = Objective(weigh, needs_reference_answer=True)

@@ -4,6 +4,9 @@ P_theta is taken where the traces were sampled. That is exact for the first step
 (`policy.init=sft`), where REINFORCE and RFT have one gradient, so the weights are RFT's; RFT trains from the base.
 """
 
+from megavar.objectives.base import ImpliedWeight, Objective
 from megavar.objectives.rft import question_weight, weigh
 
-__all__ = ["question_weight", "weigh"]
+OBJECTIVE = Objective(
+    weigh, weights_from_log_weights=True, implied_weight=ImpliedWeight("REINFORCE: P", question_weight)
+)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from megavar.config.schema import ObjectiveConfig
-from megavar.objectives.weights import check_traces, log_answer, log_ratio, make_weights
+from megavar.objectives.base import Objective
+from megavar.objectives.importance import check_traces, log_answer, log_ratio, make_weights
 from megavar.records import Score, Weight
 
 
@@ -26,7 +27,7 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
     check_traces(scores, truncated)
     pairs = list(zip(scores, truncated, strict=True))
     ratios = [0.0 if cut else log_ratio(score, "sequence") for score, cut in pairs]
-    answers = [float("-inf") if cut else _log_answer(score, config.answer) for score, cut in pairs]
+    answers = [float("-inf") if cut else _log_answer(score, config.answer_estimator) for score, cut in pairs]
     whole = [index for index, cut in enumerate(truncated) if not cut]
     values = np.array([ratios[index] + answers[index] for index in whole])
     shares = np.zeros(len(scores))
@@ -42,3 +43,6 @@ def _log_answer(score: Score, answer: str) -> float:
     log_answer(score, answer)  # checks the counts
     assert score.num_answers is not None and score.num_correct is not None
     return float(np.log((score.num_correct + 0.5) / (score.num_answers + 1)))
+
+
+OBJECTIVE = Objective(weigh, posterior_source="reverse_kl")

@@ -6,7 +6,8 @@ On traces of the policy itself this is the usual RFT: each correct one counts 1 
 from collections.abc import Sequence
 
 from megavar.config.schema import ObjectiveConfig
-from megavar.objectives.weights import implied_weights
+from megavar.objectives.base import ImpliedWeight, Objective
+from megavar.objectives.importance import implied_weights
 from megavar.records import Score, Weight
 
 
@@ -22,3 +23,6 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
         ValueError: if a score lacks what the settings need, or the scores are not those of one question.
     """
     return implied_weights(scores, truncated, config, question_weight)
+
+
+OBJECTIVE = Objective(weigh, weights_from_log_weights=True, implied_weight=ImpliedWeight("RFT: P_ref", question_weight))

@@ -6,8 +6,9 @@ Departs from the other objectives in that the weights of a question sum to its n
 from collections.abc import Sequence
 
 from megavar.config.schema import ObjectiveConfig
-from megavar.objectives.weights import check_traces
-from megavar.records import Float64, Score, Weight
+from megavar.objectives.base import Objective
+from megavar.objectives.importance import check_traces
+from megavar.records import Score, Weight, WeightStatus
 
 
 def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveConfig) -> list[Weight]:
@@ -21,8 +22,9 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
 
 
 def _weight(score: Score, cut: bool) -> Weight:
-    log_answer, weight = (Float64(float("-inf")), Float64(0.0)) if cut else (Float64(0.0), Float64(1.0))
-    status = "truncated" if cut else "ok"
-    return Weight(
-        score.question_id, score.trace_index, score.round, Float64(0.0), log_answer, log_answer, weight, status
-    )
+    log_answer, weight = (float("-inf"), 0.0) if cut else (0.0, 1.0)
+    status = WeightStatus.TRUNCATED if cut else WeightStatus.OK
+    return Weight(score.question_id, score.trace_index, score.round, 0.0, log_answer, log_answer, weight, status)
+
+
+OBJECTIVE = Objective(weigh, needs_reference_answer=True)

@@ -1,6 +1,6 @@
 """What the sampling stage asks of a serving engine: requests in, generated token ids and log-probs out.
 
-The stages know this file only; `sglang.py` is the one engine there is. A new engine implements `Engine` and
+The stages know this file only; `sglang_client.py` is the one engine there is. A new engine implements `Engine` and
 passes the tests of `tests/rollout/test_generation.py`.
 """
 

@@ -1,6 +1,6 @@
 """The servers a client talks to: which one takes the next request, and which are out of use for now.
 
-Knows no HTTP: `sglang.py` reports how requests ended and supplies the coroutine that brings a worker back.
+Knows no HTTP: `sglang_client.py` reports how requests ended and supplies the coroutine that brings a worker back.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Samples traces and answers from SGLang servers onto disk, asking only for what is not there yet."""
+"""Samples traces from q and answers from the policy, from SGLang servers to disk; only what is missing is requested."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -9,10 +9,14 @@ import numpy as np
 
 from megavar.config.schema import SampleConfig
 from megavar.data.templates import Templates
-from megavar.data.tokens import answers_by_trace, by_trace
-from megavar.records import Answer, Question, RecordWriter, TokenIds, Trace
+from megavar.joins import answers_by_trace, by_trace
+from megavar.ranks import on_rank_zero
+from megavar.records import Answer, AnswerFinish, Question, RecordWriter, Sampler, TokenIds, Trace, TraceFinish
 from megavar.rollout.engine import Engine, GenerateRequest, Generation
-from megavar.rollout.running import run_requests
+from megavar.rollout.requests import run_requests
+from megavar.rollout.service import RolloutService
+from megavar.runs.folder import Run
+from megavar.stages.run_files import round_questions, sampler_folder, templates
 
 Key = tuple[str, int]
 
@@ -27,11 +31,44 @@ class Sampling:
     round_index: int
 
 
+def execute(run: Run, service: RolloutService) -> None:
+    """K traces a question from q or the policy, then n answers a trace from the policy."""
+    on_rank_zero(lambda: _sample(run, service))
+
+
+def _sample(run: Run, service: RolloutService) -> None:
+    config, questions, prompts = run.config, round_questions(run), templates(run)
+    sampling = Sampling(config.sample, prompts, config.seed, run.round_index)
+    sampler = Sampler(config.sample.sampler)
+    prompt_of = prompts.posterior_prompt if sampler == Sampler.POSTERIOR else prompts.policy_prompt
+
+    async def traces(engine: Engine) -> list[Trace]:
+        folder = run.round / "traces"
+        return await sample_traces(engine, questions, prompt_of, sampler, config.sample.num_traces, sampling, folder)
+
+    async def answers(engine: Engine) -> list[Answer]:
+        num_answers, folder = config.sample.num_answers, run.round / "answers"
+        return await sample_answers(engine, sampled, questions, num_answers, sampling, folder)
+
+    sampled = service.run(sampler_folder(run), traces)
+    service.run(run.reference, answers)
+
+
+async def sample_policy(
+    engine: Engine, questions: Sequence[Question], sampling: Sampling, num_traces: int, num_answers: int, folder: Path
+) -> tuple[list[Trace], list[Answer]]:
+    """Traces of the served policy and answers after them, into `folder`/traces and `folder`/answers."""
+    prompt_of = sampling.templates.policy_prompt
+    traces = await sample_traces(engine, questions, prompt_of, Sampler.POLICY, num_traces, sampling, folder / "traces")
+    answers = await sample_answers(engine, traces, questions, num_answers, sampling, folder / "answers")
+    return traces, answers
+
+
 async def sample_traces(
     engine: Engine,
     questions: Sequence[Question],
     prompt_of: Callable[[Question], TokenIds],
-    sampler: str,
+    sampler: Sampler,
     num_traces: int,
     sampling: Sampling,
     folder: Path,
@@ -41,7 +78,7 @@ async def sample_traces(
     Args:
         engine: serving the model to sample from.
         prompt_of: the prompt that the sampler is shown.
-        sampler: `policy` or `posterior`, as recorded.
+        sampler: as recorded.
 
     Returns:
         All traces, those sampled by an earlier, interrupted call included.
@@ -123,7 +160,7 @@ async def sample_answers(
         key = (trace.question_id, trace.trace_index)
         present = {answer.answer_index for answer in have[key]}
         missing[key] = [index for index in range(num_answers) if index not in present]
-        if trace.finish == "closed" and missing[key]:
+        if trace.finish == TraceFinish.CLOSED and missing[key]:
             request = GenerateRequest(
                 np.concatenate([prompt_of[trace.question_id], trace.trace_ids]),
                 max_tokens=config.max_answer_tokens,
@@ -167,17 +204,17 @@ async def _run(
         writer.flush()
 
 
-def _trace_finish(generation: Generation, templates: Templates) -> str:
+def _trace_finish(generation: Generation, templates: Templates) -> TraceFinish:
     """`closed` only if the trace ends with its close marker: one that ended its turn instead is not usable."""
     if generation.finish == "length":
-        return "length"
+        return TraceFinish.LENGTH
     close = templates.close_token
     if close is None:
         closed = templates.config.close_marker in generation.text
     else:
         closed = len(generation.ids) > 0 and int(generation.ids[-1]) == close
-    return "closed" if closed and generation.finish == "stop" else "aborted"
+    return TraceFinish.CLOSED if closed and generation.finish == "stop" else TraceFinish.ABORTED
 
 
-def _answer_finish(generation: Generation) -> str:
-    return "aborted" if generation.finish == "abort" else generation.finish
+def _answer_finish(generation: Generation) -> AnswerFinish:
+    return AnswerFinish.ABORTED if generation.finish == "abort" else AnswerFinish(generation.finish)

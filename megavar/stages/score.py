@@ -1,121 +1,164 @@
 """Scores every trace under the policy and the posterior, by the training engine's forward on all ranks."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from megavar.checkpoints.convert import Model
 from megavar.config.schema import ParallelConfig, PrecisionConfig, ScoreConfig
 from megavar.data.templates import Templates
-from megavar.data.tokens import answers_by_trace, by_trace, count_correct
-from megavar.models.convert import Model
+from megavar.joins import answers_by_trace, by_trace, count_correct
 from megavar.progress import ProgressLine
-from megavar.records import Answer, LogProbs, Question, RecordWriter, Score, Trace, TrainSequence
-from megavar.training.parallel import barrier, is_rank_zero
-from megavar.training.score import Scorer
+from megavar.ranks import barrier, from_rank_zero, is_rank_zero
+from megavar.records import Answer, LogProbs, Question, RecordWriter, Score, Trace, TraceFinish, TrainSequence
+from megavar.rollout.service import RolloutService
+from megavar.runs.folder import Run
+from megavar.stages.run_files import read_output, round_questions, sampler_folder, templates
+from megavar.training.scorer import Scorer
 
 
-def score_traces(
-    questions: Sequence[Question],
-    traces: Sequence[Trace],
-    answers: Sequence[Answer],
-    policy: Path,
-    posterior: Path,
-    config: ScoreConfig,
-    parallel: ParallelConfig,
-    precision: PrecisionConfig,
-    templates: Templates,
-    folder: Path,
-) -> None:
-    """Write a `Score` for every trace to `folder`; every rank calls it with the same records.
+@dataclass(frozen=True)
+class Scoring:
+    """How sequences are scored, whatever the model."""
+
+    config: ScoreConfig
+    parallel: ParallelConfig
+    precision: PrecisionConfig
+
+
+@dataclass(frozen=True)
+class TraceSet:
+    """What is scored; rank 0 reads it, and the other ranks only run the models."""
+
+    questions: Sequence[Question]
+    traces: Sequence[Trace]
+    answers: Sequence[Answer]
+    """Verified ones of those traces."""
+    templates: Templates
+
+    @property
+    def closed(self) -> list[Trace]:
+        """Truncated traces are not scored."""
+        return [trace for trace in self.traces if trace.finish == TraceFinish.CLOSED]
+
+
+def execute(run: Run, service: RolloutService) -> None:
+    """Log-probs of every trace under the policy that the round starts with, and under the model it was sampled from."""
+    config = run.config
+    trace_set = None
+    if is_rank_zero():
+        traces, answers = read_output(run.round / "traces", Trace), read_output(run.round / "verified", Answer)
+        trace_set = TraceSet(round_questions(run), traces, answers, templates(run))
+    scoring = Scoring(config.score, config.parallel, config.precision)
+    score_traces(trace_set, run.reference, sampler_folder(run), scoring, run.round / "scores")
+
+
+def score_traces(trace_set: TraceSet | None, policy: Path, sampler: Path, scoring: Scoring, folder: Path) -> None:
+    """Write a `Score` for every trace to `folder`; every rank calls it, with the traces on rank 0 and None elsewhere.
 
     log pi(z|x) and log pi(y'|x, z) of the reference answer come from one forward of the policy, log q(z|x, y') from
-    one of the posterior, under the prompt it was sampled with; where the policy itself drew the traces they are the
-    same, and one forward gives both. Truncated traces get empty log-probs. Finished chunks of an interrupted call are
+    one of the posterior, under the prompt it was sampled with. Where the policy itself sampled the traces the two are
+    equal, and one forward gives both. Truncated traces get empty log-probs. Finished chunks of an interrupted call are
     kept.
 
     Args:
-        posterior: who drew the traces; it may be `policy`.
+        sampler: the model that the traces were sampled from, a Hugging Face folder; may equal `policy`.
 
     Raises:
-        ValueError: if kept rows are not of these traces.
+        ValueError: if existing rows are not of these traces.
     """
-    question_of = {question.id: question for question in questions}
-    closed = [trace for trace in traces if trace.finish == "closed"]
-    counts = {key: (len(group), count_correct(group)) for key, group in answers_by_trace(answers).items()}
+    first = RecordWriter(folder / "policy", Score, flush_seconds=0.0)
+    last = RecordWriter(folder, Score, flush_seconds=0.0)
+    _score_all(policy, first, scoring, None if trace_set is None else _under_policy(trace_set))
+    if sampler != policy:
+        _score_all(sampler, last, scoring, None if trace_set is None else _under_posterior(trace_set, first))
+    if trace_set is None:
+        return
+    if sampler == policy:
+        existing = by_trace(last.existing())
+        rows = by_trace(first.existing())
+        last.append(*(replace(row, logp_posterior=row.logp_policy) for key, row in rows.items() if key not in existing))
+    nothing = np.zeros(0, np.float32)
+    for trace in trace_set.traces:
+        if trace.finish != TraceFinish.CLOSED:
+            key = (trace.question_id, trace.trace_index)
+            last.append(Score(*key, trace.round, nothing, nothing, nothing, None, None))
+    last.finish()
 
-    def under_policy(trace: Trace) -> TrainSequence:
+
+@dataclass(frozen=True)
+class _Pass:
+    """The traces to score under one model: their sequences, and their records once scored."""
+
+    traces: list[Trace]
+    sequence_of: Callable[[Trace], TrainSequence]
+    record_of: Callable[[Trace, LogProbs], Score]
+
+
+def _under_policy(trace_set: TraceSet) -> _Pass:
+    question_of = {question.id: question for question in trace_set.questions}
+    counts = {key: (len(group), count_correct(group)) for key, group in answers_by_trace(trace_set.answers).items()}
+
+    def sequence(trace: Trace) -> TrainSequence:
         question = question_of[trace.question_id]
-        target = np.concatenate([trace.trace_ids, templates.answer(question)])
-        return TrainSequence(templates.policy_prompt(question), target, 1.0)
+        target = np.concatenate([trace.trace_ids, trace_set.templates.answer(question)])
+        return TrainSequence(trace_set.templates.policy_prompt(question), target, 1.0)
 
-    def policy_score(trace: Trace, logps: LogProbs) -> Score:
+    def record(trace: Trace, logps: LogProbs) -> Score:
         key, length = (trace.question_id, trace.trace_index), len(trace.trace_ids)
         num_answers, num_correct = counts.get(key, (None, None))
         return Score(*key, trace.round, logps[:length], None, logps[length:], num_answers, num_correct)
 
-    half_done = RecordWriter(folder / "policy", Score, flush_seconds=0.0)
-    _score_all(policy, closed, under_policy, policy_score, half_done, config, parallel, precision)
-
-    first = by_trace(half_done.existing())
-    writer = RecordWriter(folder, Score, flush_seconds=0.0)
-    if posterior != policy:
-        _score_all(
-            posterior,
-            closed,
-            lambda trace: TrainSequence(trace.prompt_ids, trace.trace_ids, 1.0),
-            lambda trace, logps: replace(first[trace.question_id, trace.trace_index], logp_posterior=logps),
-            writer,
-            config,
-            parallel,
-            precision,
-        )
-    elif is_rank_zero():
-        have = by_trace(writer.existing())
-        writer.append(*(replace(row, logp_posterior=row.logp_policy) for key, row in first.items() if key not in have))
-    if is_rank_zero():
-        nothing = np.zeros(0, np.float32)
-        for trace in traces:
-            if trace.finish != "closed":
-                key = (trace.question_id, trace.trace_index)
-                writer.append(Score(*key, trace.round, nothing, nothing, nothing, None, None))
-        writer.finish()
+    return _Pass(trace_set.closed, sequence, record)
 
 
-def _score_all(
-    model: Path,
-    traces: Sequence[Trace],
-    sequence_of: Callable[[Trace], TrainSequence],
-    record_of: Callable[[Trace, LogProbs], Score],
-    writer: RecordWriter,
-    config: ScoreConfig,
-    parallel: ParallelConfig,
-    precision: PrecisionConfig,
-) -> None:
-    have = by_trace(writer.existing())
-    for trace in traces:
-        row = have.get((trace.question_id, trace.trace_index))
-        if row is not None and (row.round, len(row.logp_policy)) != (trace.round, len(trace.trace_ids)):
-            raise ValueError(
-                f"a kept score of trace {trace.trace_index} of question {trace.question_id!r} is of another trace; "
-                "remove the stage's folder and run `megavar score` again."
-            )
-    pending = [trace for trace in traces if (trace.question_id, trace.trace_index) not in have]
-    barrier()  # every rank has read what is there before rank 0 adds to it
-    if not pending:
+def _under_posterior(trace_set: TraceSet, under_policy: RecordWriter) -> _Pass:
+    rows = by_trace(under_policy.existing())
+    return _Pass(
+        trace_set.closed,
+        lambda trace: TrainSequence(trace.prompt_ids, trace.trace_ids, 1.0),
+        lambda trace, logps: replace(rows[trace.question_id, trace.trace_index], logp_posterior=logps),
+    )
+
+
+def _score_all(model: Path, writer: RecordWriter, scoring: Scoring, scored: _Pass | None) -> None:
+    pending: list[Trace] = []
+
+    def sequences_to_score() -> list[TrainSequence]:
+        assert scored is not None
+        pending.extend(_without_existing(scored.traces, writer))
+        return [scored.sequence_of(trace) for trace in pending]
+
+    sequences = from_rank_zero(sequences_to_score)
+    if not sequences:
         return
-    scorer = Scorer(Model(model), parallel, precision)
+    scorer = Scorer(Model(model), scoring.parallel, scoring.precision)
+    config = scoring.config
     with ProgressLine(f"scores under {model}", show=is_rank_zero()) as progress:
         num_tokens = 0
-        for start in range(0, len(pending), config.chunk_sequences):
-            chunk = pending[start : start + config.chunk_sequences]
-            sequences = [sequence_of(trace) for trace in chunk]
-            found = scorer.score(sequences, config.temperature, config.microbatch_tokens)
-            if found is not None:
-                writer.append(*(record_of(trace, logps) for trace, logps in zip(chunk, found, strict=True)))
-            num_tokens += sum(sequence.num_tokens for sequence in sequences)
+        for start in range(0, len(sequences), config.chunk_sequences):
+            chunk = sequences[start : start + config.chunk_sequences]
+            logps_of = scorer.score(chunk, config.temperature, config.microbatch_tokens)
+            if scored is not None and logps_of is not None:
+                traces = pending[start : start + config.chunk_sequences]
+                writer.append(*(scored.record_of(*pair) for pair in zip(traces, logps_of, strict=True)))
+            num_tokens += sum(sequence.num_tokens for sequence in chunk)
             rate = num_tokens / progress.seconds
-            progress.update(start + len(chunk), len(pending), f"traces, {rate:,.0f} tokens/s")
+            progress.update(start + len(chunk), len(sequences), f"traces, {rate:,.0f} tokens/s")
     scorer.release()
     barrier()
+
+
+def _without_existing(traces: Sequence[Trace], writer: RecordWriter) -> list[Trace]:
+    """Those without a row on disk; a row must be of the trace with its identity."""
+    existing = by_trace(writer.existing())
+    for trace in traces:
+        row = existing.get((trace.question_id, trace.trace_index))
+        if row is not None and (row.round, len(row.logp_policy)) != (trace.round, len(trace.trace_ids)):
+            raise ValueError(
+                f"an existing score of trace {trace.trace_index} of question {trace.question_id!r} is of another "
+                f"trace; remove {writer.folder} and run `megavar score` again."
+            )
+    return [trace for trace in traces if (trace.question_id, trace.trace_index) not in existing]

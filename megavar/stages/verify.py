@@ -8,9 +8,23 @@ import numpy as np
 
 from megavar.config.schema import VerifyConfig
 from megavar.progress import ProgressLine
-from megavar.records import Answer, Question, RecordWriter, identity
+from megavar.ranks import on_rank_zero
+from megavar.records import Answer, Question, RecordWriter, Verdict, identity
+from megavar.rollout.service import RolloutService
+from megavar.runs.folder import Run
+from megavar.stages.run_files import read_output, round_questions
 from megavar.verifiers import get_verifier
 from megavar.verifiers.pool import VerifyJob, verify_all
+
+
+def execute(run: Run, service: RolloutService) -> None:
+    """A verdict for every answer of the round."""
+
+    def work() -> None:
+        answers, flush_seconds = read_output(run.round / "answers", Answer), run.config.sample.flush_seconds
+        verify_answers(round_questions(run), answers, run.config.verify, flush_seconds, run.round / "verified")
+
+    on_rank_zero(work)
 
 
 def verify_answers(
@@ -28,13 +42,13 @@ def verify_answers(
     have = {identity(row) for row in verified}
     pending = [answer for answer in answers if identity(answer) not in have]
     question_of = {question.id: question for question in questions}
-    jobs = [_job(answer, question_of) for answer in pending]
+    jobs = [_job(answer, question_of, config.plugins) for answer in pending]
     with ProgressLine("verdicts") as progress:
         num_verified = 0
 
         def keep(index: int, verdict: str) -> None:
             nonlocal num_verified
-            writer.append(replace(pending[index], correct=verdict == "correct", verdict=verdict))
+            writer.append(replace(pending[index], correct=verdict == Verdict.CORRECT, verdict=verdict))
             num_verified += 1
             progress.update(num_verified, len(jobs), "answers")
 
@@ -46,11 +60,11 @@ def verify_answers(
     return list(writer.existing())
 
 
-def _job(answer: Answer, question_of: dict[str, Question]) -> VerifyJob:
+def _job(answer: Answer, question_of: dict[str, Question], plugins: Sequence[str]) -> VerifyJob:
     if answer.question_id not in question_of:
         raise ValueError(f"{_name(answer)} has no question in the question file; restore that, or sample again.")
     question = question_of[answer.question_id]
-    return VerifyJob(get_verifier(question.verifier), answer.text, question.answer)
+    return VerifyJob(get_verifier(question.verifier, plugins), answer.text, question.answer)
 
 
 def _refuse_others(verified: Sequence[Answer], answers: Sequence[Answer], folder: Path) -> None:

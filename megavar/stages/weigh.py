@@ -7,11 +7,29 @@ from pathlib import Path
 import numpy as np
 
 from megavar.config.schema import ObjectiveConfig
-from megavar.data.tokens import answers_by_trace, count_correct
+from megavar.joins import answers_by_trace, count_correct
 from megavar.objectives import get_objective
 from megavar.objectives.bounds import question_bounds
-from megavar.objectives.weights import effective_sample_size
-from megavar.records import Answer, Bound, Float64, Score, Trace, Weight, write_records
+from megavar.objectives.importance import effective_sample_size
+from megavar.ranks import on_rank_zero
+from megavar.records import Answer, Bound, Score, Trace, TraceFinish, Weight, WeightStatus, write_records
+from megavar.rollout.service import RolloutService
+from megavar.runs.folder import Run
+from megavar.stages.run_files import log_values, read_output
+
+
+def execute(run: Run, service: RolloutService) -> None:
+    """The weight of every trace among those of its question."""
+
+    def work() -> None:
+        traces, scores = read_output(run.round / "traces", Trace), read_output(run.round / "scores", Score)
+        objective = run.config.objective
+        values = weigh_traces(traces, scores, objective.name, objective, run.round / "weights")
+        if run.config.score.temperature == run.config.sample.temperature:
+            values["largest_engine_difference"] = engine_difference(traces, scores)
+        log_values(run, "weigh", {run.round_index: values})
+
+    on_rank_zero(work)
 
 
 def weigh_traces(
@@ -30,13 +48,13 @@ def weigh_traces(
     if scored != finish_of.keys() or len(scored) != len(scores):
         odd = sorted(scored ^ finish_of.keys())
         raise ValueError(f"scores and traces differ in {odd[:3] or 'doubled rows'}; run `megavar score` again.")
-    weigh = get_objective(objective)
+    weigh = get_objective(objective).weigh
     weights: list[Weight] = []
     sizes: list[float] = []
     bounds: list[Bound] = []
     for question_id in sorted(of_question):
         every = sorted(of_question[question_id], key=lambda score: score.trace_index)
-        truncated = [finish_of[question_id, score.trace_index] != "closed" for score in every]
+        truncated = [finish_of[question_id, score.trace_index] != TraceFinish.CLOSED for score in every]
         group = every[: config.num_traces]
         found = weigh(group, truncated[: len(group)], config)
         weights += found + [_unused(score) for score in every[len(group) :]]
@@ -59,8 +77,7 @@ def weigh_traces(
 
 def _unused(score: Score) -> Weight:
     """A trace beyond `objective.num_traces`."""
-    nothing = Float64(0.0)
-    return Weight(score.question_id, score.trace_index, score.round, nothing, nothing, nothing, nothing, "unused")
+    return Weight(score.question_id, score.trace_index, score.round, 0.0, 0.0, 0.0, 0.0, WeightStatus.UNUSED)
 
 
 def _mean_bounds(bounds: Sequence[Bound]) -> dict[str, float]:

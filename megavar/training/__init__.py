@@ -1,5 +1,5 @@
 """The training engine. Importing it first makes megatron-core usable on CPUs, before anything binds CUDA."""
 
-from megavar.training.device import retarget_megatron
+from megavar.training.megatron_on_cpu import retarget_megatron
 
 retarget_megatron()

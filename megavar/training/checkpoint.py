@@ -1,8 +1,9 @@
 """Training checkpoints: sharded by Megatron's dist_checkpointing, loadable on another grid, complete or absent.
 
 A checkpoint is the folder `step_NNNNNN`, written aside and renamed. It carries its Hugging Face configuration and
-tokenizer, so it converts like any other Megatron checkpoint (`models/convert.py`). Nothing random happens in training
-(no dropout; the data order is a function of seed and step), so weights, optimizer, schedule and step are the state.
+tokenizer, so it converts like any other Megatron checkpoint (`checkpoints/convert.py`). Nothing random happens in
+training (no dropout; the data order is a function of seed and step): weights, optimizer, schedule and step are the
+state.
 """
 
 import os
@@ -14,10 +15,10 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 
-from megavar.models.convert import Model
-from megavar.models.folder import copy_side_files
-from megavar.models.sharded import SIDE_FILES, Description
-from megavar.training.parallel import barrier, is_rank_zero
+from megavar.checkpoints.convert import Model
+from megavar.checkpoints.huggingface import copy_side_files
+from megavar.checkpoints.megatron import SIDE_FILES, Description
+from megavar.ranks import barrier, is_rank_zero
 
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 from megatron.core import parallel_state
 
+from megavar.checkpoints.convert import Model
 from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
-from megavar.models.convert import Model
 from megavar.packing import Microbatch, PackShape, data_order, pack, partition
 from megavar.records import TrainSequence
 from megavar.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, step_of
+from megavar.training.forward_backward import configure_gradients, gradient_pass, pack_shape
+from megavar.training.load_weights import load_weights
 from megavar.training.model import build_model, transformer_config
 from megavar.training.optimizer import build_optimizer, wrap_for_gradients
-from megavar.training.step import configure_gradients, gradient_pass, pack_shape
-from megavar.training.weights import load_weights
 
 Report = Callable[[int, int, dict[str, float]], None]
 """Called on every rank with (steps done, steps in all, metrics of the last step)."""

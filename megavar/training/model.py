@@ -19,8 +19,8 @@ from torch import Tensor
 from megavar.config.schema import ParallelConfig, PrecisionConfig
 from megavar.models.dims import ModelDims
 from megavar.training.attention import PackedAttention, RMSNorm
-from megavar.training.device import device
 from megavar.training.logprobs import token_logps
+from megavar.training.megatron_on_cpu import device
 from megavar.training.precision import has_transformer_engine, transformer_config_arguments
 
 

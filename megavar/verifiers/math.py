@@ -3,7 +3,7 @@
 import logging
 import re
 
-from megavar.verifiers.base import Verdict
+from megavar.records import Verdict
 
 _BOX = re.compile(r"\\boxed\s*\{")
 # An escaped character (so that \{ and \} of a set are no group), or a brace of a group.
@@ -29,13 +29,13 @@ def verify(response: str, gold: str) -> Verdict:
     # Several boxes would be read as a set.
     found = parse(response if boxed is None else _as_box(boxed), parsing_timeout=None)
     if not found:
-        return "no_answer"
+        return Verdict.NO_ANSWER
     known = last_box(gold)
     expected = parse(_as_box(gold if known is None else known), parsing_timeout=None)
     if not expected:
         raise ValueError(f"the known answer {gold!r} is no mathematical expression")
     # Asymmetric: the known answer is first.
-    return "correct" if equal(expected, found, timeout_seconds=None) else "wrong"
+    return Verdict.CORRECT if equal(expected, found, timeout_seconds=None) else Verdict.WRONG
 
 
 def last_box(text: str) -> str | None:

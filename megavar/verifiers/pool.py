@@ -12,10 +12,10 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import get_args
 
+from megavar.records import Verdict
 from megavar.verifiers import math
-from megavar.verifiers.base import Verdict, Verifier
+from megavar.verifiers.base import Verifier
 
 _START_SECONDS = 180.0
 """Limit for a worker's start, on a slow disk too."""
@@ -23,6 +23,8 @@ _GRACE_SECONDS = 2.0
 """A worker ends itself this long after a deadline at which nobody killed it."""
 _ERROR_CHARACTERS = 500
 _READY, _VERDICT = "ready", "verdict"
+_JUDGEMENTS = (Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER)
+"""What a verifier may return; the others are the pool's."""
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,12 @@ class _Worker:
             if time.monotonic() < self.deadline:
                 return None
             reason = f"did not start in {_START_SECONDS:.0f} seconds"
-            verdict = "timeout"
+            verdict = str(Verdict.TIMEOUT)
         except (EOFError, OSError):
             self.process.join(5)
             reason = f"died with code {self.process.exitcode}"
             # The worker's own alarm, where this process was too busy to come first.
-            verdict = "timeout" if self.process.exitcode == -signal.SIGALRM else f"error: worker {reason}"
+            verdict = str(Verdict.TIMEOUT) if self.process.exitcode == -signal.SIGALRM else f"error: worker {reason}"
         self.dead = True
         if not self.is_ready:
             raise RuntimeError(
@@ -176,8 +178,8 @@ def _judge_next(connection: Connection) -> str:
         # If the parent dies now, a verifier that hangs, even in C code, must not outlive it for long.
         signal.setitimer(signal.ITIMER_REAL, timeout_seconds + _GRACE_SECONDS)
         verdict = job.verifier(job.response, job.gold)
-        if verdict not in get_args(Verdict):
-            return f"error: the verifier returned {verdict!r}, expected one of {', '.join(get_args(Verdict))}"
+        if verdict not in _JUDGEMENTS:
+            return f"error: the verifier returned {verdict!r}, expected one of {', '.join(_JUDGEMENTS)}"
         return str(verdict)
     except Exception as error:
         return f"error: {type(error).__name__}: {error}"[:_ERROR_CHARACTERS]

@@ -10,12 +10,12 @@ from transformers import AutoTokenizer
 from megavar.config.schema import TemplateConfig
 from megavar.data.templates import Templates
 from megavar.data.tokens import (
-    count_correct,
     gold_posterior_sequences,
     gold_sequences,
     policy_sequences,
     rollout_posterior_sequences,
 )
+from megavar.joins import count_correct
 from megavar.records import Answer, Question, Trace, Weight
 
 BASE = Path(__file__).parents[2] / "examples" / "base" / "qwen3-tiny"

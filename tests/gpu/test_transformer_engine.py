@@ -27,8 +27,8 @@ import pickle, sys
 from pathlib import Path
 from megavar.config.schema import ParallelConfig, PrecisionConfig
 from megavar.training import parallel
-from megavar.training.score import Scorer
-from megavar.models.convert import Model
+from megavar.training.scorer import Scorer
+from megavar.checkpoints.convert import Model
 model, sequences, out, dtype, fp8 = sys.argv[1:]
 parallel.start(ParallelConfig())
 scorer = Scorer(Model(Path(model)), ParallelConfig(), PrecisionConfig(dtype=dtype, fp8=fp8))

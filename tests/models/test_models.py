@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model
 
+from megavar.checkpoints.huggingface import HuggingFaceFolder
 from megavar.models import operators
-from megavar.models.dims import read_dims
-from megavar.models.folder import HuggingFaceFolder
+from megavar.models.config_json import read_dims
 from megavar.models.ops import names_at, pieces
 
 FAMILIES = [(family, tied) for family in ("qwen2", "qwen3", "qwen3_moe") for tied in (False, True)]

@@ -21,7 +21,7 @@ def random_scores(count, seed=5):
 
 
 def weigh(scores, truncated=None, name="iwae", **settings):
-    return get_objective(name)(scores, truncated or [False] * len(scores), ObjectiveConfig(**settings))
+    return get_objective(name).weigh(scores, truncated or [False] * len(scores), ObjectiveConfig(**settings))
 
 
 def rows(shares, question="q"):

@@ -201,20 +201,20 @@ def test_bounds_of_many_traces_use_a_fixed_draw_of_subsets():
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_iwae_weights_give_the_gradient_of_the_exact_bound(trained, count):
-    parameters, settings = trained.policy_parameters, {"ratio": "sequence", "answer": "likelihood"}
+    parameters, settings = trained.policy_parameters, {"ratio": "sequence", "answer_estimator": "likelihood"}
     found = expected_gradient(trained, count, parameters, trained.log_joint(), **settings)
     assert_close(found, gradients(exact_bound(trained, count), parameters))
 
 
 def test_elbo_weights_give_the_gradient_of_the_one_trace_bound(trained):
-    parameters, settings = trained.policy_parameters, {"name": "elbo", "ratio": "sequence", "answer": "likelihood"}
+    parameters, settings = trained.policy_parameters, {"name": "elbo", "ratio": "sequence", "answer_estimator": "likelihood"}
     found = expected_gradient(trained, 2, parameters, trained.log_joint(), **settings)
     assert_close(found, gradients(exact_bound(trained, 1), parameters))
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_reverse_kl_weights_give_the_elbos_gradient_for_the_posterior(trained, count):
-    parameters, settings = trained.posterior_parameters, {"name": "reverse_kl", "answer": "likelihood"}
+    parameters, settings = trained.posterior_parameters, {"name": "reverse_kl", "answer_estimator": "likelihood"}
     log_rho = trained.log_joint().detach() - trained.log_posterior()
     elbo = (trained.log_posterior().exp() * log_rho).sum()
     found = expected_gradient(trained, count, parameters, trained.log_posterior(), **settings)
@@ -326,7 +326,7 @@ def test_a_questions_own_weight_is_the_policys_probability_on_the_posteriors_tra
     leaning = (rational.log_policy() + (rational.log_correct().exp() + 0.3).log()).exp().detach()
     rational.posterior = logits_of(leaning)  # to the correct, so that no estimate is cut at 1
     estimates = [
-        float(weigh([rational.score(trace, 0)], name="rft", ratio=ratio, answer=answer)[0].weight)
+        float(weigh([rational.score(trace, 0)], name="rft", ratio=ratio, answer_estimator=answer)[0].weight)
         for trace in range(7)
         if NUM_CORRECT[trace]
     ]
@@ -365,7 +365,7 @@ def test_theorem_1_by_simulation():
 def limit_of_weights(world, ratio):
     """What the weighted traces are distributed as for many traces: q(z) rho(z), normalised."""
     scores = [world.score(trace, k) for k, trace in enumerate(range(7))]
-    log_weights = np.array([float(row.log_weight) for row in weigh(scores, ratio=ratio, answer="likelihood")])
+    log_weights = np.array([float(row.log_weight) for row in weigh(scores, ratio=ratio, answer_estimator="likelihood")])
     mass = world.log_posterior().detach().exp().numpy() * np.exp(log_weights)
     return mass / mass.sum()
 

@@ -28,7 +28,7 @@ def test_weights_by_hand():
 @pytest.mark.parametrize("answer", ["accuracy", "geometric_mean", "likelihood"])
 def test_weights_equal_a_float64_reference(ratio, answer):
     scores = random_scores(8)
-    found = weigh(scores, ratio=ratio, answer=answer)
+    found = weigh(scores, ratio=ratio, answer_estimator=answer)
     rho = []
     for row in scores:
         difference = row.logp_policy.astype(float) - row.logp_posterior.astype(float)
@@ -114,8 +114,8 @@ def test_weights_do_not_depend_on_a_constant_added_to_every_ratio():
     ("change", "settings", "message"),
     [
         ({"num_answers": None}, {}, "verify"),
-        ({"logp_answer": None}, {"answer": "likelihood"}, "logp_answer.*score stage"),
-        ({"logp_answer": None}, {"answer": "geometric_mean"}, "logp_answer.*score stage"),
+        ({"logp_answer": None}, {"answer_estimator": "likelihood"}, "logp_answer.*score stage"),
+        ({"logp_answer": None}, {"answer_estimator": "geometric_mean"}, "logp_answer.*score stage"),
         ({"logp_posterior": None}, {}, "logp_posterior.*score stage"),
         ({"logp_posterior": np.zeros(3, np.float32)}, {}, "has 1 tokens, logp_posterior 3"),
         ({"logp_policy": np.array([np.nan], np.float32)}, {}, "not finite"),

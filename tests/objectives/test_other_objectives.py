@@ -32,7 +32,7 @@ def test_an_unknown_objective_is_refused_with_the_known_ones():
 
 def test_elbo_weighs_every_whole_trace_alike_whatever_its_answer():
     scores = [score(0, [-9], [0], 0), score(1, [0], [-9], 2), score(2, [-1], [-1])]
-    found = weigh(scores, [False, True, False], name="elbo", answer="likelihood")
+    found = weigh(scores, [False, True, False], name="elbo", answer_estimator="likelihood")
     assert [(row.weight, row.status) for row in found] == [(0.5, "ok"), (0.0, "truncated"), (0.5, "ok")]
     assert found[0].log_weight == pytest.approx(-9.75, rel=1e-12)
 

@@ -9,7 +9,7 @@ import pytest
 from tiny_serving import CONFIG, write_model
 
 from megavar.config.schema import RolloutConfig
-from megavar.rollout.servers import ManagedServers, check_interpreter, group_exists
+from megavar.rollout.sglang_servers import ManagedServers, check_interpreter, group_exists
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import aiohttp
 from aiohttp import web
 
-from megavar.rollout.servers import free_port
+from megavar.rollout.sglang_servers import free_port
 
 
 @dataclass

@@ -10,9 +10,9 @@ from tiny_serving import client, write_model
 
 from megavar.rollout import workers
 from megavar.rollout.engine import GenerateRequest, Generation, NoWorkerLeft, RequestRejected, RolloutError
-from megavar.rollout.running import RequestsFailed, Throughput, run_requests
-from megavar.rollout.servers import free_port
-from megavar.rollout.sglang import SGLangEngine
+from megavar.rollout.requests import RequestsFailed, Throughput, run_requests
+from megavar.rollout.sglang_client import SGLangEngine
+from megavar.rollout.sglang_servers import free_port
 
 REQUEST = GenerateRequest([40, 41, 42], max_tokens=8, temperature=0.0)
 
@@ -133,7 +133,7 @@ def test_a_server_of_another_model_is_refused(
         alias = tmp_path / f"alias{rows}"
         alias.symlink_to(model)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("megavar.rollout.sglang.read_vocab_size", lambda _, rows=rows: rows)
+            patch.setattr("megavar.rollout.sglang_client.read_vocab_size", lambda _, rows=rows: rows)
             with pytest.raises(ValueError, match=f"another vocabulary than the expected {rows} rows"):
                 runner.run(check(alias))
     with pytest.raises(RolloutError, match="is an SGLang server running there"):

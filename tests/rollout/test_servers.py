@@ -15,11 +15,11 @@ import psutil
 import pytest
 from tiny_serving import CONFIG
 
-from megavar.rollout import servers as servers_module
+from megavar.rollout import sglang_servers as servers_module
 from megavar.rollout.engine import GenerateRequest, Generation, RolloutError
-from megavar.rollout.running import run_requests
-from megavar.rollout.servers import ManagedServers, check_interpreter, device_slices, free_port, open_engine
-from megavar.rollout.sglang import SGLangEngine
+from megavar.rollout.requests import run_requests
+from megavar.rollout.sglang_client import SGLangEngine
+from megavar.rollout.sglang_servers import ManagedServers, check_interpreter, device_slices, free_port, open_engine
 
 GREEDY = GenerateRequest([40, 41, 42], max_tokens=64, temperature=0.0)
 
@@ -81,7 +81,7 @@ def test_no_server_outlives_a_killed_parent(model: Path, tmp_path: Path) -> None
 import asyncio, json, sys
 from pathlib import Path
 from megavar.config.schema import RolloutConfig
-from megavar.rollout.servers import ManagedServers
+from megavar.rollout.sglang_servers import ManagedServers
 
 async def main():
     servers = ManagedServers(RolloutConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]))

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from megavar.config.schema import RolloutConfig
-from megavar.rollout.sglang import SGLangEngine
+from megavar.rollout.sglang_client import SGLangEngine
 
 ROOT = Path(__file__).parents[2]
 CONFIG = RolloutConfig(

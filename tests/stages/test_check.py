@@ -13,9 +13,9 @@ from tiny_models import save_tiny_model
 
 from megavar.cli import main
 from megavar.config.load import load_config
-from megavar.models.dims import read_dims
+from megavar.models.config_json import read_dims
+from megavar.models.parallel_layout import check_layout
 from megavar.stages.check import check_run
-from megavar.training.parallel import check_parallel
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "examples" / "base" / "qwen3-tiny"
@@ -142,14 +142,14 @@ def test_tensor_parallelism_must_divide_the_heads(tmp_path, changes, message):
 
     save_tiny_model(tmp_path, "qwen3", tied=True, **changes)
     with pytest.raises(ValueError, match=message):
-        check_parallel(ParallelConfig(tensor=4), read_dims(tmp_path), 4)
+        check_layout(ParallelConfig(tensor=4), read_dims(tmp_path), 4)
 
 
 @pytest.mark.parametrize("stage", ["run", "policy_02"])
 def test_without_torchrun_the_command_says_how_to_start_and_touches_nothing(config_file, stage):
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "megavar", stage, "--config", str(config_file)],
+        [sys.executable, "-W", "ignore", "-m", "megavar", stage, "--config", str(config_file), "rounds=2"],
         env=environment, capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 2 and "torchrun --nproc-per-node" in done.stdout

@@ -9,7 +9,7 @@ import pytest
 from megavar.config.schema import ParallelConfig, PrecisionConfig, ScoreConfig, TemplateConfig
 from megavar.data.templates import Templates
 from megavar.records import Answer, Question, Score, Trace, read_records
-from megavar.stages.score import score_traces
+from megavar.stages.score import Scoring, TraceSet, score_traces
 from megavar.training import parallel
 
 BASE = Path(__file__).parents[2] / "examples" / "base" / "qwen3-tiny"
@@ -29,10 +29,9 @@ def score(tmp_path):
             for index, (text, finish) in enumerate(texts)
         ]
         answers = [Answer("a", 0, 0, 1, np.array([1], np.int32), "0", "stop", 0, True)]
-        score_traces(
-            [QUESTION], traces, answers, BASE, posterior, ScoreConfig(), ParallelConfig(),
-            PrecisionConfig(dtype="fp32"), templates, tmp_path / folder,
-        )  # fmt: skip
+        scoring = Scoring(ScoreConfig(), ParallelConfig(), PrecisionConfig(dtype="fp32"))
+        trace_set = TraceSet([QUESTION], traces, answers, templates)
+        score_traces(trace_set, BASE, posterior, scoring, tmp_path / folder)
         return read_records(tmp_path / folder / "data.parquet", Score)
 
     yield call
@@ -60,5 +59,5 @@ def test_traces_of_the_policy_are_scored_once(score, tmp_path):
 def test_kept_rows_of_other_traces_are_refused(score, tmp_path, posterior):
     posterior = posterior or shutil.copytree(BASE, tmp_path / "other")
     score(TEXTS, posterior, "scores")
-    with pytest.raises(ValueError, match="a kept score of trace 1 of question 'a' is of another trace"):
+    with pytest.raises(ValueError, match="an existing score of trace 1 of question 'a' is of another trace"):
         score([TEXTS[0], ("7+3\n0\n", "closed"), TEXTS[2]], posterior, "scores")

@@ -12,7 +12,8 @@ from pathlib import Path
 from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
 
 if __name__ == "__main__":  # the writer of checkpoints spawns a process a rank, which imports this file again
-    from megavar.models.convert import Model
+    from megavar import ranks
+    from megavar.checkpoints.convert import Model
     from megavar.training import parallel
 
 
@@ -23,7 +24,7 @@ def main() -> None:
         parallel.start(grid)
         for case in same_grid:
             RUNNERS[case["kind"]](case, grid)
-            parallel.barrier()
+            ranks.barrier()
         take_down_grid()
     parallel.stop()
 
@@ -40,11 +41,11 @@ def take_down_grid() -> None:
 
 
 def run_score(case: dict, grid: ParallelConfig) -> None:
-    from megavar.training.score import Scorer
+    from megavar.training.scorer import Scorer
 
     scorer = Scorer(Model(Path(case["model"])), grid, PrecisionConfig(dtype="fp32"))
     logps = scorer.score(load_sequences(case), case.get("temperature", 1.0), case["microbatch_tokens"])
-    if parallel.is_rank_zero():
+    if ranks.is_rank_zero():
         Path(case["out"]).write_bytes(pickle.dumps(logps))
 
 
@@ -52,12 +53,12 @@ def run_gradient(case: dict, grid: ParallelConfig) -> None:
     """Writes the gradients of the weighted loss as if they were a model's weights."""
     from megatron.core import dist_checkpointing
 
-    from megavar.models.convert import MAX_SHARD_BYTES, to_hugging_face
+    from megavar.checkpoints.convert import MAX_SHARD_BYTES, to_hugging_face
     from megavar.training import loop
+    from megavar.training.forward_backward import configure_gradients, gradient_pass, pack_shape
+    from megavar.training.load_weights import load_weights
     from megavar.training.model import build_model, transformer_config
     from megavar.training.optimizer import wrap_for_gradients
-    from megavar.training.step import configure_gradients, gradient_pass, pack_shape
-    from megavar.training.weights import load_weights
 
     model, precision = Model(Path(case["model"])), PrecisionConfig(dtype="fp32")
     config = transformer_config(model.dims, grid, precision, case.get("recompute", "none"))
@@ -76,18 +77,18 @@ def run_gradient(case: dict, grid: ParallelConfig) -> None:
             parameter.data.copy_(parameter.main_grad)
     out = Path(case["out"])
     saved = out.with_name(out.name + "-megatron")
-    if parallel.is_rank_zero():
+    if ranks.is_rank_zero():
         saved.mkdir()
-    parallel.barrier()
+    ranks.barrier()
     dist_checkpointing.save({str(index): chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}, str(saved))
-    parallel.barrier()
-    if parallel.is_rank_zero():
+    ranks.barrier()
+    if ranks.is_rank_zero():
         to_hugging_face(saved, out, model.side_files, MAX_SHARD_BYTES, overwrite=True)
         (Path(case["out"]) / "loss.json").write_text(json.dumps(sums.loss))
 
 
 def run_train(case: dict, grid: ParallelConfig) -> None:
-    from megavar.models.convert import MAX_SHARD_BYTES, to_hugging_face
+    from megavar.checkpoints.convert import MAX_SHARD_BYTES, to_hugging_face
     from megavar.training.checkpoint import list_checkpoints
     from megavar.training.loop import train_model
 
@@ -104,7 +105,7 @@ def run_train(case: dict, grid: ParallelConfig) -> None:
         train_model(model, sequences, train, grid, precision, 1, out, report)
     except StopIteration:
         return
-    if parallel.is_rank_zero():
+    if ranks.is_rank_zero():
         to_hugging_face(list_checkpoints(out)[-1], out / "hf", None, MAX_SHARD_BYTES, overwrite=True)
         (out / "losses.json").write_text(json.dumps(losses))
 
@@ -125,9 +126,9 @@ def run_reload(case: dict, grid: ParallelConfig) -> None:
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[str(index)])
     out = Path(case["out"])
-    if parallel.is_rank_zero():
+    if ranks.is_rank_zero():
         out.mkdir()
-    parallel.barrier()
+    ranks.barrier()
     dist_checkpointing.save({str(index): chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}, str(out))
 
 

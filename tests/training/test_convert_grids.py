@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import random_sequences, reference_logps, save_tiny_model
 
-from megavar.models.convert import MAX_SHARD_BYTES, Model, differences, to_hugging_face, to_megatron
+from megavar.checkpoints.convert import MAX_SHARD_BYTES, Model, differences, to_hugging_face, to_megatron
 
 TOLERANCE = 2e-5
 PARAMETER_TOLERANCE = 1e-5

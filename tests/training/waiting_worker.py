@@ -4,6 +4,7 @@ import sys
 import time
 from pathlib import Path
 
+from megavar import ranks
 from megavar.config.schema import ParallelConfig
 from megavar.training import parallel
 
@@ -16,11 +17,11 @@ def main() -> int:
     try:
         parallel.start(ParallelConfig())
         before, began = time.process_time(), time.monotonic()
-        parallel.on_rank_zero(lambda: time.sleep(3))
+        ranks.on_rank_zero(lambda: time.sleep(3))
         used, waited = time.process_time() - before, time.monotonic() - began
-        if not parallel.is_rank_zero():
+        if not ranks.is_rank_zero():
             Path(sys.argv[1]).write_text(f"{used} {waited}")
-        parallel.on_rank_zero(fail)
+        ranks.on_rank_zero(fail)
     except Exception as error:
         return parallel.exit_code_for(error)
     return 0

@@ -1,0 +1,86 @@
+"""What the ranks of one torchrun say to each other besides Megatron's collectives. Imports no torch by itself.
+
+Rank 0 does what needs one process: it talks to servers, reads and writes records, shows progress. A process that
+torchrun did not start is the only rank.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+_POLL_SECONDS = 0.2
+_num_calls = 0
+
+Value = TypeVar("Value")
+
+
+class RankZeroError(RuntimeError):
+    """Raised on the other ranks when rank 0's work failed; rank 0 reports the cause."""
+
+
+def _distributed() -> Any:
+    """torch.distributed, if this process has joined a process group; else None."""
+    module = sys.modules.get("torch.distributed")
+    return module if module is not None and module.is_initialized() else None
+
+
+def is_rank_zero() -> bool:
+    """Whether this process writes files, shows progress and talks to servers."""
+    dist = _distributed()
+    return int(os.environ.get("RANK", "0")) == 0 if dist is None else dist.get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every rank; for short waits only."""
+    dist = _distributed()
+    if dist is not None:
+        dist.barrier()
+
+
+def on_rank_zero(work: Callable[[], None]) -> None:
+    """Run `work` on rank 0 while the other ranks sleep, however long it takes; a failure fails every rank.
+
+    Waiting goes through the rendezvous store in short polls, so it neither burns a core nor meets the time-out of a
+    collective.
+
+    Raises:
+        RankZeroError: on the other ranks, if `work` failed.
+    """
+    global _num_calls
+    dist = _distributed()
+    if dist is None:
+        work()
+        return
+    store = dist.distributed_c10d._get_default_store()
+    _num_calls += 1
+    key = f"megavar/rank_zero/{_num_calls}"
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except BaseException as error:
+            store.set(key, f"{type(error).__name__}: {error}")
+            raise
+        store.set(key, "done")
+        return
+    while not store.check([key]):
+        time.sleep(_POLL_SECONDS)
+    outcome = store.get(key).decode()
+    if outcome != "done":
+        raise RankZeroError(f"rank 0 failed: {outcome}")
+
+
+def from_rank_zero(make: Callable[[], Value]) -> Value:
+    """What `make` returns on rank 0, on every rank (pickled); a failure fails every rank."""
+    made: list[Any] = [None]
+
+    def work() -> None:
+        made[0] = make()
+
+    on_rank_zero(work)
+    dist = _distributed()
+    if dist is not None and dist.get_world_size() > 1:
+        dist.broadcast_object_list(made)
+    value: Value = made[0]
+    return value

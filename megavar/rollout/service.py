@@ -1,0 +1,70 @@
+"""The serving engine of a run, over its stages: opened when first needed, kept where keeping it costs nothing.
+
+On CPUs managed servers live from the first stage that serves to the last, and start while the stage before it runs;
+new weights are loaded in place. On GPUs they hold the memory that training needs, so they end with each stage.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TypeVar
+
+from megavar.config.schema import RolloutConfig
+from megavar.rollout.sglang_client import SGLangEngine
+from megavar.rollout.sglang_servers import ManagedServers, open_engine, visible_gpus
+
+Value = TypeVar("Value")
+
+
+class RolloutService:
+    """Gives each stage an engine that serves the model it names; on rank 0 only.
+
+    Args:
+        config: rollout section.
+        base: a model of the architecture that will be served, for servers that start before that model exists.
+        log_dir: gets `server_NN.log`.
+    """
+
+    def __init__(self, config: RolloutConfig, base: Path, log_dir: Path) -> None:
+        self._config, self._base, self._log_dir = config, base, log_dir
+        self._keeps_servers = config.mode == "managed" and not visible_gpus()
+        self._early: ManagedServers | None = None
+        self._engine: SGLangEngine | None = None
+        self._served: Path | None = None
+        self._loop = asyncio.Runner()
+        self._open = AsyncExitStack()
+
+    def start_early(self) -> None:
+        """Start the servers without waiting for them, if they may live beside what else runs."""
+        if self._keeps_servers and self._early is None:
+            self._early = ManagedServers(self._config, self._base, self._log_dir)
+            self._early.spawn()
+
+    def run(self, model: Path, work: Callable[[SGLangEngine], Awaitable[Value]]) -> Value:
+        """What `work` returns on an engine that serves the weights in the Hugging Face folder `model`."""
+
+        async def serve() -> Value:
+            if self._engine is None:
+                self._served = model if self._early is None else self._base
+                opened = open_engine(self._config, self._served, self._log_dir, self._early)
+                self._engine = await self._open.enter_async_context(opened)
+            if self._served != model:
+                await self._engine.load_weights(model)
+                self._served = model
+            return await work(self._engine)
+
+        return self._loop.run(serve())
+
+    def end_stage(self) -> None:
+        """Stop what must not outlive a stage."""
+        if not self._keeps_servers:
+            self.close()
+
+    def close(self) -> None:
+        """Stop the servers; nothing if there are none."""
+        if self._early is not None and self._engine is None:
+            self._loop.run(self._early.stop())
+        if self._engine is not None:
+            self._loop.run(self._open.aclose())
+        self._engine = self._early = None

@@ -1,0 +1,173 @@
+"""SGLang's own server on a machine without a GPU: `python sglang_cpu_launcher.py ARGUMENTS OF sglang.launch_server`.
+
+Runs inside SGLang's interpreter, by file path. The PyPI wheels serve on CPU once these gaps are bridged; nothing
+else is changed, and GPU machines do not use this file:
+
+1. `sgl_kernel` has no CPU wheel. SGLang imports some of its names; here they exist and raise when called.
+2. torchvision from PyPI is built for CUDA: beside CPU torch its C++ part does not load, and its Python part wants two
+   operator schemas to exist.
+3. Seeds of single requests need `--enable-deterministic-inference`, which refuses the `torch_native` attention, wants
+   a hash kernel of the missing `sgl_kernel`, and swaps in Triton operators. Bridged only when asked for. What is lost
+   is invariance to the batch: a sample repeats if float32 rounding, which varies with batch size, flips no token.
+
+SGLang starts its other processes with multiprocessing's `spawn`, which runs this file's top level in each of
+them, with the same `sys.argv`: so the bridges hold everywhere.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import runpy
+import sys
+import types
+from typing import Any, NoReturn
+
+WRITTEN_FOR = "0.5.23"
+SEEDS_FLAG = "--enable-deterministic-inference"
+ENVIRONMENT = {
+    "SGLANG_USE_CPU_ENGINE": "1",  # sglang/srt/utils/common.py: is_cpu() wants it
+    "OMP_NUM_THREADS": "1",  # small models: more threads only spin, and training shares the cores
+    "TORCHDYNAMO_DISABLE": "1",  # else the first use of some samplers compiles C++ for a minute
+}
+
+_libraries: list[Any] = []  # torch drops an operator when its Library object is collected
+
+
+def changed(what: str) -> NoReturn:
+    """End the process: SGLang is no longer what a bridge was written against."""
+    version = importlib.metadata.version("sglang")
+    raise SystemExit(
+        f"sglang_cpu_launcher.py was written for sglang {WRITTEN_FOR}; in sglang {version} {what}. Install the "
+        "versions of requirements/sglang-cpu.txt and sglang-cpu-nodeps.txt (`make sglang`) or adapt this bridge."
+    )
+
+
+class MissingKernels(types.ModuleType):
+    """Stands for `sgl_kernel`: any name can be imported from it, and raises when it is called."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a function that raises NotImplementedError."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*_: Any, **__: Any) -> NoReturn:
+            raise NotImplementedError(f"sgl_kernel.{name} has no CPU build in this installation")
+
+        return missing
+
+
+def operator_library(namespace: str) -> Any:
+    """A torch.library.Library that adds operators to a namespace for as long as the process lives."""
+    import torch
+
+    library_class: Any = torch.library.Library  # untyped
+    _libraries.append(library_class(namespace, "FRAGMENT"))
+    return _libraries[-1]
+
+
+def bridge_kernels() -> None:
+    """Gap 1. Nothing to do where a real CPU build of sgl_kernel is installed."""
+    if importlib.util.find_spec("sgl_kernel") is None:
+        sys.modules["sgl_kernel"] = MissingKernels("sgl_kernel")
+
+
+def bridge_torchvision() -> None:
+    """Gap 2: torchvision/_meta_registrations.py registers meta kernels for operators that did not load."""
+    torchvision = operator_library("torchvision")
+    for name in ("nms", "qnms"):
+        torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def murmur_hash32(seed: Any, positions: Any, columns: Any) -> Any:
+    """MurmurHash3 (32 bit) of (seed low, seed high, position, column).
+
+    The same numbers as the Triton kernel in sglang/kernels/ops/sampling/murmur_hash.py.
+
+    Args:
+        seed: [rows] uint64, of each request.
+        positions: [rows] integer, of the token to draw.
+        columns: [V] integer, vocabulary ids.
+
+    Returns:
+        [rows, V] uint32.
+    """
+    import torch
+
+    mask = 0xFFFFFFFF
+
+    def mix(hashed: Any, block: Any) -> Any:
+        # int64 holds every product's low 32 bits right: overflow wraps, and the mask keeps the low ones.
+        block = (block * 0xCC9E2D51) & mask
+        block = (((block << 15) | (block >> 17)) & mask) * 0x1B873593 & mask
+        hashed = hashed ^ block
+        hashed = ((hashed << 13) | (hashed >> 19)) & mask
+        return (hashed * 5 + 0xE6546B64) & mask
+
+    seed = seed.view(torch.int64)[:, None]
+    hashed = mix(torch.zeros_like(seed), seed & mask)
+    hashed = mix(hashed, (seed >> 32) & mask)
+    hashed = mix(hashed, positions.to(torch.int64)[:, None] & mask)
+    hashed = mix(hashed, columns.to(torch.int64)[None, :] & mask)
+    hashed = hashed ^ 16  # bytes hashed
+    hashed = ((hashed ^ (hashed >> 16)) * 0x85EBCA6B) & mask
+    hashed = ((hashed ^ (hashed >> 13)) * 0xC2B2AE35) & mask
+    return (hashed ^ (hashed >> 16)).to(torch.uint32)
+
+
+def bridge_seeds() -> None:
+    """Gap 3. Remove the parts one by one as SGLang supports torch_native or ships the hash kernel for CPU."""
+    import torch
+
+    choices = importlib.import_module("sglang.srt.arg_groups.choices")
+    backends = getattr(choices, "DETERMINISTIC_ATTENTION_BACKEND_CHOICES", None)
+    if not isinstance(backends, list):
+        changed("arg_groups/choices.py has no list DETERMINISTIC_ATTENTION_BACKEND_CHOICES")
+    # On CPU the resolution proposes intel_amx first and turns it into torch_native where the AMX kernels are missing.
+    backends.extend(name for name in ("torch_native", "intel_amx") if name not in backends)
+
+    if not hasattr(torch.ops.sgl_kernel, "murmur_hash32_cpu"):
+        kernels = operator_library("sgl_kernel")
+        kernels.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor col_indices) -> Tensor")
+        kernels.impl("murmur_hash32_cpu", murmur_hash32, "CPU")
+    source = importlib.util.find_spec("sglang.kernels.ops.sampling.murmur_hash")
+    if source is None or source.origin is None or "murmur_hash32_cpu" not in _read(source.origin):
+        changed("kernels/ops/sampling/murmur_hash.py does not call sgl_kernel.murmur_hash32_cpu")
+
+    # model_executor/model_runner.py imports this name when it is called, so replacing it in the package is enough.
+    invariant: Any = importlib.import_module("sglang.srt.batch_invariant_ops")
+    if not hasattr(invariant, "enable_batch_invariant_mode"):
+        changed("batch_invariant_ops has no enable_batch_invariant_mode")
+    invariant.enable_batch_invariant_mode = lambda *_, **__: None
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def bridge() -> None:
+    """Bridge every gap in the calling process, before SGLang is imported."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import torch
+
+    if torch.version.cuda is not None:
+        raise SystemExit(
+            f"sglang_cpu_launcher.py needs a CPU build of torch, got {torch.__version__}; with a CUDA build start "
+            "`python -m sglang.launch_server` instead."
+        )
+    bridge_kernels()
+    bridge_torchvision()
+    if SEEDS_FLAG in sys.argv:
+        bridge_seeds()
+
+
+if __name__ == "__main__":
+    # Python put this file's folder first, where sglang.py, our client, hides the package of that name.
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != here]
+if __name__ in ("__main__", "__mp_main__"):  # the second is the name in spawned processes
+    bridge()
+if __name__ == "__main__":
+    runpy.run_module("sglang.launch_server", run_name="__main__")

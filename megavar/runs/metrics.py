@@ -1,0 +1,60 @@
+"""Metrics of a run: metrics.jsonl always, TensorBoard and Weights & Biases by configuration; rank 0 only."""
+
+import json
+import time
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+from megavar.config.schema import LoggingConfig
+from megavar.records import write_aside
+
+
+class Metrics:
+    """Appends rows {stage, step, time, ...values}; steps that a restart repeats replace what was written."""
+
+    def __init__(self, folder: Path, config: LoggingConfig, run_name: str) -> None:
+        self.file = folder / "metrics.jsonl"
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if config.tensorboard:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._tensorboard = SummaryWriter(folder / "tensorboard")
+        if config.wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.wandb_project, name=run_name, id=run_name, dir=str(folder), resume="allow"
+            )
+
+    @staticmethod
+    def read(folder: Path) -> list[dict[str, Any]]:
+        """All rows of a run; a last line that a kill truncated is left out."""
+        file = folder / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def drop(self, stage: str, steps: Container[int]) -> None:
+        """Forget a stage's rows of these steps, which are about to be done again."""
+        rows = [row for row in self.read(self.file.parent) if row["stage"] != stage or row["step"] not in steps]
+        with write_aside(self.file) as aside:
+            aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def log(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """Write one row."""
+        with self.file.open("a") as lines:
+            lines.write(json.dumps({"stage": stage, "step": step, "time": time.time(), **values}) + "\n")
+        named = {f"{stage}/{key}": value for key, value in values.items()}
+        if self._tensorboard:
+            for key, value in named.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb:
+            self._wandb.log({**named, f"{stage}/step": step})
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()

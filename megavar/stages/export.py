@@ -1,0 +1,48 @@
+"""Writes the round's policy as a Hugging Face folder."""
+
+import os
+from pathlib import Path
+
+from megavar.checkpoints.convert import MAX_SHARD_BYTES, to_hugging_face
+from megavar.progress import ProgressLine, in_megabytes
+from megavar.ranks import on_rank_zero
+from megavar.rollout.service import RolloutService
+from megavar.runs.folder import Run
+
+
+def execute(run: Run, service: RolloutService) -> None:
+    """Export the round's policy; the run's symlink `hf` then points to it, unless a later round has one already."""
+    export_newest(run.policy, run.policy / "hf")
+    if not Run(run.config, run.round_index + 1).policy.exists():
+        on_rank_zero(lambda: point_to(run.final, run.policy / "hf"))
+
+
+def export_newest(folder: Path, target: Path) -> None:
+    """Write the newest checkpoint of `folder` as the Hugging Face folder `target`; rank 0 does. Every rank calls it.
+
+    Raises:
+        ValueError: if there is no checkpoint.
+    """
+    checkpoints = sorted((folder / "checkpoints").glob("step_*"))
+    if not checkpoints:
+        raise ValueError(f"{folder}/checkpoints holds no checkpoint; run the training stage first.")
+
+    def convert() -> None:
+        with ProgressLine("export") as line:
+            to_hugging_face(checkpoints[-1], target, None, MAX_SHARD_BYTES, overwrite=True, progress=in_megabytes(line))
+
+    on_rank_zero(convert)
+
+
+def point_to(link: Path, target: Path) -> None:
+    """Atomically create or replace the symlink `link`, pointing to `target` in the same folder or below it.
+
+    Raises:
+        ValueError: if `link` is a folder.
+    """
+    if link.is_dir() and not link.is_symlink():
+        raise ValueError(f"{link} is a folder, and should become a symlink to {target}; move it away.")
+    aside = link.with_name(f".{link.name}.link")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target.relative_to(link.parent))
+    os.replace(aside, link)

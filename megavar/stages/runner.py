@@ -1,0 +1,85 @@
+"""Runs the stages of a run in order, each once: what is finished is skipped.
+
+Every rank calls every stage: training and scoring use all ranks, the rest runs on rank 0 while the others wait. A
+stage's module, and with it the libraries it needs, is imported when the stage runs.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from megavar.config.schema import RunConfig
+from megavar.ranks import barrier, is_rank_zero, on_rank_zero
+from megavar.rollout.service import RolloutService
+from megavar.runs.folder import Run
+from megavar.runs.manifest import Manifest
+from megavar.runs.plan import Stage, check_outputs, find_stage, stages_of
+
+
+def run_pipeline(config: RunConfig) -> None:
+    """Run every stage that is not finished."""
+    _run_stages(config, stages_of(config))
+
+
+def run_stage(config: RunConfig, name: str) -> None:
+    """Run one stage, such as `policy`, or `policy_02` for that of the second round; those it reads must be finished.
+
+    Raises:
+        ValueError: for an unknown stage, or one that this configuration has no use for, or if existing outputs of the
+            run were produced under other settings.
+    """
+    _run_stages(config, [find_stage(config, name)])
+
+
+def _run_stages(config: RunConfig, stages: list[tuple[Stage, Run]]) -> None:
+    def prepare() -> None:
+        check_outputs(config)
+        Run(config).open()
+
+    on_rank_zero(prepare)
+    service = RolloutService(config.rollout, Run(config).base, Run(config).folder / "servers")
+    pending = [(stage, run) for stage, run in stages if not _is_finished(run, stage)]
+    try:
+        for stage, run in stages:
+            if (stage, run) in pending:
+                pending.remove((stage, run))
+                if is_rank_zero() and pending and pending[0][0].serves:
+                    service.start_early()
+            run_once(run, stage.name, stage.settings(run), partial(_execute, run, stage, service))
+            service.end_stage()
+            if not any(later.serves for later, _ in pending):
+                service.close()
+    finally:
+        service.close()
+
+
+def _is_finished(run: Run, stage: Stage) -> bool:
+    entry = Manifest(run.folder).entries().get(run.entry(stage.name), {})
+    return bool(entry.get("status") == "finished")
+
+
+def run_once(run: Run, name: str, settings: dict[str, Any], work: Callable[[], None]) -> None:
+    """Do a stage's work unless it is finished under these settings; every rank calls it."""
+    manifest, name = Manifest(run.folder), run.entry(name)
+    if manifest.check(name, settings):
+        if is_rank_zero():
+            print(f"{name}: finished, skipped", flush=True)
+        return
+    barrier()
+    started = time.monotonic()
+    if is_rank_zero():
+        manifest.begin(name, settings)
+    barrier()
+    work()
+    barrier()
+    if is_rank_zero():
+        manifest.finish(name, time.monotonic() - started)
+    barrier()
+
+
+def _execute(run: Run, stage: Stage, service: RolloutService) -> None:
+    if is_rank_zero():
+        print(f"{run.entry(stage.name)}: {stage.summary}", flush=True)
+    import_module(f"megavar.stages.{stage.name}").execute(run, service)

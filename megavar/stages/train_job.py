@@ -1,0 +1,51 @@
+"""One training job of a stage: sequences in, checkpoints and metrics out."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megavar.config.schema import TrainConfig
+from megavar.progress import ProgressLine
+from megavar.ranks import from_rank_zero, is_rank_zero
+from megavar.records import TrainSequence
+from megavar.runs.folder import Run
+from megavar.runs.metrics import Metrics
+from megavar.training.checkpoint import list_checkpoints, step_of
+from megavar.training.loop import num_training_steps, train_model
+
+
+def train_stage(
+    run: Run,
+    stage: str,
+    init: Path,
+    make_sequences: Callable[[], list[TrainSequence]],
+    train: TrainConfig,
+    folder: Path,
+) -> None:
+    """Train from the Hugging Face folder `init`; checkpoints go to `folder`/checkpoints. Every rank calls it.
+
+    Args:
+        make_sequences: called on rank 0 only; the other ranks get its result.
+    """
+    name, checkpoints, config = run.entry(stage), folder / "checkpoints", run.config
+    sequences = from_rank_zero(make_sequences)
+
+    def work(progress: ProgressLine | None, metrics: Metrics | None) -> None:
+        def report(step: int, num_steps: int, values: dict[str, float]) -> None:
+            if metrics and (step % train.log_interval == 0 or step == num_steps):
+                metrics.log(name, step, values)
+            if progress:
+                speed = f"{values['tokens_per_second']:,.0f} tokens/s"
+                progress.update(step, num_steps, f"steps, loss {values['loss']:.4f}, {speed}")
+
+        train_model(init, sequences, train, config.parallel, config.precision, config.seed, checkpoints, report)
+
+    if not is_rank_zero():
+        work(None, None)
+        return
+    existing = list_checkpoints(checkpoints)
+    steps_before = step_of(existing[-1]) if existing else 0
+    metrics = Metrics(run.folder, config.logging, config.name)
+    metrics.drop(name, range(steps_before + 1, num_training_steps(len(sequences), train) + 1))
+    with ProgressLine(name, steps_before) as progress:
+        work(progress, metrics)
+    metrics.close()

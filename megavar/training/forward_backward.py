@@ -1,0 +1,127 @@
+"""One pass of packed microbatches through the pipeline: with gradients for training, without for scoring.
+
+loss = (1 / C) x sum over target tokens of weight x -logp, C constant (method.md, "Loss normalisation").
+Megatron's schedules add the microbatches up and divide by nothing, so the gradient is the same at every split.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megavar.config.schema import ParallelConfig, PrecisionConfig
+from megavar.packing import Microbatch, PackShape
+from megavar.training.megatron_on_cpu import device
+from megavar.training.model import Targets
+from megavar.training.precision import FP8_TOKEN_MULTIPLE
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over the global batch, the same on every rank."""
+
+    loss: float
+    nll: float
+    """Sum of -logp over the target tokens, unweighted, nats."""
+    num_target_tokens: int
+
+
+def pack_shape(parallel: ParallelConfig, precision: PrecisionConfig) -> PackShape:
+    """What this grid and precision ask of a microbatch's length."""
+    multiple = parallel.context * FP8_TOKEN_MULTIPLE[precision.fp8] * (parallel.tensor if parallel.sequence else 1)
+    return PackShape(parallel.context, multiple)
+
+
+def configure_gradients(config: Any) -> None:
+    """Finish gradients without dividing by a token count."""
+
+    def finish(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **arguments: Any) -> None:
+        finalize_model_grads(model, None, **arguments)
+
+    config.finalize_model_grads_func = finish
+
+
+def gradient_pass(chunks: list[torch.nn.Module], microbatches: Sequence[Microbatch], normalizer: float) -> StepSums:
+    """Add up the gradients of the global batch, of which `microbatches` are this data-parallel rank's part."""
+    results = _run(chunks, microbatches, partial(_weighted_loss, normalizer=normalizer), forward_only=False)
+    sums = torch.zeros(3, dtype=torch.float64)
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        for result in results:
+            sums += result["sums"].cpu()
+    sums = sums.to(device())
+    dist.all_reduce(sums)
+    loss, nll, num_tokens = sums.tolist()
+    return StepSums(loss, nll, int(num_tokens))
+
+
+def score_pass(
+    chunks: list[torch.nn.Module], microbatches: Sequence[Microbatch], temperature: float
+) -> list[NDArray[np.float32]]:
+    """Log-probs [S] of each microbatch's targets on the last pipeline stage; an empty list on the others."""
+    with torch.no_grad():
+        results = _run(chunks, microbatches, _collect, forward_only=True, temperature=temperature)
+    return [result["logps"] for result in results]
+
+
+def _run(
+    chunks: list[torch.nn.Module],
+    microbatches: Sequence[Microbatch],
+    loss_function: Any,
+    forward_only: bool,
+    temperature: float = 1.0,
+) -> list[dict[str, Any]]:
+    def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        microbatch = next(iterator)
+        return _forward(model, microbatch, temperature), partial(loss_function, microbatch)
+
+    iterators = [iter(microbatches) for _ in chunks]
+    results: list[dict[str, Any]] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(microbatches),
+        seq_length=max(len(microbatch.token_ids) for microbatch in microbatches),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return results
+
+
+def _forward(model: torch.nn.Module, microbatch: Microbatch, temperature: float) -> Tensor:
+    where = device()
+    # The longest segment itself, never a rounded size: if it equalled the total of several segments, Megatron
+    # would take the rotary table for one of the whole pack (rope_utils.py:155) and not restart positions.
+    longest = max(microbatch.segment_lengths)
+    bounds = torch.tensor([0, *np.cumsum(microbatch.segment_lengths)], dtype=torch.int32, device=where)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+    targets = Targets(
+        torch.from_numpy(microbatch.positions).to(where), torch.from_numpy(microbatch.targets).to(where), temperature
+    )
+    token_ids = torch.from_numpy(microbatch.token_ids)[None].to(where)
+    output: Tensor = model(token_ids, None, None, labels=targets, packed_seq_params=packed)
+    return output
+
+
+def _weighted_loss(microbatch: Microbatch, logps: Tensor, normalizer: float) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    weights = torch.from_numpy(microbatch.weights).to(logps.device)
+    loss = -(weights * logps).sum() / normalizer
+    sums = torch.stack([loss.detach().double(), -logps.detach().double().sum(), loss.new_tensor(len(logps)).double()])
+    # Megatron adds up the integer, and finish() above ignores it.
+    return loss, torch.ones((), dtype=torch.int, device=logps.device), {"sums": sums}
+
+
+def _collect(microbatch: Microbatch, logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    one = torch.ones((), dtype=torch.int, device=logps.device)
+    return logps.sum(), one, {"logps": logps.cpu().numpy()}

@@ -1,0 +1,41 @@
+"""Log-probs of a text under a model: transformers runs a Hugging Face folder, Megatron a checkpoint."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megavar.checkpoints.convert import Model
+from megavar.config.schema import ParallelConfig, PrecisionConfig
+from megavar.records import TrainSequence
+from megavar.training import parallel
+from megavar.training.scorer import Scorer
+
+
+def text_logps(model: Model, text: str) -> Tensor:
+    """[tokens - 1] float32 natural-log probabilities of the text's tokens after the first, in float32 arithmetic.
+
+    Raises:
+        ValueError: if the text is shorter than two tokens or longer than the model's positions.
+    """
+    ids = AutoTokenizer.from_pretrained(model.side_files, local_files_only=True)(text)["input_ids"]
+    if not 2 <= len(ids) <= model.dims.max_positions:
+        raise ValueError(f"the text has {len(ids)} tokens; give 2 to {model.dims.max_positions}.")
+    if not model.is_megatron:
+        return _by_transformers(model, ids)
+    parallel.start_alone()
+    scorer = Scorer(model, ParallelConfig(), PrecisionConfig(dtype="fp32"))
+    sequence = TrainSequence(np.array(ids[:1], np.int32), np.array(ids[1:], np.int32), 1.0)
+    found = scorer.score([sequence], 1.0, len(ids))
+    parallel.stop()
+    assert found is not None
+    return torch.from_numpy(found[0])
+
+
+def _by_transformers(model: Model, ids: list[int]) -> Tensor:
+    network = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32, local_files_only=True).eval()
+    tokens = torch.tensor(ids)
+    with torch.no_grad():
+        logps = network(input_ids=tokens[None, :-1]).logits[0].log_softmax(-1)
+    chosen: Tensor = logps.gather(1, tokens[1:, None]).squeeze(1)
+    return chosen

@@ -1,0 +1,467 @@
+"""Conversion is exact both ways, refuses what is wrong before it writes, and leaves nothing half done."""
+
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny_model
+from transformers import AutoModelForCausalLM
+
+from megavar.checkpoints import megatron as sharded
+from megavar.checkpoints.convert import MAX_SHARD_BYTES, Model, differences, to_hugging_face, to_megatron
+from megavar.checkpoints.huggingface import new_folder
+
+FAMILIES = ("qwen2", "qwen3", "qwen3_moe")
+
+
+def save_model(folder, family="qwen3", tied=False, dtype=None, **changes):
+    model = save_tiny_model(folder, family, tied, **changes)
+    if dtype is not None:
+        model.to(dtype).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An untied Qwen3; tests that change it copy it."""
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder, tmp_path_factory):
+    target = tmp_path_factory.mktemp("megatron") / "m"
+    to_megatron(folder, target, None, False)
+    return target
+
+
+def copy(folder, target):
+    shutil.copytree(folder, target)
+    return target
+
+
+def tensors_of(folder):
+    return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+
+
+def bits(tensor):
+    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
+
+
+def assert_same_bits(first, second):
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        assert tensor.dtype == second[key].dtype and torch.equal(bits(tensor), bits(second[key])), key
+
+
+ODD = [
+    {},
+    {"num_key_value_heads": 1},
+    {"num_hidden_layers": 3, "vocab_size": 7, "intermediate_size": 10},
+    {"head_dim": 6, "num_attention_heads": 5, "num_key_value_heads": 5, "hidden_size": 20},
+]
+
+
+@pytest.mark.parametrize("changes", ODD, ids=lambda changes: "-".join(changes) or "plain")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back_is_bit_exact(tmp_path, family, tied, changes, monkeypatch):
+    monkeypatch.setattr(sharded, "CHUNK_BYTES", 3000)  # several chunks a piece, several files
+    monkeypatch.setattr(sharded, "FILE_BYTES", 100_000)
+    if family == "qwen2" and "head_dim" in changes:
+        changes = {**changes, "head_dim": 4}  # Qwen2 has no head_dim of its own: hidden / heads
+    source = save_model(tmp_path / "source", family, tied, torch.bfloat16, **changes)
+    there = to_megatron(source, tmp_path / "m", None, False)
+    back = to_hugging_face(tmp_path / "m", tmp_path / "back", None, 20_000, False)
+    assert back.same_as_source and back.digest == there.digest
+    assert_same_bits(tensors_of(source), tensors_of(tmp_path / "back"))
+    assert list(differences(Model(source), Model(tmp_path / "m"))) == []
+
+
+def test_tensors_of_several_dtypes_are_cast_to_the_one_asked_for(folder, tmp_path):
+    source = copy(folder, tmp_path / "source")
+    edit_tensors(source, half_precision)
+    to_megatron(source, tmp_path / "m", torch.float32, False)
+    to_hugging_face(tmp_path / "m", tmp_path / "back", None, MAX_SHARD_BYTES, False)
+    assert_same_bits({key: tensor.float() for key, tensor in tensors_of(source).items()}, tensors_of(tmp_path / "back"))
+
+
+def test_values_that_are_not_finite_keep_their_bits_and_are_counted(folder, tmp_path):
+    source = copy(folder, tmp_path / "source")
+    tensors = tensors_of(source)
+    bits(tensors["model.norm.weight"])[:3] = torch.tensor([0x7FC00001, -0x3FFFFF, 0x7F800000])  # two NaNs, infinity
+    save_file(tensors, source / "model.safetensors")
+    assert to_megatron(source, tmp_path / "m", None, False).nonfinite == {"model.norm.weight": 3}
+    assert to_hugging_face(tmp_path / "m", tmp_path / "back", None, MAX_SHARD_BYTES, False).nonfinite
+    assert_same_bits(tensors, tensors_of(tmp_path / "back"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_the_way_back_with_no_missing_or_unexpected_key(tmp_path, family):
+    source = save_model(tmp_path / "source", family, True)
+    to_megatron(source, tmp_path / "m", torch.bfloat16, False)
+    to_hugging_face(tmp_path / "m", tmp_path / "back", None, 30_000, False)
+    model, found = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"] and not found["mismatched_keys"]
+    assert model.dtype == torch.bfloat16
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for (name, parameter), (_, other) in zip(model.named_parameters(), original.named_parameters(), strict=True):
+        assert torch.equal(parameter, other.bfloat16()), name
+
+
+def test_files_are_named_and_carried_as_transformers_expects(folder, tmp_path, checkpoint):
+    to_hugging_face(checkpoint, tmp_path / "back", None, 300_000, False)
+    files = sorted(file.name for file in (tmp_path / "back").glob("*.safetensors"))
+    assert files == [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    assert all((tmp_path / "back" / file).stat().st_size < 310_000 for file in files) and len(files) > 2
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors_of(folder).values())
+    assert set(index["weight_map"]) == tensors_of(folder).keys()
+    config = json.loads((folder / "config.json").read_text())
+    assert "rope_theta" not in config  # written by transformers 5; 4 reads nothing else
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written == {**config, "rope_theta": config["rope_parameters"]["rope_theta"]}
+    for name in ("generation_config.json", "tokenizer.json"):
+        assert json.loads((tmp_path / "back" / name).read_text()) == json.loads((folder / name).read_text()), name
+
+
+def test_a_copy_of_the_tied_embedding_is_written_only_where_the_source_had_one(tmp_path):
+    plain = save_model(tmp_path / "plain", tied=True)
+    written = copy(plain, tmp_path / "written")
+    tensors = tensors_of(plain)
+    save_file(
+        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, written / "model.safetensors"
+    )
+    for source in (plain, written):
+        to_megatron(source, tmp_path / "m", None, True)
+        to_hugging_face(tmp_path / "m", tmp_path / "back", None, MAX_SHARD_BYTES, True)
+        assert_same_bits(tensors_of(source), tensors_of(tmp_path / "back"))
+    assert list(differences(Model(plain), Model(written))) == ["lm_head.weight: only in the second"]
+
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, written / "model.safetensors")
+    differs = r"tie_word_embeddings=true, but lm_head\.weight differs from model\.embed"
+    with pytest.raises(ValueError, match=differs):
+        to_megatron(written, tmp_path / "new", None, False)
+    with pytest.raises(ValueError, match=differs):
+        list(differences(Model(plain), Model(written)))
+    save_file({**tensors, "lm_head.weight": torch.zeros(3, 3)}, written / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head\.weight is \(3, 3\)"):
+        Model(written)
+
+
+def test_a_checkpoint_without_its_description_needs_a_template(folder, checkpoint, tmp_path):
+    bare = copy(checkpoint, tmp_path / "m")
+    shutil.rmtree(bare / "huggingface")
+    (bare / "megavar.json").unlink()
+    with pytest.raises(ValueError, match=r"give a Hugging Face folder of the same sizes.*--hf-template"):
+        to_hugging_face(bare, tmp_path / "back", None, MAX_SHARD_BYTES, False)
+    to_hugging_face(bare, tmp_path / "back", folder, MAX_SHARD_BYTES, False)
+    assert_same_bits(tensors_of(folder), tensors_of(tmp_path / "back"))
+
+
+def test_the_newest_checkpoint_of_a_megatron_run_is_found(folder, checkpoint, tmp_path):
+    copy(checkpoint, tmp_path / "run" / "iter_0000012")
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("12\n")
+    assert list(differences(Model(tmp_path / "run"), Model(folder))) == []
+
+
+def test_verify_finds_one_flipped_bit_on_either_side(folder, checkpoint, tmp_path):
+    flipped = copy(folder, tmp_path / "flipped")
+    tensors = tensors_of(folder)
+    bits(tensors["model.layers.2.mlp.up_proj.weight"])[5, 7] ^= 1
+    save_file(tensors, flipped / "model.safetensors")
+    for first, second in ((folder, flipped), (checkpoint, flipped)):
+        (found,) = differences(Model(first), Model(second))
+        assert found.startswith("model.layers.2.mlp.up_proj.weight: 1 of 6144 values differ, first at [5, 7]")
+
+
+def test_verify_names_dtypes_and_sizes_that_differ(folder, tmp_path):
+    to_megatron(folder, tmp_path / "bf16", torch.bfloat16, False)
+    found = list(differences(Model(folder), Model(tmp_path / "bf16")))
+    assert "model.norm.weight: float32 in the first, bfloat16 in the second" in found
+    assert len(found) == len(tensors_of(folder))
+    other = save_model(tmp_path / "other", num_hidden_layers=2)
+    assert list(differences(Model(folder), Model(other))) == ["num_layers: 4 in the first, 2 in the second"]
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def edit_tensors(folder, edit):
+    tensors = tensors_of(folder)
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def flip_header_byte(folder):
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[20] ^= 0xFF
+    (folder / "model.safetensors").write_bytes(data)
+
+
+def half_precision(tensors):
+    tensors["model.layers.0.self_attn.k_proj.weight"] = tensors["model.layers.0.self_attn.k_proj.weight"].half()
+
+
+def one_layer_of_half_precision(tensors):
+    tensors["model.layers.2.input_layernorm.weight"] = tensors["model.layers.2.input_layernorm.weight"].half()
+
+
+def index_to_nowhere(folder):
+    weights = {"model.norm.weight": "model-00001-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+
+def index_without_a_key(folder):
+    weights = dict.fromkeys(tensors_of(folder).keys() - {"model.norm.weight"}, "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+
+BROKEN = {
+    "truncated": (lambda f: os.truncate(f / "model.safetensors", 5000), r"model\.safetensors is missing, truncated"),
+    "empty": (lambda f: os.truncate(f / "model.safetensors", 0), r"model\.safetensors is missing, truncated"),
+    "header": (flip_header_byte, r"model\.safetensors is missing, truncated or no safetensors"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"neither model\.safetensors nor"),
+    "index": (lambda f: (f / "model.safetensors.index.json").write_text("{"), r"index\.json is no index"),
+    "shard": (index_to_nowhere, r"model-00001-of-00002\.safetensors is missing"),
+    "stray": (index_without_a_key, r"model\.safetensors holds model\.norm\.weight, which .* does not name"),
+    "missing key": (lambda f: edit_tensors(f, lambda t: t.pop("model.norm.weight")), r"lacks model\.norm\.weight"),
+    "extra key": (lambda f: edit_tensors(f, lambda t: t.update(odd=torch.zeros(1))), r"unknown tensor odd"),
+    "shape": (
+        lambda f: edit_tensors(f, lambda t: t.update({"model.norm.weight": torch.zeros(3)})),
+        r"model\.safetensors: model\.norm\.weight is \(3,\), config\.json implies \(64,\)",
+    ),
+    "integers": (
+        lambda f: edit_tensors(f, lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.int32)})),
+        r"model\.norm\.weight is of type I32; known are F32, BF16, F16",
+    ),
+    "mixed": (
+        lambda f: edit_tensors(f, half_precision),
+        r"layers\.0\.self_attn\.q_proj\.weight is float32 and .*layers\.0\.self_attn\.k_proj\.weight is float16",
+    ),
+    "mixed layers": (
+        lambda f: edit_tensors(f, one_layer_of_half_precision),
+        r"layers\.0\.input_layernorm\.weight is float32 and .*layers\.2\.input_layernorm\.weight is float16",
+    ),
+    "layer types": (lambda f: edit_config(f, num_hidden_layers=5), r"config\.json cannot be read: [\s\S]*layer_types"),
+    "layers": (
+        lambda f: edit_config(f, num_hidden_layers=5, layer_types=None),
+        r"lacks model\.layers\.4\..*qwen3 with 5 layers",
+    ),
+    "tied": (lambda f: edit_config(f, tie_word_embeddings=True), r"tie_word_embeddings=true, but lm_head\.weight"),
+    "family": (lambda f: edit_config(f, model_type="llama"), r"model_type='llama'; known are qwen2, qwen3, qwen3_moe"),
+    "rope": (
+        lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}),
+        "RoPE scaling 'yarn', which is not supported",
+    ),
+    "no rope base": (
+        lambda f: edit_config(f, rope_parameters={"rope_type": "default"}),
+        "a RoPE base is never guessed",
+    ),
+    "biases": (lambda f: edit_config(f, attention_bias=True), r"attention_bias=True, which is not supported"),
+    "config": (lambda f: (f / "config.json").unlink(), r"no config\.json"),
+    "config text": (lambda f: (f / "config.json").write_text("{"), r"config\.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_folder_is_refused_and_nothing_is_written(folder, tmp_path, how):
+    source = copy(folder, tmp_path / "source")
+    damage, message = BROKEN[how]
+    damage(source)
+    with pytest.raises(ValueError, match=message):
+        to_megatron(source, tmp_path / "m", None, False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def remove_file(folder):
+    next(folder.glob("*.distcp")).unlink()
+
+
+def rename_parameter(folder):
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    metadata.state_dict_metadata["decoder.odd.weight"] = metadata.state_dict_metadata.pop("output_layer.weight")
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def lose_a_chunk(folder):
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks.pop()
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+BROKEN_CHECKPOINTS = {
+    "no metadata": (lambda f: (f / ".metadata").unlink(), r"nor a checkpoint \(no \.metadata\)"),
+    "metadata": (lambda f: os.truncate(f / ".metadata", 100), r"\.metadata is damaged"),
+    "missing file": (remove_file, r"__0_0\.distcp is missing or truncated"),
+    "truncated": (lambda f: os.truncate(f / "__0_0.distcp", 9000), r"__0_0\.distcp is missing or truncated"),
+    "unknown": (rename_parameter, r"lacks output_layer\.weight \(1 missing, 1 unknown\)"),
+    "chunk": (lose_a_chunk, r"only a part of decoder\.layers\.mlp\.linear_fc2\.weight\[3\]"),
+    "config": (lambda f: edit_config(f / "huggingface", intermediate_size=95), r"linear_fc1\.weight is .*192.*190"),
+    "description": (lambda f: (f / "megavar.json").write_text("[1]"), r"megavar\.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN_CHECKPOINTS)
+def test_a_broken_checkpoint_is_refused_and_nothing_is_written(checkpoint, tmp_path, how):
+    source = copy(checkpoint, tmp_path / "source")
+    damage, message = BROKEN_CHECKPOINTS[how]
+    damage(source)
+    with pytest.raises(ValueError, match=message):
+        to_hugging_face(source, tmp_path / "back", None, MAX_SHARD_BYTES, False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_damage_is_refused_or_found_by_verify(folder, tmp_path, seed):
+    """Bytes cut off or changed anywhere: a clear error, or tensors that differ; never a silent pass, never a crash."""
+    drawn = random.Random(seed)
+    for attempt in range(10):
+        source = copy(folder, tmp_path / f"source-{attempt}")
+        file = source / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        if drawn.random() < 0.3:
+            data = data[: drawn.randrange(len(data))]
+        else:
+            place = drawn.randrange(len(data) if drawn.random() < 0.5 else 3000)
+            data[place] ^= 1 << drawn.randrange(8)
+        file.write_bytes(data)
+        try:
+            assert list(differences(Model(folder), Model(source)))
+        except ValueError as error:
+            assert str(source) in str(error)
+
+
+def test_an_existing_target_is_refused_and_replaced_only_on_demand(folder, checkpoint, tmp_path):
+    target = tmp_path / "m"
+    to_megatron(folder, target, None, False)
+    with pytest.raises(ValueError, match="exists already; choose another folder, or say --overwrite"):
+        to_megatron(folder, target, None, False)
+    to_megatron(folder, target, torch.bfloat16, True)
+    assert list(differences(Model(folder), Model(target)))
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="holds neither a model nor a checkpoint"):
+        to_megatron(folder, tmp_path / "home", None, True)
+    (tmp_path / "m" / "notes").mkdir()
+    with pytest.raises(ValueError, match="holds the folder notes beside its model"):
+        to_megatron(folder, tmp_path / "m", None, True)
+    (tmp_path / "letter").write_text("dear")
+    with pytest.raises(ValueError, match="is a file"):
+        to_megatron(folder, tmp_path / "letter", None, True)
+    assert (tmp_path / "letter").read_text() == "dear"
+
+
+def test_a_target_that_is_read_from_is_refused(folder, checkpoint, tmp_path):
+    for target in (folder, folder.parent):
+        with pytest.raises(ValueError, match="which is read from"):
+            to_megatron(folder, target, None, True)
+    copy(checkpoint, tmp_path / "run" / "iter_0000007")
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("7")
+    for target in ("run", "run/iter_0000007", "run/iter_0000007/huggingface"):
+        with pytest.raises(ValueError, match="which is read from"):
+            to_hugging_face(tmp_path / "run", tmp_path / target, None, MAX_SHARD_BYTES, True)
+    assert list(differences(Model(tmp_path / "run"), Model(folder))) == []
+
+
+def test_a_kill_between_the_two_renames_loses_neither_model(folder, checkpoint, tmp_path):
+    copy(folder, tmp_path / ".m.replaced")
+    copy(checkpoint, tmp_path / ".m.partial")
+    with pytest.raises(ValueError, match="exists already"):
+        to_megatron(folder, tmp_path / "m", None, False)
+    assert list(differences(Model(tmp_path / "m"), Model(folder))) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_target_that_another_process_fills_is_refused(folder, tmp_path):
+    with new_folder(tmp_path / "m", False, 0) as aside:
+        (aside / "file").write_text("first")
+        with pytest.raises(ValueError, match="another process is filling"):
+            to_megatron(folder, tmp_path / "m", None, False)
+    assert (tmp_path / "m" / "file").read_text() == "first"
+
+
+def test_what_another_process_begins_right_after_the_rename_is_left_alone(tmp_path, monkeypatch):
+    rename = os.replace
+
+    def rename_then_begin(source, target):
+        rename(source, target)
+        source.mkdir()
+        (source / "file").write_text("second")
+
+    monkeypatch.setattr(os, "replace", rename_then_begin)
+    with new_folder(tmp_path / "m", False, 0):
+        pass
+    assert (tmp_path / ".m.partial" / "file").read_text() == "second"
+
+
+def test_a_place_that_cannot_be_written_is_said(folder):
+    with pytest.raises(ValueError, match=r"/proc/nowhere/m could not be written: .*; nothing half done is left"):
+        to_megatron(folder, Path("/proc/nowhere/m"), None, False)
+
+
+def test_too_little_space_is_said_before_anything_is_written(folder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(ValueError, match=r"needs 0\.00 GB, but its disk has 0\.00 GB free"):
+        to_megatron(folder, tmp_path / "m", None, False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])
+def test_a_write_that_fails_half_way_leaves_nothing(folder, checkpoint, tmp_path, direction):
+    """The system refuses files over a size, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        with pytest.raises(ValueError, match=r"could not be written: .*File too large"):
+            if direction == "to-megatron":
+                to_megatron(folder, tmp_path / "m", None, False)
+            else:
+                to_hugging_face(checkpoint, tmp_path / "m", None, MAX_SHARD_BYTES, False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+from megavar.checkpoints.convert import to_megatron
+print("ready", flush=True)
+for _ in range(1000):
+    to_megatron(Path(sys.argv[1]), Path(sys.argv[2]), None, True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_nothing_or_a_complete_checkpoint(folder, tmp_path):
+    target, drawn, found = tmp_path / "m", random.Random(0), []
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", KILLED, str(folder), str(target)], stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        time.sleep(drawn.uniform(0.0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        found.append(target.exists())
+        if target.exists():
+            assert list(differences(Model(folder), Model(target))) == []
+    to_megatron(folder, target, None, True)
+    assert any(found) and [path.name for path in tmp_path.iterdir()] == ["m"]

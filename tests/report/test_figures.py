@@ -1,0 +1,66 @@
+"""What the figures hold, read back from their axes."""
+
+import numpy as np
+import pytest
+
+from megavar.evaluation.pass_at_k import Accuracy
+from megavar.report import figures
+from megavar.report.curves import FewerTraces
+
+POINTS = [Accuracy(1, 0.25, 0.2, 0.3), Accuracy(2, 0.5, 0.4, 0.6)]
+FEWER = {"a": [FewerTraces(1, 0.4, 1.0), FewerTraces(2, 0.7, 1.5)]}
+
+
+@pytest.mark.parametrize("lengths", [[5], [0, 1], [1, 2], [1, 70], [3, 64, 500], list(range(61))])
+def test_every_length_is_in_the_middle_part_of_one_of_at_most_60_bins(lengths):
+    edges = figures.length_bins(np.array(lengths, float))
+    counts, _ = np.histogram(lengths, edges)
+    assert counts.sum() == len(lengths) and edges[-1] - edges[0] >= 10 and len(edges) <= 61
+    assert set(edges % 1) == {0.5} and len(set(np.diff(edges))) == 1
+
+
+def test_a_lone_length_stands_in_the_middle():
+    edges = figures.length_bins(np.array([20.0, 20.0]))
+    assert edges[0] + 4 < 20 < edges[-1] - 4
+
+
+def test_curves_hold_their_points_and_intervals_around_them():
+    (plot,) = figures.pass_curves({"run": {"pi_0": POINTS, "final": POINTS}}).axes
+    first, second = plot.get_lines()
+    assert first.get_xydata().tolist() == [[1, 0.25], [2, 0.5]]
+    assert (first.get_label(), second.get_label()) == ("run: pi_0", "run: final")
+    assert first.get_linestyle() != second.get_linestyle() and first.get_color() == second.get_color()
+    band = plot.collections[0].get_datalim(plot.transData)
+    assert (band.ymin, band.ymax) == pytest.approx((0.2, 0.6))
+
+
+def test_final_accuracy_against_k_is_drawn_for_runs_of_several_k_only():
+    same = {"a": (8, POINTS[0]), "b": (8, POINTS[1])}
+    assert len(figures.trace_number_curves(FEWER, same).axes) == 2
+    plots = figures.trace_number_curves(FEWER, {**same, "b": (4, POINTS[1])}).axes
+    assert plots[0].get_lines()[0].get_xydata().tolist() == [[1, 0.4], [2, 0.7]]
+    assert plots[1].get_lines()[0].get_xydata().tolist() == [[1, 1.0], [2, 1.5]]
+    assert [plot.get_lines()[0].get_xydata().tolist() for plot in plots[2:]] == [[[8, 0.25]]]
+    assert plots[2].get_lines()[3].get_xydata().tolist() == [[4, 0.5]]
+
+
+def test_training_has_a_column_for_each_stage_and_a_line_for_each_run_that_has_it():
+    rows = [{"stage": stage, "step": step, "loss": step, "grad_norm": 2 * step} for stage in "ab" for step in (1, 2)]
+    weigh = {"stage": "weigh", "step": 1, "ess": 3.0}
+    plots = figures.training_curves({"x": [*rows, weigh], "y": rows[:2]}).axes
+    assert [plot.get_title() for plot in plots] == ["a", "b", "", ""]
+    assert [len(plot.get_lines()) for plot in plots] == [2, 1, 2, 1]
+    assert plots[3].get_lines()[0].get_xydata().tolist() == [[1, 2], [2, 4]]
+
+
+def test_densities_count_every_finite_row_and_say_so_when_there_is_none():
+    ratios = (np.array([3.0, 3.0, 4.0]), np.array([0.1, 0.1, -np.inf]))
+    left, right, *_ = figures.densities(ratios, (np.zeros(0), np.zeros(0)), "log-ratio").axes
+    assert np.nansum(left.collections[0].get_array().filled(0)) == 2
+    assert [text.get_text() for text in right.texts] == ["no scored rows"]
+
+
+def test_questions_without_weights_are_the_bar_at_zero():
+    (plot,) = figures.size_histogram(np.array([0.0, 0.0, 1.0, 4.0]), 4).axes
+    bars = {round(bar.get_x() + bar.get_width() / 2, 6): bar.get_height() for bar in plot.patches if bar.get_height()}
+    assert bars == {0.0: 2, 1.0: 1, 4.0: 1}
