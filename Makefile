@@ -10,19 +10,16 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 SGLANG := .venv-sglang
 BIN := $(VENV)/bin
-DEMO_RANKS ?= 4
 DEMO_FLAGS ?= --tp 2 --pp 2
 export OMP_NUM_THREADS ?= 1
-export PYTHONWARNINGS ?= ignore
 
 install_torch = $(1)/pip install --quiet --retries 0 --index-url $(TORCH_INDEX) "$(TORCH)" 2>/dev/null || \
 	$(1)/pip install --quiet "$(TORCH)"
 
 .PHONY: demo test check evidence sglang clean
 
-demo: $(VENV)/.done $(SGLANG)/.done runs/demo_data/train.jsonl
-	$(BIN)/torchrun --standalone --nproc-per-node $(DEMO_RANKS) examples/pretrain_variational.py \
-		--config conf/demo.yaml $(DEMO_FLAGS)
+demo: $(VENV)/.done $(SGLANG)/.done
+	$(BIN)/python examples/pretrain_variational.py $(DEMO_FLAGS)
 
 test: $(VENV)/.done $(SGLANG)/.done
 	$(BIN)/python -m pytest
@@ -36,9 +33,6 @@ evidence: $(VENV)/.done $(SGLANG)/.done
 	$(BIN)/python examples/evidence.py
 
 sglang: $(SGLANG)/.done
-
-runs/demo_data/train.jsonl: examples/data/generate.py $(VENV)/.done
-	$(BIN)/python examples/data/generate.py --out runs/demo_data
 
 $(VENV)/.done: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -84,3 +84,12 @@ def from_rank_zero(make: Callable[[], Value]) -> Value:
         dist.broadcast_object_list(made)
     value: Value = made[0]
     return value
+
+
+def environment_without_torchrun() -> dict[str, str]:
+    """This process's environment without what torchrun set up for its ranks."""
+    of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_", "PET_")
+    return {
+        name: value for name, value in os.environ.items() if name not in of_torchrun and not name.startswith(prefixes)
+    }

@@ -47,7 +47,7 @@ class TemplateConfig:
 
 @dataclass
 class ParallelConfig:
-    """Sizes of the process grid; data parallelism is what remains of the world size."""
+    """Sizes of the parallel layout; data parallelism is what remains of the world size."""
 
     tensor: int = at_least(1, default=1)
     pipeline: int = at_least(1, default=1)
@@ -58,6 +58,11 @@ class ParallelConfig:
     """Expert parallelism: the experts of a mixture, spread over the ranks of a pipeline stage."""
     sequence: bool = False
     """Sequence parallelism: norms and dropout split along tokens over the tensor-parallel ranks."""
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """The least number of ranks; a multiple of it adds data parallelism."""
+        return self.tensor * self.pipeline * self.context
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The sizes of a model: what the operators and the engine need to know of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -33,6 +34,25 @@ class ModelDims:
     def query_size(self) -> int:
         """Rows of the query projection."""
         return self.num_heads * self.head_dim
+
+    def training_flops(self, lengths: Sequence[int], num_targets: int) -> float:
+        """FLOPs of one forward and backward pass, recomputation not counted.
+
+        2 a weight and token forward, twice that backward; causal attention within each sequence; the output layer at
+        the target positions only.
+
+        Args:
+            lengths: tokens of each sequence.
+            num_targets: target tokens of all sequences.
+        """
+        kv_size = self.num_query_groups * self.head_dim
+        mlp = (
+            3 * self.hidden_size * self.ffn_size * max(1, self.experts_per_token) + self.hidden_size * self.num_experts
+        )
+        layer = self.hidden_size * (2 * self.query_size + 2 * kv_size) + mlp
+        linear = 6.0 * self.num_layers * layer * sum(lengths)
+        attention = 6.0 * self.num_layers * self.query_size * sum(length**2 for length in lengths)
+        return linear + attention + 6.0 * self.hidden_size * self.vocab_size * num_targets
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """Embedding rows after padding to a multiple of the tensor-parallel size."""

@@ -4,18 +4,13 @@ from megavar.config.schema import ParallelConfig
 from megavar.models.dims import ModelDims
 
 
-def ranks_of_layout(config: ParallelConfig) -> int:
-    """The least number of ranks: tensor x pipeline x context; a multiple of it adds data parallelism."""
-    return config.tensor * config.pipeline * config.context
-
-
 def check_layout(config: ParallelConfig, dims: ModelDims, ranks: int) -> None:
     """Check that a model of these sizes can be split over this many ranks.
 
     Raises:
         ValueError: naming the setting, the size it must divide, and the values that would do.
     """
-    product = config.tensor * config.pipeline * config.context
+    product = config.ranks_per_replica
     if ranks % product:
         raise ValueError(
             f"parallel.tensor={config.tensor} x parallel.pipeline={config.pipeline} x parallel.context="

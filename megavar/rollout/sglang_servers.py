@@ -25,6 +25,7 @@ from types import TracebackType
 import aiohttp
 
 from megavar.config.schema import RolloutConfig
+from megavar.ranks import environment_without_torchrun
 from megavar.rollout.engine import RolloutError
 from megavar.rollout.sglang_client import SGLangEngine, read_vocab_size
 
@@ -323,19 +324,13 @@ async def open_engine(
 
 
 def inherited_environment() -> dict[str, str]:
-    """This process's environment, without what would lead a server astray.
+    """This process's environment, without what would mislead a server.
 
     Paths of this interpreter's packages must not reach the other one. What torchrun set up for its ranks must not
-    either: a server that finds it waits for ever to join their process group.
+    either: a server that sees it waits for ever to join their process group.
     """
     of_packages = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_", "PET_")
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name not in of_packages + of_torchrun and not name.startswith(prefixes)
-    }
+    return {name: value for name, value in environment_without_torchrun().items() if name not in of_packages}
 
 
 def check_interpreter(python: str) -> None:

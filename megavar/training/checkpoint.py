@@ -7,12 +7,14 @@ state.
 """
 
 import os
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.utils import unwrap_model
 
 from megavar.checkpoints.convert import Model
@@ -50,6 +52,7 @@ def save_checkpoint(
     state = _model_state(chunks)
     state["optimizer"] = optimizer.sharded_state_dict(state, metadata=_SHARDING)
     state["scheduler"] = scheduler.state_dict()
+    _queue_results_in_this_process()
     dist_checkpointing.save(state, str(aside), content_metadata=_SHARDING)
     barrier()
     if is_rank_zero():
@@ -63,16 +66,26 @@ def save_checkpoint(
 
 
 def load_checkpoint(checkpoint: Path, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any) -> None:
-    """Restore weights, optimizer and schedule, on this grid or another one."""
+    """Restore weights, optimizer and schedule, on this parallel layout or another one."""
     wanted = _model_state(chunks)
     wanted["optimizer"] = optimizer.sharded_state_dict(wanted, is_loading=True, metadata=_SHARDING)
     state: dict[str, Any] = dist_checkpointing.load(wanted, str(checkpoint))
     for index, chunk in enumerate(chunks):
         missing, unexpected = unwrap_model(chunk).load_state_dict(state[f"model{index}"], strict=False)
-        lost = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
-        assert not lost, f"checkpoint and model differ in {lost}"
+        differing = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
+        assert not differing, f"checkpoint and model differ in {differing}"
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
+
+
+def _queue_results_in_this_process() -> None:
+    """Save without a process that only holds a queue.
+
+    dist_checkpointing/strategies/filesystem_async.py:51 spawns a manager process a rank (seconds of imports) for a
+    queue between processes; a synchronous save uses it within this one.
+    """
+    if vars(filesystem_async).get("_results_queue", ...) is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def _model_state(chunks: list[torch.nn.Module]) -> dict[str, Any]:

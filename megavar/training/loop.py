@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megavar.checkpoints.convert import Model
@@ -14,16 +15,17 @@ from megavar.packing import Microbatch, PackShape, data_order, pack, partition
 from megavar.records import TrainSequence
 from megavar.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, step_of
 from megavar.training.forward_backward import configure_gradients, gradient_pass, pack_shape
+from megavar.training.hardware import peak_flops, peak_memory_gib
 from megavar.training.load_weights import load_weights
 from megavar.training.model import build_model, transformer_config
-from megavar.training.optimizer import build_optimizer, wrap_for_gradients
+from megavar.training.optimizer import NOT_FINITE, build_optimizer, wrap_for_gradients
 
 Report = Callable[[int, int, dict[str, float]], None]
 """Called on every rank with (steps done, steps in all, metrics of the last step)."""
 
 
 def num_training_steps(num_sequences: int, train: TrainConfig) -> int:
-    """Optimizer steps of the job; the stream of shuffled epochs runs on over epoch bounds."""
+    """Optimizer steps of the job; the shuffled data stream continues across epoch boundaries."""
     return train.num_steps or max(1, round(train.epochs * num_sequences / train.batch_sequences))
 
 
@@ -46,7 +48,7 @@ def train_model(
     folder: Path,
     report: Report,
 ) -> None:
-    """Train from the Hugging Face folder `init` to the last step, going on from the newest checkpoint in `folder`.
+    """Train from the Hugging Face folder `init` to the last step, resuming from the newest checkpoint in `folder`.
 
     Args:
         sequences: the data set, the same on every rank.
@@ -54,7 +56,7 @@ def train_model(
 
     Raises:
         ValueError: if a sequence does not fit the microbatch.
-        FloatingPointError: if the loss or the gradient norm is not finite.
+        FloatingPointError: if the loss or the gradient norm is not finite, before the weights change.
     """
     model = Model(init)
     num_steps = num_training_steps(len(sequences), train)
@@ -62,44 +64,91 @@ def train_model(
     config = transformer_config(model.dims, parallel, precision, train.recompute)
     configure_gradients(config)
     chunks = build_model(config, model.dims)
-    done = list_checkpoints(folder)
-    if not done:
+    existing = list_checkpoints(folder)
+    if not existing:
         load_weights(chunks, model)
     chunks = wrap_for_gradients(config, chunks, train)
     optimizer, scheduler = build_optimizer(chunks, train, config.bf16, num_steps)
-    if done:
-        load_checkpoint(done[-1], chunks, optimizer, scheduler)
+    if existing:
+        load_checkpoint(existing[-1], chunks, optimizer, scheduler)
     else:
         optimizer.reload_model_params()
         scheduler.step(1)
     shape = pack_shape(parallel, precision)
-    for step in range(step_of(done[-1]) if done else 0, num_steps):
-        started = time.perf_counter()
+    first_step, checkpoint_seconds = step_of(existing[-1]) if existing else 0, 0.0
+    for step in range(first_step, num_steps):
+        clock = _Clock()
+
+        # Data: this rank's packed microbatches of the global batch.
         indices = data_order(len(sequences), step * train.batch_sequences, (step + 1) * train.batch_sequences, seed)
         batch = [sequences[index] for index in indices]
+        microbatches = _microbatches(batch, train.microbatch_tokens, parallel, shape)
+        data_seconds = clock.lap()
+
+        # Gradients, added up over microbatches and ranks.
         for chunk in chunks:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         optimizer.zero_grad()
-        sums = gradient_pass(chunks, _microbatches(batch, train.microbatch_tokens, parallel, shape), normalizer)
+        sums = gradient_pass(chunks, microbatches, normalizer)
+        if not math.isfinite(sums.loss):
+            raise FloatingPointError(f"step {step + 1}: the loss is {sums.loss}; {NOT_FINITE}")
+        forward_backward_seconds = clock.lap()
+
+        # Update; a gradient norm that is not finite stops it before a weight changes.
         learning_rate = max(group["lr"] for group in optimizer.param_groups)
         _, grad_norm, _ = optimizer.step()
-        if not math.isfinite(sums.loss) or (grad_norm is not None and not math.isfinite(grad_norm)):
-            raise FloatingPointError(f"step {step + 1}: loss {sums.loss}, gradient norm {grad_norm}; stopped.")
         scheduler.step(1)
-        seconds = time.perf_counter() - started
+        optimizer_seconds = clock.lap()
+
         metrics = {
             "loss": sums.loss,
             "token_nll": sums.nll / sums.num_target_tokens,
             "grad_norm": float(grad_norm or 0.0),
             "learning_rate": float(learning_rate),
             "target_tokens": float(sums.num_target_tokens),
-            "tokens_per_second": sum(sequence.num_tokens for sequence in batch) / seconds,
-            "seconds": seconds,
+            "tokens_per_second": sum(sequence.num_tokens for sequence in batch) / clock.seconds,
+            **_utilisation(model.dims.training_flops(*_sizes(batch)) / dist.get_world_size(), clock.seconds),
+            "peak_memory_gib": peak_memory_gib(),
+            "seconds": clock.seconds,
+            "data_seconds": data_seconds,
+            "forward_backward_seconds": forward_backward_seconds,
+            "optimizer_seconds": optimizer_seconds,
+            "checkpoint_seconds": checkpoint_seconds,
         }
         # Reported before it is saved: a step that a checkpoint holds is never taken again, so its row must be there.
         report(step + 1, num_steps, metrics)
         if (step + 1) % train.save_interval == 0 or step + 1 == num_steps:
             save_checkpoint(folder, step + 1, chunks, optimizer, scheduler, train.keep_checkpoints, model)
+        checkpoint_seconds = clock.lap()
+
+
+class _Clock:
+    """Wall time of a step, and of its parts."""
+
+    def __init__(self) -> None:
+        self._start = self._lap = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        last, self._lap = self._lap, time.perf_counter()
+        return self._lap - last
+
+    @property
+    def seconds(self) -> float:
+        """From the start of the step to the last lap."""
+        return self._lap - self._start
+
+
+def _sizes(batch: list[TrainSequence]) -> tuple[list[int], int]:
+    return [sequence.num_tokens for sequence in batch], sum(len(sequence.target_ids) for sequence in batch)
+
+
+def _utilisation(flops: float, seconds: float) -> dict[str, float]:
+    """Model FLOP/s of a rank and, where its device's peak is known, the share of it (MFU)."""
+    values, peak = {"tflops_per_second_per_rank": flops / seconds / 1e12}, peak_flops()
+    if peak is not None:
+        values["mfu"] = flops / seconds / peak
+    return values
 
 
 def _microbatches(

@@ -1,5 +1,6 @@
 """Megatron's DDP wrapper, AdamW and schedule for one training job."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,6 +9,11 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megavar.config.schema import TrainConfig
+
+NOT_FINITE = (
+    "the weights were not updated, and the last checkpoint is as it was. Lower the learning rate or train in another "
+    "precision (docs/troubleshooting.md#loss-not-finite)."
+)
 
 
 def wrap_for_gradients(config: Any, chunks: list[torch.nn.Module], train: TrainConfig) -> list[torch.nn.Module]:
@@ -45,6 +51,7 @@ def build_optimizer(
         ),
         chunks,
     )
+    _refuse_nonfinite_norm(optimizer)
     warmup_steps = round(train.warmup_ratio * num_steps)
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -60,3 +67,20 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return optimizer, scheduler
+
+
+def _refuse_nonfinite_norm(optimizer: Any) -> None:
+    """Raise FloatingPointError inside `step`, between computing the gradient norm and using it.
+
+    Megatron's ChainedOptimizer.step (optimizer.py) asks for the norm once, before it clips and updates; without a loss
+    scaler it would clip by a norm of NaN and write NaN into every weight.
+    """
+    norm_of = optimizer.get_grad_norm
+
+    def finite_norm() -> float:
+        norm = float(norm_of())
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm}; {NOT_FINITE}")
+        return norm
+
+    optimizer.get_grad_norm = finite_norm

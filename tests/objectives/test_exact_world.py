@@ -207,7 +207,10 @@ def test_iwae_weights_give_the_gradient_of_the_exact_bound(trained, count):
 
 
 def test_elbo_weights_give_the_gradient_of_the_one_trace_bound(trained):
-    parameters, settings = trained.policy_parameters, {"name": "elbo", "ratio": "sequence", "answer_estimator": "likelihood"}
+    parameters, settings = (
+        trained.policy_parameters,
+        {"name": "elbo", "ratio": "sequence", "answer_estimator": "likelihood"},
+    )
     found = expected_gradient(trained, 2, parameters, trained.log_joint(), **settings)
     assert_close(found, gradients(exact_bound(trained, 1), parameters))
 

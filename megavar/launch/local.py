@@ -1,0 +1,102 @@
+"""Starts a run on this machine with as many ranks as its parallel layout needs."""
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from megavar.cli import launch, reported
+from megavar.config.load import load_config
+from megavar.config.schema import ParallelConfig, RunConfig
+from megavar.ranks import environment_without_torchrun, is_rank_zero
+from megavar.rollout.sglang_servers import visible_gpus
+
+MISTAKE = 2
+"""Exit code of a user's mistake, which rank 0 has reported."""
+
+
+def run_on_enough_ranks(config_file: Path, overrides: list[str], command: Sequence[str]) -> int:
+    """Run all stages of a run, first starting `command` again under torchrun if there are too few ranks.
+
+    Args:
+        command: script and arguments that call this function with the same configuration.
+
+    Returns:
+        The exit code: 0, 2 for a user's mistake, 1 for a failure.
+    """
+    configs: list[RunConfig] = []
+    code = reported(lambda: configs.append(load_config(config_file, overrides)))
+    if code:
+        return code
+    layout = configs[0].parallel
+    if int(os.environ.get("WORLD_SIZE", "0")) >= layout.ranks_per_replica:
+        return launch(config_file, overrides, "run")
+    code = reported(lambda: _check_machine(layout, command))
+    if code or not is_rank_zero():
+        return code
+    num_ranks, started = layout.ranks_per_replica, os.environ.get("WORLD_SIZE", "none")
+    sizes = f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context}"
+    print(f"{sizes} needs {num_ranks} ranks, torchrun started {started}: starting {num_ranks} here", flush=True)
+    return start_ranks(num_ranks, command, quiet=configs[0].logging.level != "debug")
+
+
+def _check_machine(layout: ParallelConfig, command: Sequence[str]) -> None:
+    """Refuse what starting more ranks on this machine cannot mend.
+
+    Raises:
+        ValueError: if there are several nodes, with the command that would do, or too few GPUs, with both numbers.
+    """
+    needed, nodes = layout.ranks_per_replica, int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    if nodes > 1:
+        ranks_a_node = -(-needed // nodes)
+        raise ValueError(
+            f"the parallel layout needs {needed} ranks, {nodes} nodes started {os.environ['WORLD_SIZE']}; on every "
+            f"node run torchrun --nnodes {nodes} --nproc-per-node {ranks_a_node} --rdzv-backend c10d --rdzv-endpoint "
+            f"{os.environ.get('MASTER_ADDR', 'HOST')}:29500 {' '.join(command)}"
+        )
+    gpus = visible_gpus()
+    if 0 < len(gpus) < needed:
+        raise ValueError(
+            f"the parallel layout needs {needed} GPUs, one a rank, and this machine has {len(gpus)}; choose smaller "
+            "--tp, --pp or --cp, or start on several nodes."
+        )
+
+
+def start_ranks(num_ranks: int, command: Sequence[str], quiet: bool) -> int:
+    """Run a Python command on this many ranks under torchrun's agent in this process, until all have ended.
+
+    Args:
+        quiet: torchrun's own report of a failure is left out: the rank that failed has said why.
+
+    Returns:
+        0, or 2 if a rank ended with a user's mistake, 1 for any other failure, 128 + N for signal N.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    clean = environment_without_torchrun()
+    for name in os.environ.keys() - clean.keys():
+        del os.environ[name]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does for several ranks
+    if quiet:
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", *command)
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        return MISTAKE if MISTAKE in codes else 1
+    except SignalException as signal:
+        return 128 + signal.sigval
+    return 0

@@ -1,0 +1,31 @@
+"""What this rank's device can do and holds: peak FLOP/s for the MFU, and the most memory used."""
+
+import resource
+
+import torch
+
+PEAK_FLOPS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+"""Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets (SXM versions). With FP8 the MFU is still
+relative to these."""
+
+
+def peak_flops() -> float | None:
+    """bf16 peak of this rank's GPU; None where it is unknown, as on CPUs."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory_gib() -> float:
+    """Most memory this rank has held so far: allocated on its GPU, or resident on CPUs."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated() / 2**30)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB on Linux
