@@ -45,6 +45,8 @@ class GenerateRequest:
     stop: tuple[str, ...] = ()
     """Strings that end a sample as soon as its text holds one of them."""
     num_samples: int = 1
+    return_logps: bool = True
+    """Ask for the log-prob of each id, which costs the server time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +56,9 @@ class Generation:
     ids: NDArray[np.int32]
     """[tokens] as generated, with the token that ended it (stop token, end of sequence, or the last token of a
     stop string)."""
-    logps: NDArray[np.float32]
-    """[tokens] natural log-prob of each id, of the logits divided by the temperature and before top-p cuts; at
-    temperature 0 of the plain logits."""
+    logps: NDArray[np.float32] | None
+    """[tokens] natural log-prob of each id, of the logits divided by the temperature and before top-p cuts, at
+    temperature 0 of the plain logits; None if they were not asked for."""
     finish: Finish
     """`stop`: ended by itself; `length`: cut by max_tokens or the context length; `abort`: by the server."""
     text: str

@@ -286,7 +286,7 @@ class SGLangEngine:
         body = {
             "input_ids": [prompt_ids] * len(seeds),
             "sampling_params": [sampling_params(request, seed) for seed in seeds],
-            "return_logprob": True,
+            "return_logprob": request.return_logps,
         }
         answers = await self._post(worker, "/generate", body)
         if not isinstance(answers, list) or len(answers) != len(seeds):
@@ -350,17 +350,19 @@ def read_generation(answer: dict[str, Any], request: GenerateRequest, seed: int)
     Raises:
         RolloutError: the answer contradicts itself, or the model computed NaN.
     """
-    meta, ids = answer["meta_info"], answer["output_ids"]
-    logps = meta["output_token_logprobs"]
-    if ids != [token for _, token, _ in logps]:
-        raise RolloutError(f"SGLang's log-probs are of other tokens than its output: {logps[:5]} against {ids[:5]}")
+    meta, ids, logps = answer["meta_info"], answer["output_ids"], None
+    if request.return_logps:
+        rows = meta["output_token_logprobs"]
+        if ids != [token for _, token, _ in rows]:
+            raise RolloutError(f"SGLang's log-probs are of other tokens than its output: {rows[:5]} against {ids[:5]}")
+        logps = np.array([logp for logp, _, _ in rows], dtype=np.float32)
     finish = meta["finish_reason"]
     if finish.get("matched") == "NaN happened" and "NaN happened" not in request.stop:
         # sglang/srt/managers/schedule_batch.py, _check_vocab_boundary_finish: it replaces the token and says "stop"
         raise RolloutError("the served model computes NaN; check the checkpoint, or serve it in another dtype.")
     return Generation(
         ids=np.array(ids, dtype=np.int32),
-        logps=np.array([logp for logp, _, _ in logps], dtype=np.float32),
+        logps=logps,
         finish=finish["type"],
         text=answer["text"],
         seed=seed,

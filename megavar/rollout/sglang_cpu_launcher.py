@@ -10,17 +10,22 @@ else is changed, and GPU machines do not use this file:
    a hash kernel of the missing `sgl_kernel`, and swaps in Triton operators. Bridged only when asked for. What is lost
    is invariance to the batch: a sample repeats if float32 rounding, which varies with batch size, flips no token.
 
+4. `torch_native` attends one sequence after another, and to a prompt's cached prefix once more: most of the time with
+   many short sequences. Here a batch is one call, with a mask.
+
 SGLang starts its other processes with multiprocessing's `spawn`, which runs this file's top level in each of
 them, with the same `sys.argv`: so the bridges hold everywhere.
 """
 
 import importlib
+import importlib.abc
 import importlib.metadata
 import importlib.util
 import os
 import runpy
 import sys
 import types
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 WRITTEN_FOR = "0.5.23"
@@ -141,6 +146,108 @@ def bridge_seeds() -> None:
     invariant.enable_batch_invariant_mode = lambda *_, **__: None
 
 
+MAX_MASK_ELEMENTS = 2**24
+"""Beyond this size of a batch's mask (query x key positions) SGLang's own loop attends."""
+
+
+def batched_attention(
+    tensors: Sequence[Any], seq_lens: Any, query_lens: Any, scaling: float | None, enable_gqa: bool
+) -> Any:
+    """Causal attention of the last `query_lens` tokens of each sequence to all of it, in one call.
+
+    Args:
+        tensors: query [tokens, heads, head_dim] of all sequences, one after the other; output, of the same shape;
+            k_cache and v_cache [slots, key heads, head_dim]; req_to_token [requests, positions], each token's slot;
+            req_pool_indices [sequences], rows of it.
+        seq_lens: [sequences] tokens, with the cached ones.
+        query_lens: [sequences] tokens without the cached ones.
+    """
+    import torch
+
+    query, output, k_cache, v_cache, req_to_token, req_pool_indices = tensors
+    count, most_keys, most_queries = len(seq_lens), int(seq_lens.max()), int(query_lens.max())
+    positions, steps = torch.arange(most_keys), torch.arange(most_queries)
+    slots = req_to_token[req_pool_indices, :most_keys].long()
+    slots = torch.where(positions < seq_lens[:, None], slots, slots[:, :1])  # any slot with finite values: it is masked
+    real = steps < query_lens[:, None]
+    padded = query.new_zeros(count, most_queries, *query.shape[1:])
+    padded[real] = query
+    last_seen = (seq_lens - query_lens)[:, None] + steps  # [sequences, queries]
+    mask = (positions <= last_seen[:, :, None])[:, None]
+
+    def gather(cache: Any) -> Any:
+        rows = cache.index_select(0, slots.flatten())  # half the time of cache[slots]
+        return rows.view(*slots.shape, *cache.shape[1:]).transpose(1, 2).to(query.dtype)
+
+    result = torch.nn.functional.scaled_dot_product_attention(
+        padded.transpose(1, 2),
+        gather(k_cache),
+        gather(v_cache),
+        attn_mask=mask,
+        scale=scaling,
+        enable_gqa=enable_gqa,
+    )
+    output[:] = result.transpose(1, 2)[real]
+    return output
+
+
+def replace_attention(module: Any) -> None:
+    """Gap 4, in sglang/srt/layers/attention/torch_native_backend.py once it is imported."""
+    backend = getattr(module, "TorchNativeAttnBackend", None)
+    for name in ("_run_sdpa_forward_extend", "_run_sdpa_forward_decode"):
+        if not hasattr(backend, name):
+            changed(f"layers/attention/torch_native_backend.py has no TorchNativeAttnBackend.{name}")
+    backend_class: Any = backend
+    extend_one_by_one = backend_class._run_sdpa_forward_extend
+    decode_one_by_one = backend_class._run_sdpa_forward_decode
+
+    def is_plain(seq_lens: Any, query_lens: Any, options: dict[str, Any]) -> bool:
+        unusual = ("encoder_lens", "is_cross_attn", "sliding_window_size")
+        elements = len(seq_lens) * int(seq_lens.max()) * int(query_lens.max())
+        return elements <= MAX_MASK_ELEMENTS and all(options.get(name) in (None, False) for name in unusual)
+
+    def extend(self: Any, *tensors: Any, **options: Any) -> Any:
+        *shared, seq_lens, _prefix_lens, query_lens, encoder_lens = tensors
+        options = {**options, "encoder_lens": encoder_lens}
+        if not (options["causal"] and is_plain(seq_lens, query_lens, options)):
+            return extend_one_by_one(self, *tensors, **{k: v for k, v in options.items() if k != "encoder_lens"})
+        return batched_attention(shared, seq_lens, query_lens, options["scaling"], options["enable_gqa"])
+
+    def decode(self: Any, *tensors: Any, **options: Any) -> Any:
+        import torch
+
+        *shared, seq_lens, encoder_lens = tensors
+        query_lens = torch.ones_like(seq_lens)
+        if not is_plain(seq_lens, query_lens, {**options, "encoder_lens": encoder_lens}):
+            return decode_one_by_one(self, *tensors, **options)
+        return batched_attention(shared, seq_lens, query_lens, options["scaling"], options["enable_gqa"])
+
+    backend_class._run_sdpa_forward_extend = extend
+    backend_class._run_sdpa_forward_decode = decode
+
+
+class AttentionFinder(importlib.abc.MetaPathFinder):
+    """Bridges gap 4 when SGLang imports the module, which only one of its processes does."""
+
+    NAME = "sglang.srt.layers.attention.torch_native_backend"
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        """The module's own spec, whose loader also replaces the attention."""
+        if name != self.NAME:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.loader is not None
+        run = spec.loader.exec_module
+
+        def run_and_replace(module: types.ModuleType) -> None:
+            run(module)
+            replace_attention(module)
+
+        spec.loader.exec_module = run_and_replace  # type: ignore[method-assign]
+        return spec
+
+
 def _read(path: str) -> str:
     with open(path, encoding="utf-8") as file:
         return file.read()
@@ -159,6 +266,7 @@ def bridge() -> None:
         )
     bridge_kernels()
     bridge_torchvision()
+    sys.meta_path.insert(0, AttentionFinder())
     if SEEDS_FLAG in sys.argv:
         bridge_seeds()
 

@@ -168,6 +168,7 @@ async def sample_answers(
                 top_p=config.top_p,
                 seed=derive_seed(sampling.seed, "answer", trace.sampler, sampling.round_index, *key, missing[key][0]),
                 num_samples=len(missing[key]),
+                return_logps=False,
             )
             requests.append((key, request))
 
