@@ -6,11 +6,12 @@ torchrun did not start is the only rank.
 
 import os
 import sys
-import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
-_POLL_SECONDS = 0.2
+_WAIT_SECONDS = 2.0
+"""Of one wait, in which a process does not see signals."""
 _num_calls = 0
 
 Value = TypeVar("Value")
@@ -42,8 +43,7 @@ def barrier() -> None:
 def on_rank_zero(work: Callable[[], None]) -> None:
     """Run `work` on rank 0 while the other ranks sleep, however long it takes; a failure fails every rank.
 
-    Waiting goes through the rendezvous store in short polls, so it neither burns a core nor meets the time-out of a
-    collective.
+    Waiting goes through the rendezvous store, so it neither burns a core nor meets the time-out of a collective.
 
     Raises:
         RankZeroError: on the other ranks, if `work` failed.
@@ -64,11 +64,20 @@ def on_rank_zero(work: Callable[[], None]) -> None:
             raise
         store.set(key, "done")
         return
-    while not store.check([key]):
-        time.sleep(_POLL_SECONDS)
+    while not _has(store, key):
+        pass
     outcome = store.get(key).decode()
     if outcome != "done":
         raise RankZeroError(f"rank 0 failed: {outcome}")
+
+
+def _has(store: Any, key: str) -> bool:
+    """Whether the key is set, after waiting for it for a while; a store raises when the while is over."""
+    try:
+        store.wait([key], timedelta(seconds=_WAIT_SECONDS))
+    except RuntimeError:
+        return bool(store.check([key]))  # raises where it was not the time-out but the store that ended
+    return True
 
 
 def from_rank_zero(make: Callable[[], Value]) -> Value:

@@ -33,8 +33,14 @@ class Templates:
         from transformers import AutoTokenizer
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        if not self._tokenizer.is_fast:
+            raise ValueError(f"{model} has no tokenizer.json; give the folder of a model with a fast tokenizer.")
         if self._tokenizer.chat_template is None or self._tokenizer.eos_token_id is None:
             raise ValueError(f"{model}: the tokenizer has no chat template or no eos token; add both to the folder.")
+        # Without transformers' wrapper around each call, which takes most of the time of short texts.
+        self._encoder: Any = self._tokenizer.backend_tokenizer
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
         self._control = re.compile("|".join(map(re.escape, self._control_tokens())))
 
     def policy_prompt(self, question: Question) -> TokenIds:
@@ -85,7 +91,7 @@ class Templates:
         return self._ids(text.removesuffix(marker).removesuffix(marker.rstrip()) + marker)
 
     def _ids(self, text: str) -> TokenIds:
-        return np.array(self._tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        return np.array(self._encoder.encode(text, add_special_tokens=False).ids, np.int32)
 
     def _refuse_control(self, question: Question, name: str) -> None:
         found = self._control.search(getattr(question, name))

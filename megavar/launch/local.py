@@ -1,13 +1,16 @@
 """Starts a run on this machine with as many ranks as its parallel layout needs."""
 
+import importlib
 import logging
 import os
+import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from megavar.cli import launch, reported
+from megavar.cli import launch, reported, show_logs
 from megavar.config.load import load_config
 from megavar.config.schema import ParallelConfig, RunConfig
 from megavar.ranks import environment_without_torchrun, is_rank_zero
@@ -39,7 +42,29 @@ def run_on_enough_ranks(config_file: Path, overrides: list[str], command: Sequen
     num_ranks, started = layout.ranks_per_replica, os.environ.get("WORLD_SIZE", "none")
     sizes = f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context}"
     print(f"{sizes} needs {num_ranks} ranks, torchrun started {started}: starting {num_ranks} here", flush=True)
-    return start_ranks(num_ranks, command, quiet=configs[0].logging.level != "debug")
+    show_logs(configs[0].logging.level)
+    if visible_gpus():
+        return start_ranks(num_ranks, sys.executable, "-u", *command)
+    _import_engine()
+    return start_ranks(num_ranks, _run_all_stages, config_file, overrides)
+
+
+def _import_engine() -> None:
+    """Import what every rank needs before they are forked, which otherwise is most of the time to the first step.
+
+    Not where there are GPUs: a process that has looked for them cannot use them after a fork.
+    """
+    importlib.import_module("megavar.training.loop")
+
+
+def _run_all_stages(config_file: Path, overrides: list[str]) -> None:
+    # A forked rank has the agent's handlers, which would end it with a traceback.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    code = launch(config_file, overrides, "run")
+    if code:
+        sys.exit(code)
 
 
 def _check_machine(layout: ParallelConfig, command: Sequence[str]) -> None:
@@ -64,11 +89,13 @@ def _check_machine(layout: ParallelConfig, command: Sequence[str]) -> None:
         )
 
 
-def start_ranks(num_ranks: int, command: Sequence[str], quiet: bool) -> int:
-    """Run a Python command on this many ranks under torchrun's agent in this process, until all have ended.
+def start_ranks(num_ranks: int, entrypoint: Callable[..., None] | str, *arguments: Any) -> int:
+    """Run a function, or a program, on this many ranks under torchrun's agent in this process, until all have ended.
+
+    torchrun's own report of a failure is left out: the rank that failed has said why.
 
     Args:
-        quiet: torchrun's own report of a failure is left out: the rank that failed has said why.
+        entrypoint: a function, whose ranks are forked from this process, or the path of a program.
 
     Returns:
         0, or 2 if a rank ended with a user's mistake, 1 for any other failure, 128 + N for signal N.
@@ -81,8 +108,7 @@ def start_ranks(num_ranks: int, command: Sequence[str], quiet: bool) -> int:
     for name in os.environ.keys() - clean.keys():
         del os.environ[name]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does for several ranks
-    if quiet:
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -91,12 +117,14 @@ def start_ranks(num_ranks: int, command: Sequence[str], quiet: bool) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        monitor_interval=0.1,
+        start_method="fork",
     )
     try:
-        elastic_launch(config, sys.executable)("-u", *command)
+        elastic_launch(config, entrypoint)(*arguments)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         return MISTAKE if MISTAKE in codes else 1
-    except SignalException as signal:
-        return 128 + signal.sigval
+    except SignalException as stopped:
+        return 128 + stopped.sigval
     return 0

@@ -56,6 +56,7 @@ def retarget_megatron() -> None:
         if not _retarget_module(importlib.import_module(f"megatron.core.{name}")):
             raise _mismatch(name, "names 'cuda'")
     _give_torch_adam_a_step()
+    _step_without_dynamo()
     _keep_routing_on_the_host()
     _retargeted = True
 
@@ -78,6 +79,17 @@ def _import_without_compiling() -> None:
         importlib.import_module("megatron.core.tensor_parallel.random")
     finally:
         torch.compile = compile_
+
+
+def _step_without_dynamo() -> None:
+    """torch/optim/optimizer.py imports torch._dynamo to keep torch.compile out of an optimizer's methods: two seconds
+    of imports in each process, which never compiles.
+    """
+    for name in ("add_param_group", "state_dict", "load_state_dict", "zero_grad"):
+        function: Any = inspect.unwrap(getattr(torch.optim.Optimizer, name))
+        function.__dynamo_disable = function  # where torch/_compile.py looks for it
+    adam: Any = torch.optim.Adam  # AdamW's step too
+    adam.step = torch.no_grad()(inspect.unwrap(adam.step))
 
 
 def _replace_cuda_calls() -> None:
