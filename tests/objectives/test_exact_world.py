@@ -13,7 +13,7 @@ from math import log, sqrt
 import numpy as np
 import pytest
 import torch
-from made_scores import weigh
+from helpers.made_scores import weigh
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megavar.objectives.bounds import multi_trace_bounds, question_bounds
@@ -207,7 +207,10 @@ def test_iwae_weights_give_the_gradient_of_the_exact_bound(trained, count):
 
 
 def test_elbo_weights_give_the_gradient_of_the_one_trace_bound(trained):
-    parameters, settings = trained.policy_parameters, {"name": "elbo", "ratio": "sequence", "answer_estimator": "likelihood"}
+    parameters, settings = (
+        trained.policy_parameters,
+        {"name": "elbo", "ratio": "sequence", "answer_estimator": "likelihood"},
+    )
     found = expected_gradient(trained, 2, parameters, trained.log_joint(), **settings)
     assert_close(found, gradients(exact_bound(trained, 1), parameters))
 
