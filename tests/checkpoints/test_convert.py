@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_models import save_tiny_model
 from safetensors.torch import load_file, save_file
-from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from megavar.checkpoints import megatron as sharded

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import random_sequences, reference_logps, save_tiny_model
+from helpers.tiny_models import random_sequences, reference_logps, save_tiny_model
 
 from megavar.training.precision import _LEAST_CAPABILITY, has_transformer_engine
 

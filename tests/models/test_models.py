@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
+from helpers.tiny_models import save_tiny_model
 from safetensors.torch import load_file, save_file
-from tiny_models import save_tiny_model
 
 from megavar.checkpoints.huggingface import HuggingFaceFolder
 from megavar.models import operators

@@ -13,7 +13,7 @@ from math import log, sqrt
 import numpy as np
 import pytest
 import torch
-from made_scores import weigh
+from helpers.made_scores import weigh
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megavar.objectives.bounds import multi_trace_bounds, question_bounds

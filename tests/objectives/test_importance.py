@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from made_scores import rows, score
+from helpers.made_scores import rows, score
 
 from megavar.objectives.importance import effective_sample_size, log_answer, log_ratio, normalise, select
 

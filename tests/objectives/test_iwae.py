@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from made_scores import random_scores, score, weigh
+from helpers.made_scores import random_scores, score, weigh
 
 from megavar.objectives import OBJECTIVES
 

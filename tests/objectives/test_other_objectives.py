@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from made_scores import score, weigh
+from helpers.made_scores import score, weigh
 
 from megavar.objectives import get_objective
 

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from small_run import NUM_ANSWERS, NUM_CORRECT, NUM_TRACES, QUESTIONS, eval_answers, make_run, round_records
+from helpers.small_run import NUM_ANSWERS, NUM_CORRECT, NUM_TRACES, QUESTIONS, eval_answers, make_run, round_records
 
 from megavar.config.schema import EvalConfig, ObjectiveConfig
 from megavar.objectives.importance import effective_sample_size, normalise

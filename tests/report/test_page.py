@@ -9,7 +9,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-from small_run import EVIL, NUM_CORRECT, QUESTIONS, ROUND_STAGES, make_run, trace_text, write_eval, write_round
+from helpers.small_run import EVIL, NUM_CORRECT, QUESTIONS, ROUND_STAGES, make_run, trace_text, write_eval, write_round
 
 from megavar.cli import main
 from megavar.config.load import load_config
@@ -213,7 +213,7 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(run, tmp_path):
 
 
 def test_ids_are_decoded_as_transformers_does():
-    from small_run import BASE, ids
+    from helpers.small_run import BASE, ids
     from transformers import AutoTokenizer
 
     tokens = ids(339, 279, 198, 23, 9, 17, 341)

@@ -5,7 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_run import BASE, EVIL, ids, make_run, round_records
+from helpers.small_run import BASE, EVIL, ids, make_run, round_records
 
 from megavar.cli import main
 from megavar.records import Answer, RecordWriter, Trace, write_records

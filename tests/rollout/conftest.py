@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_serving import CONFIG, write_model
+from helpers.tiny_serving import CONFIG, write_model
 
 from megavar.config.schema import RolloutConfig
 from megavar.rollout.sglang_servers import ManagedServers, check_interpreter, group_exists

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from faulty import in_front_of
-from tiny_serving import client, write_model
+from helpers.faulty import in_front_of
+from helpers.tiny_serving import client, write_model
 
 from megavar.rollout import workers
 from megavar.rollout.engine import GenerateRequest, Generation, NoWorkerLeft, RequestRejected, RolloutError

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_serving import client
+from helpers.tiny_serving import client
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from megavar.rollout.engine import GenerateRequest, Generation, RequestRejected

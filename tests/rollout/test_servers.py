@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_serving import CONFIG
+from helpers.tiny_serving import CONFIG
 
 from megavar.rollout import sglang_servers as servers_module
 from megavar.rollout.engine import GenerateRequest, Generation, RolloutError

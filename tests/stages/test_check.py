@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.tiny_models import save_tiny_model
 from safetensors.torch import load_file, save_file
-from tiny_models import save_tiny_model
 
 from megavar.cli import main
 from megavar.config.load import load_config

@@ -50,7 +50,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import numpy as np
-import odd_verifiers
+from helpers import odd_verifiers
 from megavar.config.schema import VerifyConfig
 from megavar.records import Answer, Question
 from megavar.stages.verify import verify_answers
@@ -70,8 +70,8 @@ def test_a_killed_run_goes_on_where_it_was_and_completes_the_file(tmp_path):
     (tmp_path / "calls").mkdir()
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(root / "tests" / "verifiers")])
+    tests = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(tests), str(tests.parent)])
 
     def run():
         command = [sys.executable, script, tmp_path]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import random_sequences, reference_logps, save_tiny_model
+from helpers.tiny_models import random_sequences, reference_logps, save_tiny_model
 
 from megavar.checkpoints.convert import MAX_SHARD_BYTES, Model, differences, to_hugging_face, to_megatron
 

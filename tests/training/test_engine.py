@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_models import random_sequences, reference_logps, save_tiny_model
 from safetensors.torch import load_file
-from tiny_models import random_sequences, reference_logps, save_tiny_model
 
 TOLERANCE = 2e-5
 PARAMETER_TOLERANCE = 1e-5

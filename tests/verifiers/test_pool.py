@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-import odd_verifiers
 import psutil
 import pytest
+from helpers import odd_verifiers
 
 from megavar.verifiers import get_verifier
 from megavar.verifiers.pool import VerifyJob, verify_all
@@ -93,13 +93,14 @@ def has_ended(process):
 def test_a_hanging_worker_outlives_its_killed_parent_by_little_more_than_a_deadline(tmp_path):
     script, file = tmp_path / "parent.py", tmp_path / "pid"
     script.write_text(
-        "import odd_verifiers\n"
+        "from helpers import odd_verifiers\n"
         "from megavar.verifiers.pool import VerifyJob, verify_all\n"
         "if __name__ == '__main__':\n"
         f"    job = VerifyJob(odd_verifiers.name_process_and_hang, '', {str(file)!r})\n"
         "    verify_all([job], 1, 1.5, lambda index, verdict: None)\n"
     )
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    tests = Path(__file__).parents[1]
+    paths = [str(tests), str(tests.parent)]
     parent = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
     limit = time.monotonic() + 60
     while not file.exists() and time.monotonic() < limit:

@@ -20,7 +20,7 @@ from megavar.checkpoints.convert import Model
 from megavar.records import Answer, Score, Trace, Weight, read_records
 from megavar.runs.metrics import Metrics
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NUM_QUESTIONS, NUM_TRACES, NUM_ANSWERS, NUM_ROLLOUTS = 60, 4, 3, 5
 
 

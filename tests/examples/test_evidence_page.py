@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("evidence_page", ROOT / "examples" / "evidence_page.py")
 page = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(page)

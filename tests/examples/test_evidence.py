@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megavar.stages.plan import stages_of
 
 from megavar.config.load import load_config
 from megavar.records import Answer, Question, Trace, write_records
+from megavar.runs.plan import stages_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("evidence", ROOT / "examples" / "evidence.py")
 evidence = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(evidence)

@@ -14,7 +14,7 @@ from megavar.runs.manifest import Manifest
 from megavar.runs.metrics import Metrics
 from megavar.stages.weigh import weigh_traces
 
-BASE = Path(__file__).parents[1] / "examples" / "base" / "qwen3-tiny"
+BASE = Path(__file__).parents[2] / "examples" / "base" / "qwen3-tiny"
 NUM_TRACES, NUM_ANSWERS = 4, 2
 EVIL = '</script><script>console.error("escaped")</script><img src=x onerror=alert(1)>'
 QUESTIONS = [
