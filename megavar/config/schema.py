@@ -23,7 +23,9 @@ class DataConfig:
     """Input files (JSONL or Parquet of `questions` records) and the sequence limit."""
 
     train: str = "???"
+    """Training questions: a .jsonl or .parquet file (docs/records.md#questions)."""
     eval: str | None = None
+    """Held-out questions, a file of the same kind; null: nothing is evaluated."""
     questions_per_round: int | None = None
     """Questions of the train file that traces are sampled for in a round: its first N; null: all."""
     fresh_questions: bool = False
@@ -37,12 +39,17 @@ class TemplateConfig:
     """What the policy (question only) and the posterior (question and hint) are asked."""
 
     system: str | None = None
+    """System message of every prompt; null: none."""
     policy: str = "{question}"
+    """User message of the policy's prompt; inserts `{question}`."""
     posterior: str = "{question}\n\nHint: the final answer is {answer}."
+    """User message of the posterior's prompt; inserts `{question}` and, as the hint, `{answer}`."""
     solution: str = "\n\nThe final answer is \\boxed{{{answer}}}."
     """Derives the reference answer text of questions without a `solution`."""
     open_marker: str = "<think>\n"
+    """Ends every prompt, so that the model continues with its trace; may be empty."""
     close_marker: str = "</think>"
+    """Ends a trace, and belongs to it."""
 
 
 @dataclass
@@ -50,10 +57,13 @@ class ParallelConfig:
     """Sizes of the parallel layout; data parallelism is what remains of the world size."""
 
     tensor: int = at_least(1, default=1)
+    """Tensor-parallel size, ranks."""
     pipeline: int = at_least(1, default=1)
+    """Pipeline-parallel size, ranks."""
     virtual_pipeline: int = at_least(1, default=1)
     """Model chunks a pipeline rank holds (interleaved schedule); 1: plain 1F1B."""
     context: int = at_least(1, default=1)
+    """Context-parallel size, ranks: each sequence is split along its tokens."""
     expert: int = at_least(1, default=1)
     """Expert parallelism: the experts of a mixture, spread over the ranks of a pipeline stage."""
     sequence: bool = False
@@ -70,6 +80,7 @@ class PrecisionConfig:
     """Arithmetic of the training engine."""
 
     dtype: str = choice("bf16", "fp32", default="bf16")
+    """Of parameters and activations; gradients and optimizer states are float32."""
     fp8: str = choice("none", "delayed", "tensorwise", "blockwise", "mxfp8", default="none")
     """Transformer Engine FP8 recipe for the linear layers."""
 
@@ -79,6 +90,7 @@ class TrainConfig:
     """One training job: data order, optimizer, schedule, checkpoints."""
 
     epochs: float = at_least(0, default=1.0)
+    """Passes over the sequences; fractions are allowed."""
     num_steps: int | None = None
     """Optimizer steps, whatever `epochs` says; to compare runs at equal training."""
     batch_sequences: int = at_least(1, default=32)
@@ -86,23 +98,35 @@ class TrainConfig:
     microbatch_tokens: int = at_least(1, default=8192)
     """Token budget of one packed microbatch on one data-parallel rank."""
     learning_rate: float = at_least(0, default=1e-5)
+    """Peak learning rate."""
     min_learning_rate_ratio: float = at_least(0, default=0.1)
+    """Learning rate at the end, as a fraction of the peak."""
     warmup_ratio: float = at_least(0, default=0.1)
+    """Fraction of the steps over which the learning rate rises linearly from 0."""
     decay: str = choice("cosine", "linear", "constant", default="cosine")
+    """Schedule from the peak to the end."""
     weight_decay: float = at_least(0, default=0.0)
+    """AdamW weight decay; norms and biases have none."""
     adam_beta1: float = 0.9
+    """AdamW decay rate of the first moment."""
     adam_beta2: float = 0.95
+    """AdamW decay rate of the second moment."""
     adam_eps: float = 1e-8
+    """AdamW epsilon."""
     clip_grad: float = at_least(0, default=1.0)
     """Global gradient norm limit; 0: no clipping."""
     loss_normalizer: float | None = None
     """C of the loss; null: B x the data set's mean of (weight x trained tokens)."""
     recompute: str = choice("none", "selective", "full", default="none")
+    """Activation checkpointing: none, the core attention only, or every layer."""
     distributed_optimizer: bool = True
+    """Shard optimizer states over the data-parallel ranks."""
     save_interval: int = at_least(1, default=100)
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = at_least(1, default=2)
+    """Newest checkpoints that are kept."""
     log_interval: int = at_least(1, default=1)
+    """Optimizer steps between rows of metrics."""
 
 
 @dataclass
@@ -110,23 +134,33 @@ class RolloutConfig:
     """The SGLang servers."""
 
     mode: str = choice("managed", "external", default="managed")
+    """`managed`: started and stopped by the run, on this machine; `external`: yours, at `rollout.urls`."""
     python: str = ".venv-sglang/bin/python"
     """Interpreter with SGLang installed (managed)."""
     urls: list[str] = field(default_factory=list)
     """Base URLs of workers or of one router (external)."""
     num_servers: int = at_least(1, default=1)
+    """Managed servers on this machine."""
     tensor_parallel_size: int = at_least(1, default=1)
+    """GPUs of each managed server."""
     dtype: str = choice("auto", "float32", "bfloat16", default="auto")
+    """Of the served weights; `auto`: the checkpoint's, by SGLang's rules."""
     max_total_tokens: int | None = None
+    """Size of the KV cache of each managed server, tokens; null: SGLang's choice, 65,536 on CPU."""
     context_length: int | None = None
+    """Longest prompt and continuation of managed servers, tokens; null: the model's."""
     mem_fraction: float | None = None
+    """Fraction of a GPU's memory for weights and KV cache of managed servers; null: SGLang's choice."""
     deterministic: bool = False
     """Ask SGLang for deterministic inference, without which it ignores request seeds."""
     concurrency: int = at_least(1, default=64)
-    """Requests in flight for each server."""
+    """Samples in flight for each server."""
     request_timeout_seconds: float = at_least(0.1, default=1800.0)
+    """Deadline of one attempt of a request."""
     max_retries: int = at_least(0, default=5)
+    """Further attempts of a request after a server error, a broken connection or a time-out."""
     start_timeout_seconds: float = at_least(1, default=900.0)
+    """Deadline for a managed server to become healthy."""
     server_args: list[str] = field(default_factory=list)
     """Extra arguments passed to `sglang.launch_server` as they are."""
 
@@ -142,9 +176,13 @@ class SampleConfig:
     num_answers: int = at_least(1, default=8)
     """n: answers from the policy for each trace."""
     temperature: float = at_least(0, default=0.7)
+    """Sampling temperature of traces and answers; 0: greedy."""
     top_p: float = 1.0
+    """Nucleus sampling: the probability mass that is kept; 1: all."""
     max_trace_tokens: int = at_least(1, default=3072)
+    """Tokens after which a trace is truncated."""
     max_answer_tokens: int = at_least(1, default=512)
+    """Tokens after which an answer is truncated."""
     flush_seconds: float = at_least(0.1, default=2.0)
     """Finished samples are on disk at the latest after this time."""
 
@@ -154,6 +192,7 @@ class VerifyConfig:
     """Verdicts in killable worker processes."""
 
     num_workers: int = at_least(1, default=2)
+    """Verifier processes."""
     timeout_seconds: float = at_least(0.1, default=10.0)
     """Deadline of one verdict."""
     plugins: list[str] = field(default_factory=list)
@@ -166,7 +205,9 @@ class ScoreConfig:
     """Log-probs by the training engine's forward."""
 
     temperature: float = at_least(1e-6, default=1.0)
+    """Logits are divided by it; equal to `sample.temperature` for exact importance weights."""
     microbatch_tokens: int = at_least(1, default=16384)
+    """Token budget of one packed microbatch on one data-parallel rank."""
     chunk_sequences: int = at_least(1, default=4096)
     """Sequences scored between two writes to disk."""
 
@@ -226,6 +267,7 @@ class EvalConfig:
     models: list[str] = field(default_factory=lambda: ["pi_0", "policy"])
     """Which models; `[pi_0]` needs no stage after sft, to measure a run of more SFT."""
     num_bootstrap: int = at_least(1, default=1000)
+    """Bootstrap resamples of the 95 % intervals."""
 
 
 @dataclass
@@ -235,7 +277,9 @@ class LoggingConfig:
     level: str = choice("info", "debug", default="info")
     """`debug` also shows what Megatron, torch, transformers and other libraries log and warn of."""
     tensorboard: bool = True
+    """Write TensorBoard files."""
     wandb_project: str | None = None
+    """Weights & Biases project to log to; null: none."""
 
 
 @dataclass
@@ -243,8 +287,11 @@ class RunConfig:
     """One run: `runs_dir`/`name` holds everything it writes."""
 
     name: str = "???"
+    """Of the run and its folder."""
     runs_dir: str = "runs"
+    """Folder that holds the runs."""
     seed: int = 1
+    """Of data order, sampling, `objective.selection=resample` and bootstrap intervals."""
     rounds: int = at_least(1, default=1)
     """T: rounds; each samples with the policy of the one before, and trains from `policy.init`."""
     model: str = "???"

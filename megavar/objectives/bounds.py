@@ -1,8 +1,8 @@
 """What the traces of a question say of the bounds themselves: L_1 to L_K, KL(q || pi), and how the weights spread.
 
 The bounds are those on log pi(y' | x), the probability of the reference answer; so every trace has a finite log rho,
-and L_1 <= L_K <= L_{K+1} <= log pi(y' | x) in expectation (method.md, equation 5). They estimate what they say where
-traces were sampled at the temperature they were scored at. Nothing here trains.
+and L_1 <= L_K <= L_{K+1} <= log pi(y' | x) in expectation (docs/method.md, equation 5). They estimate what they say
+where traces were sampled at the temperature they were scored at. Nothing here trains.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The one-trace bound's policy weights (method.md, equation 2): the mean of the ELBO's gradients over K traces.
+"""The one-trace bound's policy weights (docs/method.md, equation 2): the mean of the ELBO's gradients over K traces.
 
 Every trace counts alike, however unlikely its answer: this is IWAE with K = 1, averaged. It takes an answer after every
 trace, and so the reference answer (`objective.train_answers=reference`).

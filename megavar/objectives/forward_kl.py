@@ -1,4 +1,4 @@
-"""The posterior's weights on policy rollouts: w_m / sum_j w_j, w_m the accuracy of trace m (method.md, equation 9)."""
+"""The posterior's weights on policy rollouts (docs/method.md, equation 9): w_m / sum_j w_j, w_m trace m's accuracy."""
 
 from collections.abc import Sequence
 

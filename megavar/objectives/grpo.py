@@ -1,4 +1,4 @@
-"""GRPO's group-normalised reward as a weight on the same forward KL (method.md, equation 12): sqrt(P / (1 - P)).
+"""GRPO's group-normalised reward as a weight on the same forward KL (docs/method.md, equation 12): sqrt(P / (1 - P)).
 
 Questions that are always or never answered have no advantage, and no weight.
 """

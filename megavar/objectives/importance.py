@@ -1,4 +1,4 @@
-"""Log-weights of traces and what is done with them (method.md, equation 8); all arithmetic in float64.
+"""Log-weights of traces and what is done with them (docs/method.md, equation 8); all arithmetic in float64.
 
 log rho_k = d_k + log a_k: d_k compares policy and posterior on the trace, a_k estimates pi(Y_x | x, z_k).
 """

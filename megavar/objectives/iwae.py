@@ -1,4 +1,4 @@
-"""The multi-trace bound's policy weights: rho_k / sum_j rho_j (method.md, equations 5, 6 and 8)."""
+"""The multi-trace bound's policy weights: rho_k / sum_j rho_j (docs/method.md, equations 5, 6 and 8)."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The ELBO's own gradient for the posterior (method.md, equation 2), by the score function with a baseline.
+"""The ELBO's own gradient for the posterior (docs/method.md, equation 2), by the score function with a baseline.
 
 It fits q to the true posterior in the reverse KL, on q's own traces, and is there to show the collapse that the forward
 KL avoids. Its weights have signs and sum to zero over a question.

@@ -1,4 +1,4 @@
-"""Rejection-sampling finetuning as a weight on the same forward KL (method.md, equation 10): P_ref for each question.
+"""Rejection-sampling finetuning as a weight on the same forward KL (docs/method.md, equation 10): P_ref a question.
 
 On traces of the policy itself this is the usual RFT: each correct one counts 1 / K. It leans to easy questions.
 """

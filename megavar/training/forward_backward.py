@@ -1,6 +1,6 @@
 """One pass of packed microbatches through the pipeline: with gradients for training, without for scoring.
 
-loss = (1 / C) x sum over target tokens of weight x -logp, C constant (method.md, "Loss normalisation").
+loss = (1 / C) x sum over target tokens of weight x -logp, C constant (docs/method.md, "Loss and its normaliser").
 Megatron's schedules add the microbatches up and divide by nothing, so the gradient is the same at every split.
 """
 
