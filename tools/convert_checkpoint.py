@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megavar.checkpoints.convert import Converted, Model, differences, to_hugging_face, to_megatron
+from megavar.checkpoints.convert import ConversionResult, Model, differences, to_hugging_face, to_megatron
 from megavar.progress import ProgressLine, in_megabytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "keep": None}
@@ -50,7 +50,7 @@ def convert_to_hugging_face(chosen: argparse.Namespace) -> int:
     return tell(done, chosen.out)
 
 
-def tell(done: Converted, target: Path) -> int:
+def tell(done: ConversionResult, target: Path) -> int:
     """Say what was written, and warn of values that no model should have."""
     print(f"{target}: {done.num_bytes / 1e9:.3f} GB, digest of the source {done.digest}")
     if done.same_as_source:

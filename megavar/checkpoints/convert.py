@@ -1,7 +1,8 @@
-"""Conversion of whole models between Hugging Face folders and Megatron checkpoints, a piece at a time, and comparison.
+"""Converts and compares models: Hugging Face folders and Megatron checkpoints.
 
-Both directions run over the same list of operators. A piece is read while the one before it is hashed and written, and
-nothing but these two is in memory. What is written stays aside until it is complete.
+Both directions use the same list of operators. Tensors stream through memory: the next piece (one layer's or expert's
+slice of a Megatron parameter, `models/ops.py`) is read while the previous one is hashed and written, and no more than
+two are held. Output goes to a temporary folder that is renamed when complete. CPU only, one process.
 """
 
 import hashlib
@@ -19,9 +20,9 @@ from megavar.checkpoints.huggingface import (
     HuggingFaceFolder,
     HuggingFaceWriter,
     TensorInfo,
+    atomic_folder,
     bytes_of,
     copy_side_files,
-    new_folder,
 )
 from megavar.checkpoints.megatron import SIDE_FILES, Description, ShardedCheckpoint, ShardedWriter, find_checkpoint
 from megavar.models import operators
@@ -29,52 +30,55 @@ from megavar.models.config_json import read_dims
 from megavar.models.ops import Index, Operator, names_at, pieces
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes since the last call, bytes in all)."""
-FINITE_PART = 2**18
+"""Called with (bytes done since the last call, total bytes)."""
+FINITE_CHECK_CHUNK = 2**18
+"""Values checked for NaN at a time; small enough for the CPU cache."""
 MAX_SHARD_BYTES = 5 * 10**9
-"""The usual size of a Hugging Face folder's files."""
+"""Default shard size of a Hugging Face folder."""
 
 
 @dataclass(frozen=True)
-class Converted:
-    """What a conversion found and made."""
+class ConversionResult:
+    """Summary of a conversion."""
 
     digest: str
-    """Of the tensors read, under their Hugging Face names; models of equal digests are equal bit by bit."""
+    """Hash of the source tensors under their Hugging Face names; models with equal digests are bit-identical."""
     num_bytes: int
-    """Written."""
+    """Bytes of tensors written."""
     nonfinite: dict[str, int]
-    """How many values are NaN or infinite, for each tensor that has any."""
+    """Tensor name -> number of NaN or infinite values; only tensors that have any."""
     same_as_source: bool
-    """On the way back: whether the tensors are those that the checkpoint was once converted from."""
+    """Megatron to Hugging Face: whether the tensors are bit-identical to those the checkpoint was converted from."""
 
 
 class Model:
-    """A model's tensors under their Hugging Face names, whether they lie in such a folder or in a Megatron checkpoint.
+    """Reads a model's tensors, by Hugging Face or Megatron name, from a Hugging Face folder or a Megatron checkpoint.
+
+    Opening validates the names, shapes and file sizes of all tensors without reading them.
 
     Args:
-        path: either kind of folder.
-        template: Hugging Face folder whose configuration and tokenizer a Megatron checkpoint goes with; needed only if
-            the checkpoint has no `huggingface/`.
+        path: a Hugging Face folder, or a Megatron checkpoint.
+        template: Hugging Face folder with the configuration and tokenizer of a Megatron checkpoint that has no
+            `huggingface/` folder.
 
     Raises:
-        ValueError: naming file and tensor, if anything is missing, damaged, unknown or contradicts the configuration.
+        ValueError: naming the file and tensor that is missing, damaged, unknown or inconsistent with the configuration.
     """
 
     def __init__(self, path: Path, template: Path | None = None) -> None:
         if not path.is_dir():
-            raise ValueError(f"{path} is no folder; give a Hugging Face folder or a Megatron checkpoint.")
+            raise ValueError(f"{path} is not a folder; give a Hugging Face folder or a Megatron checkpoint.")
         checkpoint = find_checkpoint(path)
         if checkpoint is None and not (path / "config.json").is_file():
             raise ValueError(
-                f"{path} is neither a Hugging Face folder (no config.json) nor a checkpoint (no .metadata)."
+                f"{path} is neither a Hugging Face folder (no config.json) nor a Megatron checkpoint (no .metadata)."
             )
         self.path = path if checkpoint is None else checkpoint
         self.side_files = self.path if checkpoint is None else template or self.path / SIDE_FILES
         if checkpoint is not None and not self.side_files.is_dir():
             raise ValueError(
-                f"{path} says nothing of its configuration (there is no {SIDE_FILES}/ in it); give a Hugging Face "
-                "folder of the same sizes, with its tokenizer, as --hf-template."
+                f"{path} has no {SIDE_FILES}/ folder with its configuration and tokenizer; pass a Hugging Face folder "
+                "of the same architecture as --hf-template."
             )
         self.dims = read_dims(self.side_files)
         self.operators = operators(self.dims)
@@ -88,20 +92,20 @@ class Model:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all tensors."""
+        """Total size of all tensors."""
         return sum(info.num_bytes for item in self.pieces() for _, info in self.infos(*item))
 
     @property
     def is_megatron(self) -> bool:
-        """Whether the tensors lie in a Megatron checkpoint."""
+        """Whether the source is a Megatron checkpoint."""
         return isinstance(self._source, ShardedCheckpoint)
 
     def pieces(self) -> Iterator[tuple[Operator, Index]]:
-        """Every piece once."""
+        """All pieces of the model, each once, in the order of `models.ops.pieces`."""
         return pieces(self.operators, self.dims)
 
     def infos(self, operator: Operator, index: Index) -> list[tuple[str, TensorInfo]]:
-        """Name, dtype and shape of a piece's Hugging Face tensors."""
+        """Name, dtype and shape of the Hugging Face tensors of a piece, without reading them."""
         names, shapes = names_at(operator, index), operator.hf_shapes(self.dims)
         if isinstance(self._source, HuggingFaceFolder):
             return [(name, self._source.info(name)) for name in names]
@@ -109,22 +113,22 @@ class Model:
         return [(name, TensorInfo(dtype, shape)) for name, shape in zip(names, shapes, strict=True)]
 
     def tensors(self, operator: Operator, index: Index) -> list[Tensor]:
-        """A piece's Hugging Face tensors."""
+        """Read the Hugging Face tensors of a piece: in the source's dtype, on the CPU."""
         if isinstance(self._source, HuggingFaceFolder):
             return [self._source.tensor(name) for name in names_at(operator, index)]
         return operator.split(self._source.piece(operator, index, self.dims), self.dims)
 
     def piece(self, operator: Operator, index: Index) -> Tensor:
-        """A piece of a Megatron parameter."""
+        """Read a piece of a Megatron parameter, full size (not split over ranks): in the source's dtype, on the CPU."""
         if isinstance(self._source, ShardedCheckpoint):
             return self._source.piece(operator, index, self.dims)
         return operator.merge(self.tensors(operator, index), self.dims)
 
     def check_tied_head(self) -> None:
-        """Check that a copy of the tied embedding is one.
+        """Check that an `lm_head.weight` in a folder with tied embeddings equals the embedding.
 
         Raises:
-            ValueError: if it differs.
+            ValueError: if they differ.
         """
         if not self.tied_head_written or not isinstance(self._source, HuggingFaceFolder):
             return
@@ -137,32 +141,36 @@ class Model:
 
 def to_megatron(
     source: Path, target: Path, dtype: torch.dtype | None, overwrite: bool, progress: Progress = lambda *_: None
-) -> Converted:
+) -> ConversionResult:
     """Convert a Hugging Face folder into a Megatron checkpoint.
 
     Args:
-        dtype: of the written tensors; None keeps each one's own.
+        source: Hugging Face folder.
+        target: checkpoint folder to create.
+        dtype: cast all tensors to this; None keeps the dtype of each.
+        overwrite: replace an existing model or checkpoint at `target`.
 
     Raises:
-        ValueError: for a source that `Model` refuses, or a target that `new_folder` refuses; nothing is then left.
+        ValueError: if `Model` rejects the source, `atomic_folder` the target, or (dtype None) one Megatron parameter
+            would mix dtypes. No partial output is left.
     """
     model = _open_source(source, None, target, megatron=False)
     model.check_tied_head()
     if dtype is None:
         _check_dtypes(model)
     num_bytes = sum(_cast(info, dtype).num_bytes for item in model.pieces() for _, info in model.infos(*item))
-    with new_folder(target, overwrite, num_bytes) as aside, Digest() as digest:
-        writer = ShardedWriter(aside, model.dims)
+    with atomic_folder(target, overwrite, num_bytes) as partial, Digest() as digest:
+        writer = ShardedWriter(partial, model.dims)
         for (operator, index), tensors in _read_ahead(model):
             digest.add(names_at(operator, index), tensors)
             piece = operator.merge(tensors, model.dims)
             writer.write(operator, index, piece, dtype or piece.dtype)
             progress(piece.numel() * (dtype or piece.dtype).itemsize, num_bytes)
         writer.finish()
-        (aside / SIDE_FILES).mkdir()
-        copy_side_files(model.side_files, aside / SIDE_FILES, dtype)
-        Description(model.tied_head_written, digest.hexdigest()).write(aside)
-    return Converted(digest.hexdigest(), num_bytes, digest.nonfinite, same_as_source=False)
+        (partial / SIDE_FILES).mkdir()
+        copy_side_files(model.side_files, partial / SIDE_FILES, dtype)
+        Description(model.tied_head_written, digest.hexdigest()).write(partial)
+    return ConversionResult(digest.hexdigest(), num_bytes, digest.nonfinite, same_as_source=False)
 
 
 def to_hugging_face(
@@ -172,14 +180,18 @@ def to_hugging_face(
     max_shard_bytes: int,
     overwrite: bool,
     progress: Progress = lambda *_: None,
-) -> Converted:
-    """Convert a Megatron checkpoint into a Hugging Face folder that transformers and SGLang load.
+) -> ConversionResult:
+    """Convert a Megatron checkpoint into a Hugging Face folder that transformers and SGLang can load.
 
     Args:
-        template: as for `Model`.
+        source: Megatron checkpoint.
+        target: folder to create.
+        template: see `Model`.
+        max_shard_bytes: maximum size of a safetensors file, unless one tensor is larger.
+        overwrite: replace an existing model or checkpoint at `target`.
 
     Raises:
-        ValueError: as `to_megatron`.
+        ValueError: see `to_megatron`.
     """
     model = _open_source(source, template, target, megatron=True)
     embedding = model.operators[0]
@@ -189,8 +201,8 @@ def to_hugging_face(
         tensors_of = [(item, [*infos, (TIED_HEAD, infos[0][1])]), *rest]
     rows = [row for _, infos in tensors_of for row in infos]
     num_bytes = sum(info.num_bytes for _, info in rows)
-    with new_folder(target, overwrite, num_bytes) as aside, Digest() as digest:
-        writer = HuggingFaceWriter(aside, rows, max_shard_bytes)
+    with atomic_folder(target, overwrite, num_bytes) as partial, Digest() as digest:
+        writer = HuggingFaceWriter(partial, rows, max_shard_bytes)
         for (operator, index), tensors in _read_ahead(model):
             names = names_at(operator, index)
             digest.add(names, tensors)
@@ -201,34 +213,34 @@ def to_hugging_face(
                 progress(tensor.nbytes, num_bytes)
         writer.finish()
         dtypes = {info.dtype for _, info in rows}
-        copy_side_files(model.side_files, aside, dtypes.pop() if len(dtypes) == 1 else None)
-    known = model.description.source_digest if model.description else None
-    return Converted(digest.hexdigest(), num_bytes, digest.nonfinite, known == digest.hexdigest())
+        copy_side_files(model.side_files, partial, dtypes.pop() if len(dtypes) == 1 else None)
+    source_digest = model.description.source_digest if model.description else None
+    return ConversionResult(digest.hexdigest(), num_bytes, digest.nonfinite, source_digest == digest.hexdigest())
 
 
 def differences(first: Model, second: Model, progress: Progress = lambda *_: None) -> Iterator[str]:
-    """What two models differ in, one text for each tensor: presence, dtype, bits. Sizes come first, and alone.
+    """Compare two models; yields one line per differing tensor (missing, dtype, bits).
+
+    If the architectures differ, yields those differences only.
 
     Raises:
-        ValueError: if a copy of a tied embedding is none.
+        ValueError: see `Model.check_tied_head`.
     """
     first.check_tied_head()
     second.check_tied_head()
-    sizes, others = asdict(first.dims), asdict(second.dims)
-    unlike = [
-        f"{key}: {sizes[key]} in the first, {others[key]} in the second" for key in sizes if sizes[key] != others[key]
-    ]
-    if unlike:
-        yield from unlike
+    dims, other_dims = asdict(first.dims), asdict(second.dims)
+    unequal = [key for key in dims if dims[key] != other_dims[key]]
+    if unequal:
+        yield from (f"{key}: {dims[key]} in the first, {other_dims[key]} in the second" for key in unequal)
         return
     if first.tied_head_written != second.tied_head_written:
         yield f"{TIED_HEAD}: only in the {'first' if first.tied_head_written else 'second'}"
     num_bytes = first.num_bytes
     for operator, index in first.pieces():
         pairs = zip(first.infos(operator, index), second.infos(operator, index), strict=True)
-        found = [(name, info.dtype, other.dtype) for (name, info), (_, other) in pairs]
+        dtypes = [(name, info.dtype, other.dtype) for (name, info), (_, other) in pairs]
         tensors = zip(first.tensors(operator, index), second.tensors(operator, index), strict=True)
-        for (name, dtype, other_dtype), (tensor, other_tensor) in zip(found, tensors, strict=True):
+        for (name, dtype, other_dtype), (tensor, other_tensor) in zip(dtypes, tensors, strict=True):
             progress(tensor.nbytes, num_bytes)
             if dtype != other_dtype:
                 yield f"{name}: {_name(dtype)} in the first, {_name(other_dtype)} in the second"
@@ -237,23 +249,23 @@ def differences(first: Model, second: Model, progress: Progress = lambda *_: Non
 
 
 def bit_difference(first: Tensor, second: Tensor) -> str | None:
-    """How two tensors of one dtype and shape differ in bits, or None if they do not; a NaN equals itself."""
+    """Describe how two tensors of equal dtype and shape differ bitwise; None if they are equal (so NaN equals NaN)."""
     integers = {2: torch.int16, 4: torch.int32}[first.dtype.itemsize]
     left, right = first.contiguous().view(integers), second.contiguous().view(integers)
     if torch.equal(left, right):
         return None
-    places = (left != right).nonzero()
-    place = tuple(places[0].tolist())
+    differing = (left != right).nonzero()
+    index = tuple(differing[0].tolist())
     return (
-        f"{len(places)} of {first.numel()} values differ, first at {list(place)}: {first[place].item()!r} "
-        f"in the first, {second[place].item()!r} in the second"
+        f"{len(differing)} of {first.numel()} values differ, first at {list(index)}: {first[index].item()!r} "
+        f"in the first, {second[index].item()!r} in the second"
     )
 
 
 class Digest:
-    """SHA-256 over (name, dtype, shape, SHA-256 of the bytes) of tensors in the order of their names, in a thread.
+    """SHA-256 over (name, dtype, shape, SHA-256 of the bytes) of all tensors, sorted by name; hashes in a thread.
 
-    The digest is that of the model, whatever files its tensors lie in. It also counts values that are not finite.
+    It identifies the weights, independent of format and sharding. Also counts NaN and infinite values.
     """
 
     def __init__(self) -> None:
@@ -269,13 +281,13 @@ class Digest:
         self._pool.shutdown(cancel_futures=error is not None)
 
     def add(self, names: list[str], tensors: list[Tensor]) -> None:
-        """Take tensors; waits for those of the call before, so that no more than two are held."""
+        """Add tensors; waits until those of the previous call are hashed, so no more than two pieces are held."""
         if self._last is not None:
             self._last.result()
         self._last = self._pool.submit(self._add, names, tensors)
 
     def hexdigest(self) -> str:
-        """The digest of everything added."""
+        """Digest of all tensors added so far."""
         if self._last is not None:
             self._last.result()
         return hashlib.sha256("\n".join(sorted(self._lines)).encode()).hexdigest()
@@ -290,50 +302,51 @@ class Digest:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value of a contiguous [N] tensor is NaN or infinite: those have the largest bits but for the sign.
+    """Whether all values of a contiguous [N] CPU tensor are finite.
 
-    A part at a time, which stays in the processor's cache.
+    As unsigned bits without the sign, NaN and infinity are the largest values. Faster than torch.isfinite: chunks fit
+    the CPU cache.
     """
     bits = values.view({2: torch.int16, 4: torch.int32}[values.dtype.itemsize]).numpy()
     infinite = torch.tensor(torch.inf, dtype=values.dtype).view(torch.int16 if bits.itemsize == 2 else torch.int32)
     no_sign = bits.dtype.type(np.iinfo(bits.dtype).max)
-    parts = (bits[start : start + FINITE_PART] for start in range(0, len(bits), FINITE_PART))
-    return all(int((part & no_sign).max()) < infinite.item() for part in parts)
+    chunks = (bits[start : start + FINITE_CHECK_CHUNK] for start in range(0, len(bits), FINITE_CHECK_CHUNK))
+    return all(int((chunk & no_sign).max()) < infinite.item() for chunk in chunks)
 
 
 def _open_source(source: Path, template: Path | None, target: Path, megatron: bool) -> Model:
     model = Model(source, template)
-    for place in (source, model.path, model.side_files):
-        if target.resolve() in (place.resolve(), *place.resolve().parents):
-            raise ValueError(f"{target} is or contains {place}, which is read from; choose another target.")
+    for path in (source, model.path, model.side_files):
+        if target.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"{target} is or contains {path}, which is the source; choose another target.")
     if model.is_megatron != megatron:
-        wanted = "a Megatron checkpoint" if megatron else "a Hugging Face folder"
-        raise ValueError(f"{source} is not {wanted}, which this direction converts from.")
+        expected = "a Megatron checkpoint" if megatron else "a Hugging Face folder"
+        raise ValueError(f"{source} is not {expected}; use the command for the other direction.")
     return model
 
 
 def _check_dtypes(model: Model) -> None:
-    """Refuse tensors of several dtypes where Megatron has one parameter: that of all layers and experts."""
+    """Reject mixed dtypes within one Megatron parameter, which stacks the tensors of all layers and experts."""
     first: dict[str, tuple[str, TensorInfo]] = {}
     for operator, index in model.pieces():
         for name, info in model.infos(operator, index):
             other, known = first.setdefault(operator.megatron_name, (name, info))
             if info.dtype != known.dtype:
                 raise ValueError(
-                    f"{model.path}: {other} is {_name(known.dtype)} and {name} is {_name(info.dtype)}, but both are "
-                    "parts of one Megatron parameter; choose --dtype bf16 or fp32."
+                    f"{model.path}: {other} is {_name(known.dtype)} and {name} is {_name(info.dtype)}, but both "
+                    "belong to one Megatron parameter; choose --dtype bf16 or fp32."
                 )
 
 
 def _read_ahead(model: Model) -> Iterator[tuple[tuple[Operator, Index], list[Tensor]]]:
-    """A model's pieces with their tensors, the next one being read meanwhile."""
+    """All pieces with their tensors; a thread reads the next piece while the caller uses the current one."""
     with ThreadPoolExecutor(1) as pool:
         pending: tuple[tuple[Operator, Index], Future[list[Tensor]]] | None = None
         for item in [*model.pieces(), None]:
-            following = None if item is None else (item, pool.submit(model.tensors, *item))
+            upcoming = None if item is None else (item, pool.submit(model.tensors, *item))
             if pending is not None:
                 yield pending[0], pending[1].result()
-            pending = following
+            pending = upcoming
 
 
 def _cast(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:

@@ -1,7 +1,7 @@
-"""A Hugging Face model folder: its tensors by name, checked before use, and a new one written tensor by tensor.
+"""Hugging Face model folders: validated reading of tensors by name, streaming writing, atomic creation of folders.
 
-Tensors are read one at a time into memory of their own: a memory-mapped file would stay resident beside the model
-made from it.
+Tensors are read one at a time into newly allocated memory. Pages of a memory-mapped file would stay resident in
+addition to the model built from them.
 """
 
 import errno
@@ -26,16 +26,16 @@ from megavar.models.ops import Operator, names_at, pieces
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-COMPARED_BYTES = 2**24
-WRITTEN_BYTES = 2**18
+COMPARE_CHUNK_BYTES = 2**24
+WRITE_CHUNK_BYTES = 2**18
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 TIED_HEAD = "lm_head.weight"
-"""The output table, which a folder of tied embeddings may hold as a copy of the embedding."""
+"""The output layer. A folder with tied embeddings may contain it as a copy of the embedding."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor without reading it."""
+    """Metadata of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -46,41 +46,44 @@ class TensorInfo:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-class FileInParts(io.FileIO):
-    """A file that takes what it is given a part at a time.
+class ChunkedFile(io.FileIO):
+    """A file that splits large writes into chunks.
 
-    For a large write the kernel takes large pages, which cost ten times as much where memory has to be fetched from a
-    host first: 0.34 against 3.8 GB/s on a virtual machine.
+    For one large write the kernel allocates large pages, which is ten times slower on virtual machines whose memory is
+    provided on demand (measured: 0.34 against 3.8 GB/s).
     """
 
     def write(self, data: Any) -> int:
-        """Write all of it; returns its bytes."""
-        left = memoryview(data).cast("B")
+        """Write all of `data`; returns the number of bytes."""
+        view = memoryview(data).cast("B")
         done = 0
-        while done < len(left):
-            done += super().write(left[done : done + WRITTEN_BYTES])
+        while done < len(view):
+            done += super().write(view[done : done + WRITE_CHUNK_BYTES])
         return done
 
 
 class HuggingFaceFolder:
-    """Read access to the tensors of a folder.
+    """Read access to the tensors of a Hugging Face folder; opening reads the headers only.
 
     Raises:
-        ValueError: naming the file, if an index or safetensors file is missing, truncated or not consistent.
+        ValueError: naming the file, if an index or safetensors file is missing, truncated or inconsistent.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._place_of: dict[str, tuple[str, int]] = {}
+        self._location_of: dict[str, tuple[str, int]] = {}
         self._info_of: dict[str, TensorInfo] = {}
         indexed = self._read_index()
         for file in sorted(set(indexed.values())) if indexed is not None else [SINGLE]:
             self._read_header(file)
         for key, file in (indexed or {}).items():
-            if self._place_of.get(key, ("", 0))[0] != file:
-                raise ValueError(f"{path / file} lacks {key}, which {INDEX} places there; copy the folder anew.")
-        if indexed is not None and (stray := sorted(self._place_of.keys() - indexed.keys())):
-            raise ValueError(f"{path / self._place_of[stray[0]][0]} holds {stray[0]}, which {INDEX} does not name.")
+            if self._location_of.get(key, ("", 0))[0] != file:
+                raise ValueError(f"{path / file} lacks {key}, which {INDEX} maps to it; re-download the folder.")
+        if indexed is not None and (stray := sorted(self._location_of.keys() - indexed.keys())):
+            raise ValueError(
+                f"{path / self._location_of[stray[0]][0]} contains {stray[0]}, which {INDEX} does not list; "
+                "re-download the folder."
+            )
 
     def _read_index(self) -> dict[str, str] | None:
         if not (self.path / INDEX).is_file():
@@ -91,7 +94,7 @@ class HuggingFaceFolder:
             return dict(json.loads((self.path / INDEX).read_text())["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.path / INDEX} is no index of safetensors files ({error}); copy it anew."
+                f"{self.path / INDEX} is not a valid safetensors index ({error}); re-download it."
             ) from error
 
     def _read_header(self, file: str) -> None:
@@ -100,7 +103,7 @@ class HuggingFaceFolder:
                 pass  # safetensors checks the header against the file's size
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{self.path / file} is missing, truncated or no safetensors file ({error}); copy it anew."
+                f"{self.path / file} is missing, truncated or not a safetensors file ({error}); re-download it."
             ) from error
         with open(self.path / file, "rb") as data:
             length = int.from_bytes(data.read(8), "little")
@@ -108,52 +111,56 @@ class HuggingFaceFolder:
         rows.pop("__metadata__", None)
         for key, row in rows.items():
             if row["dtype"] not in DTYPES:
-                raise ValueError(f"{self.path / file}: {key} is of type {row['dtype']}; known are {', '.join(DTYPES)}.")
-            if key in self._place_of:
-                raise ValueError(f"{self.path / file} holds {key}, as {self._place_of[key][0]} does; remove one.")
-            self._place_of[key] = (file, 8 + length + row["data_offsets"][0])
+                raise ValueError(
+                    f"{self.path / file}: {key} has dtype {row['dtype']}; supported are {', '.join(DTYPES)}."
+                )
+            if key in self._location_of:
+                raise ValueError(
+                    f"{key} is in both {self.path / file} and {self._location_of[key][0]}; remove one of the files."
+                )
+            self._location_of[key] = (file, 8 + length + row["data_offsets"][0])
             self._info_of[key] = TensorInfo(DTYPES[row["dtype"]], tuple(row["shape"]))
 
     def names(self) -> set[str]:
-        """Names of all tensors."""
+        """Names of all tensors in the folder."""
         return set(self._info_of)
 
     def info(self, key: str) -> TensorInfo:
-        """dtype and shape of a tensor."""
+        """dtype and shape of a tensor; raises KeyError for an unknown name."""
         return self._info_of[key]
 
     def tensor(self, key: str) -> Tensor:
-        """A tensor, in the file's dtype, on the CPU."""
-        (file, start), info = self._place_of[key], self._info_of[key]
-        found = torch.empty(info.shape, dtype=info.dtype)
+        """Read a tensor, in the file's dtype, on the CPU."""
+        (file, start), info = self._location_of[key], self._info_of[key]
+        tensor = torch.empty(info.shape, dtype=info.dtype)
         with open(self.path / file, "rb") as data:
             data.seek(start)
-            num_bytes = data.readinto(bytes_of(found))
-        if num_bytes != found.nbytes:
-            raise ValueError(f"{self.path / file} ended inside {key}; it changed while being read.")
-        return found
+            num_bytes = data.readinto(bytes_of(tensor))
+        if num_bytes != tensor.nbytes:
+            raise ValueError(f"{self.path / file} ends within {key}: it changed while being read; re-download it.")
+        return tensor
 
     def same_bytes(self, first: str, second: str) -> bool:
-        """Whether two tensors of one size hold the same bytes; neither is held whole."""
+        """Whether two tensors have equal dtype, shape and bytes; compares in chunks."""
         if self.info(first) != self.info(second):
             return False
-        (file, start), (other_file, other_start) = self._place_of[first], self._place_of[second]
+        (file, start), (other_file, other_start) = self._location_of[first], self._location_of[second]
         num_bytes = self.info(first).num_bytes
         with open(self.path / file, "rb") as data, open(self.path / other_file, "rb") as other:
             data.seek(start)
             other.seek(other_start)
             while num_bytes > 0:
-                part = data.read(min(num_bytes, COMPARED_BYTES))
-                if not part or part != other.read(len(part)):
+                chunk = data.read(min(num_bytes, COMPARE_CHUNK_BYTES))
+                if not chunk or chunk != other.read(len(chunk)):
                     return False
-                num_bytes -= len(part)
+                num_bytes -= len(chunk)
         return True
 
     def check(self, operators: list[Operator], dims: ModelDims) -> None:
-        """Compare names and shapes with what the model's operators expect.
+        """Check names and shapes against those that the model's operators expect.
 
         Raises:
-            ValueError: naming the first missing, unknown or misshapen tensor and its file.
+            ValueError: naming the first missing or unknown tensor, or the first with the wrong shape and its file.
         """
         expected: dict[str, tuple[int, ...]] = {}
         for operator, index in pieces(operators, dims):
@@ -164,64 +171,64 @@ class HuggingFaceFolder:
             name = f"lacks {missing[0]}" if missing else f"has an unknown tensor {extra[0]}"
             raise ValueError(
                 f"{self.path} {name} ({len(missing)} missing, {len(extra)} unknown); "
-                f"its config.json says {dims.family} with {dims.num_layers} layers."
+                f"config.json describes {dims.family} with {dims.num_layers} layers; fix it or re-download the folder."
             )
         if dims.tied_embeddings and TIED_HEAD in self.names():
             expected[TIED_HEAD] = (dims.vocab_size, dims.hidden_size)
         for name, shape in expected.items():
             if self.info(name).shape != shape:
                 raise ValueError(
-                    f"{self.path / self._place_of[name][0]}: {name} is {self.info(name).shape}, "
-                    f"config.json implies {shape}."
+                    f"{self.path / self._location_of[name][0]}: {name} has shape {self.info(name).shape}, config.json "
+                    f"implies {shape}; fix config.json or re-download the folder."
                 )
 
 
 class HuggingFaceWriter:
-    """Writes tensors, in the order of `tensors`, as the safetensors files of a folder; no tensor is held.
+    """Writes the safetensors files of a folder as a stream of tensors; holds none.
 
     Args:
-        folder: exists; config and tokenizer files are the caller's.
-        tensors: everything that will be written.
-        max_shard_bytes: a file ends before it would grow over this; a larger tensor has a file of its own.
+        folder: an existing folder. Configuration and tokenizer files are left to the caller.
+        tensors: name, dtype and shape of all tensors, in the order in which they will be written.
+        max_shard_bytes: maximum size of a file; a larger tensor gets a separate file.
     """
 
     def __init__(self, folder: Path, tensors: Sequence[tuple[str, TensorInfo]], max_shard_bytes: int) -> None:
         self._folder = folder
-        self._left = list(tensors)
+        self._remaining = list(tensors)
         self._total_bytes = sum(info.num_bytes for _, info in tensors)
         shards: list[list[tuple[str, TensorInfo]]] = [[]]
-        held = 0
+        shard_bytes = 0
         for key, info in tensors:
-            if shards[-1] and held + info.num_bytes > max_shard_bytes:
+            if shards[-1] and shard_bytes + info.num_bytes > max_shard_bytes:
                 shards.append([])
-                held = 0
+                shard_bytes = 0
             shards[-1].append((key, info))
-            held += info.num_bytes
+            shard_bytes += info.num_bytes
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
         self._shards = list(zip(names if len(shards) > 1 else [SINGLE], shards, strict=True))
-        self._begins = {shard[0][0]: (file, shard) for file, shard in self._shards}
-        self._data: FileInParts | None = None
+        self._shard_starting_with = {shard[0][0]: (file, shard) for file, shard in self._shards}
+        self._data: ChunkedFile | None = None
 
     def write(self, key: str, tensor: Tensor) -> None:
-        """Write the next tensor."""
-        expected, info = self._left.pop(0)
+        """Write the next tensor; name, dtype and shape must be those announced."""
+        expected, info = self._remaining.pop(0)
         given = TensorInfo(tensor.dtype, tuple(tensor.shape))
-        assert (key, given) == (expected, info), f"{key} {given} came for {expected} {info}"
-        if key in self._begins:
-            self._begin(*self._begins[key])
+        assert (key, given) == (expected, info), f"got {key} {given}, expected {expected} {info}"
+        if key in self._shard_starting_with:
+            self._open_shard(*self._shard_starting_with[key])
         assert self._data is not None
         self._data.write(bytes_of(tensor.contiguous()))
 
     def finish(self) -> None:
-        """Close the last file, write the index."""
-        assert not self._left, f"{len(self._left)} tensors were not written, first {self._left[0][0]}"
+        """Close the last file and, if there are several, write the index."""
+        assert not self._remaining, f"{len(self._remaining)} tensors not written, first {self._remaining[0][0]}"
         self._close()
         if len(self._shards) > 1:
-            placed = {key: file for file, shard in self._shards for key, _ in shard}
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(placed.items()))}
+            file_of = {key: file for file, shard in self._shards for key, _ in shard}
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(file_of.items()))}
             (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
-    def _begin(self, file: str, shard: list[tuple[str, TensorInfo]]) -> None:
+    def _open_shard(self, file: str, shard: list[tuple[str, TensorInfo]]) -> None:
         self._close()
         names = {dtype: name for name, dtype in DTYPES.items()}
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -231,8 +238,8 @@ class HuggingFaceWriter:
             header[key] = {"dtype": names[info.dtype], "shape": info.shape, "data_offsets": [start, end]}
             start = end
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
-        self._data = FileInParts(self._folder / file, "w")
+        text += b" " * (-len(text) % 8)  # safetensors aligns tensor data to 8 bytes
+        self._data = ChunkedFile(self._folder / file, "w")
         self._data.write(len(text).to_bytes(8, "little") + text)
 
     def _close(self) -> None:
@@ -241,14 +248,17 @@ class HuggingFaceWriter:
 
 
 def bytes_of(tensor: Tensor) -> Any:
-    """The memory of a contiguous tensor, as a buffer."""
+    """Writable buffer over the memory of a contiguous CPU tensor."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def copy_side_files(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Carry over everything but weights: tokenizer and configuration, with its dtype set if one is given.
+    """Copy the non-weight files (configuration, tokenizer), without README.md and .gitattributes.
 
-    The configuration names the RoPE base where transformers 5 and where transformers 4 looks for it.
+    config.json gets the RoPE base under the keys of both transformers 4 and transformers 5.
+
+    Args:
+        dtype: to set in config.json; None keeps what it says.
     """
     for file in source.iterdir():
         weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(".index.json")
@@ -258,46 +268,47 @@ def copy_side_files(source: Path, target: Path, dtype: torch.dtype | None = None
     if dtype is not None:
         config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
     if "rope_theta" in (config.get("rope_parameters") or {}):
-        # transformers 4 knows this place only, and would silently run with a base of 10000.
+        # transformers 4 reads this key only, and would silently use its default base of 10000.
         config["rope_theta"] = config["rope_parameters"]["rope_theta"]
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 @contextmanager
-def new_folder(target: Path, overwrite: bool, num_bytes: int) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` when the block ends well and vanishes when it fails.
+def atomic_folder(target: Path, overwrite: bool, num_bytes: int) -> Iterator[Path]:
+    """Context manager: yields a temporary folder, renamed to `target` on success and removed on failure.
 
-    A target that is replaced stands aside until the new one is in its place; if a kill comes between the two, the next
-    call puts it back. What a killed call left is removed.
+    A target that is overwritten is first renamed to `.NAME.replaced` and deleted after the new one is there. If the
+    process is killed between these two renames, the next call restores it. Leftovers of killed calls are removed.
 
     Args:
-        num_bytes: about what will be written; checked against the free space.
+        overwrite: replace an existing model or checkpoint at `target`.
+        num_bytes: approximate size of the output; checked against the free disk space.
 
     Raises:
-        ValueError: if `target` exists and may not be overwritten, is being written by another process, cannot be
-            written, or there is not enough space.
+        ValueError: if `target` exists and may not be overwritten, another process is writing it, writing fails, or
+            there is not enough free disk space.
     """
     target = Path(os.path.abspath(target))
-    aside, replaced = (target.with_name(f".{target.name}.{state}") for state in ("partial", "replaced"))
+    partial, replaced = (target.with_name(f".{target.name}.{state}") for state in ("partial", "replaced"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(aside):
+        with _locked(partial):
             if replaced.exists() and not target.exists():
                 os.replace(replaced, target)
             shutil.rmtree(replaced, ignore_errors=True)
             _check_target(target, overwrite)
-            free = shutil.disk_usage(aside).free
+            free = shutil.disk_usage(partial).free
             if free < num_bytes:
                 raise ValueError(
-                    f"{target} needs {num_bytes / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; "
-                    "choose another."
+                    f"{target} needs {num_bytes / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; free some "
+                    "or choose another target."
                 )
-            yield aside
-            _sync(aside)
+            yield partial
+            _sync(partial)
             if target.exists():
                 os.replace(target, replaced)
             try:
-                os.replace(aside, target)
+                os.replace(partial, target)
             except OSError:
                 if replaced.exists():
                     os.replace(replaced, target)
@@ -305,12 +316,12 @@ def new_folder(target: Path, overwrite: bool, num_bytes: int) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
         _sync_entry(target.parent)
     except OSError as error:
-        raise ValueError(f"{target} could not be written: {error}; nothing half done is left.") from error
+        raise ValueError(f"{target} could not be written: {error}; no partial output is left.") from error
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Make `folder` anew and hold it for this process; it is removed if it is still there in the end."""
+    """Create or empty `folder` and lock it for this process; on exit it is removed if it still exists."""
     folder.mkdir(exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -320,17 +331,17 @@ def _locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             mine = False
         except OSError as error:
-            mine = error.errno in _NO_LOCKS  # some shared file systems have none
+            mine = error.errno in _NO_LOCKS  # some network file systems have no locks
             if not mine:
                 raise
         if not mine:
-            raise ValueError(f"another process is filling {folder}; wait for it, or choose another target.")
+            raise ValueError(f"another process is writing {folder}; wait for it, or choose another target.")
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
             yield
         finally:
-            # After it was renamed, another process may have made its own in the same place.
+            # After the rename, another process may have created its own folder at this path.
             if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
                 shutil.rmtree(folder, ignore_errors=True)
     finally:
@@ -338,26 +349,28 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a target that may not be replaced: only a model or a checkpoint may, and nothing beside it."""
+    """Reject a target that must not be overwritten: anything but a model or checkpoint without other folders in it."""
     if not target.exists():
         return
     if not overwrite:
-        raise ValueError(f"{target} exists already; choose another folder, or say --overwrite.")
+        raise ValueError(f"{target} already exists; choose another folder or pass --overwrite.")
     if not target.is_dir():
-        raise ValueError(f"{target} is a file; choose another target, or remove it first.")
+        raise ValueError(f"{target} is a file, not a folder; choose another target, or remove it first.")
     entries = {path.name for path in target.iterdir()}
     model, checkpoint = {"config.json"} < entries and bool({SINGLE, INDEX} & entries), ".metadata" in entries
     if entries and not model and not checkpoint:
-        raise ValueError(f"{target} holds neither a model nor a checkpoint; it is not overwritten, remove it first.")
+        raise ValueError(
+            f"{target} contains neither a model nor a checkpoint, so it is not overwritten; remove it first."
+        )
     others = sorted(path.name for path in target.iterdir() if path.is_dir() and path.name != "huggingface")
     if others:
         raise ValueError(
-            f"{target} holds the folder {others[0]} beside its model; it is not overwritten, remove it first."
+            f"{target} contains another folder, {others[0]}, so it is not overwritten; remove that folder first."
         )
 
 
 def _sync(folder: Path) -> None:
-    """Put a folder's files and entries on disk."""
+    """fsync a folder, its files and its subfolders."""
     for path in [*folder.rglob("*"), folder]:
         _sync_entry(path)
 

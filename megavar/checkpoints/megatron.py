@@ -1,8 +1,8 @@
-"""A Megatron checkpoint (format `torch_dist`) read and written piece by piece, without Megatron and without a model.
+"""Megatron checkpoints (format `torch_dist`): streaming reader and writer that need neither Megatron nor a model.
 
-The format is torch's distributed checkpoint: `.metadata` says which chunk of a tensor is where in the `.distcp` files.
-Megatron loads it at any grid, each rank reading what it needs. Beside the weights stand `megavar.json` (what was
-converted) and `huggingface/` (configuration and tokenizer), so that the way back needs nothing else.
+The format is torch.distributed.checkpoint's: `.metadata` maps each chunk of a tensor to a byte range in a `.distcp`
+file. Megatron loads it under any parallel layout; each rank reads its own shards. The checkpoint also contains
+`megavar.json` (`Description`) and `huggingface/` (configuration and tokenizer), which converting back needs.
 """
 
 import json
@@ -27,14 +27,14 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megavar.checkpoints.huggingface import FileInParts, TensorInfo
+from megavar.checkpoints.huggingface import ChunkedFile, TensorInfo
 from megavar.models.dims import ModelDims
 from megavar.models.ops import Index, Operator, leading_axes, piece_shape
 
 CHUNK_BYTES = 2**28
-"""A larger piece is stored as several chunks of rows, which bounds the memory that reading one takes."""
+"""Larger pieces are split along rows into chunks of this size, which bounds the memory needed to read one."""
 FILE_BYTES = 2**32
-"""A file ends after the chunk that makes it larger."""
+"""A new file is started once a file exceeds this size."""
 DESCRIPTION = "megavar.json"
 SIDE_FILES = "huggingface"
 _BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -44,20 +44,20 @@ _WEIGHTS = ("embedding.", "decoder.", "output_layer.")
 
 @dataclass(frozen=True)
 class Description:
-    """What `megavar.json` says of a checkpoint beyond its tensors."""
+    """Contents of a checkpoint's `megavar.json`."""
 
     tied_head_written: bool
-    """Whether the Hugging Face source held a copy of its tied embedding as lm_head.weight."""
+    """Whether the Hugging Face source contained a copy of its tied embedding as lm_head.weight."""
     source_digest: str | None
-    """Digest of the source's tensors (`convert.Digest`), or None for weights that were trained."""
+    """Digest of the source's tensors (`convert.Digest`); None for a checkpoint saved by training."""
 
     def write(self, checkpoint: Path) -> None:
-        """Put the description into a checkpoint."""
+        """Write megavar.json into a checkpoint folder."""
         (checkpoint / DESCRIPTION).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, checkpoint: Path) -> "Description | None":
-        """The description in a checkpoint, or None if there is none.
+        """Read megavar.json of a checkpoint; None if there is none.
 
         Raises:
             ValueError: if it is damaged.
@@ -70,7 +70,7 @@ class Description:
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The checkpoint in `path`: itself, or the newest that Megatron's `latest_checkpointed_iteration.txt` names."""
+    """The checkpoint at `path`, or the one its `latest_checkpointed_iteration.txt` points to; None if there is none."""
     tracker = path / "latest_checkpointed_iteration.txt"
     if tracker.is_file():
         name = tracker.read_text().strip()
@@ -79,22 +79,22 @@ def find_checkpoint(path: Path) -> Path | None:
 
 
 class ShardedCheckpoint:
-    """Read access to the weights of a checkpoint; other state in it (optimizer) is not touched.
+    """Read access to the weights of a checkpoint; optimizer state is ignored. Opening reads `.metadata` only.
 
     Raises:
         ValueError: naming the file that is missing, truncated or damaged.
     """
 
     def __init__(self, path: Path) -> None:
-        found = find_checkpoint(path)
-        if found is None:
-            raise ValueError(f"{path} holds no Megatron checkpoint of format torch_dist: there is no .metadata in it.")
-        self.path = found
-        self._reader = FileSystemReader(found)
+        checkpoint = find_checkpoint(path)
+        if checkpoint is None:
+            raise ValueError(f"{path} is not a Megatron checkpoint of format torch_dist: it has no .metadata.")
+        self.path = checkpoint
+        self._reader = FileSystemReader(checkpoint)
         try:
             metadata = self._reader.read_metadata()
         except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError, TypeError) as error:
-            raise ValueError(f"{found / '.metadata'} is damaged ({error}); copy the checkpoint anew.") from error
+            raise ValueError(f"{checkpoint / '.metadata'} is damaged ({error}); copy the checkpoint again.") from error
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: entry
@@ -103,54 +103,54 @@ class ShardedCheckpoint:
         }
         self._chunks_at: dict[str, dict[Index, list[ChunkStorageMetadata]]] = {}
         ends: dict[str, int] = {}
-        for place in metadata.storage_data.values():
-            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for stored in metadata.storage_data.values():
+            ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
         for name, end in ends.items():
-            if not (found / name).is_file() or (found / name).stat().st_size < end:
-                raise ValueError(f"{found / name} is missing or truncated; copy the checkpoint anew.")
+            if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size < end:
+                raise ValueError(f"{checkpoint / name} is missing or truncated; copy the checkpoint again.")
 
     def info(self, name: str) -> TensorInfo:
-        """dtype and shape of a parameter with its leading axes."""
+        """dtype and full shape (leading axes included) of a parameter."""
         entry = self._tensors[name]
         return TensorInfo(entry.properties.dtype, tuple(entry.size))
 
     def piece(self, operator: Operator, index: Index, dims: ModelDims) -> Tensor:
-        """One piece of a parameter, on the CPU; rows that pad the vocabulary are left out.
+        """Read one piece of a parameter, on the CPU, without the rows that pad the vocabulary.
 
         Raises:
-            ValueError: naming the parameter, if the checkpoint's files do not hold all of it.
+            ValueError: naming the parameter, if a part of it is missing or cannot be read.
         """
         name, shape = operator.megatron_name, piece_shape(operator, dims)
-        entry = self._near(name, index)
-        found = torch.empty(shape, dtype=entry.properties.dtype)
-        target = found.view(*[1] * len(index), *shape)
+        entry = self._with_chunks_of(name, index)
+        piece = torch.empty(shape, dtype=entry.properties.dtype)
+        target = piece.view(*[1] * len(index), *shape)
         origin = torch.Size([*index, *[0] * len(shape)])
         wanted = [ChunkStorageMetadata(offsets=origin, sizes=target.shape)]
         reads = create_read_items_for_chunk_list(name, entry, wanted)
-        if sum(read.lengths.numel() for read in reads) != found.numel():
-            raise ValueError(f"{self.path} holds only a part of {name}{list(index)}; was every rank's file copied?")
+        if sum(read.lengths.numel() for read in reads) != piece.numel():
+            raise ValueError(f"{self.path} contains only a part of {name}{list(index)}; copy the files of all ranks.")
         try:
-            self._reader.read_data(LoadPlan(reads), _Into(target))
+            self._reader.read_data(LoadPlan(reads), _IntoTensor(target))
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{self.path}: {name}{list(index)} cannot be read: {error}; copy it anew.") from error
-        return found
+            raise ValueError(f"{self.path}: {name}{list(index)} cannot be read: {error}; copy it again.") from error
+        return piece
 
-    def _near(self, name: str, index: Index) -> TensorStorageMetadata:
-        """A parameter's entry with those of its chunks that reach into one piece; torch looks at every one given."""
+    def _with_chunks_of(self, name: str, index: Index) -> TensorStorageMetadata:
+        """A parameter's entry, reduced to the chunks that overlap one piece: torch scans all chunks it is given."""
         if name not in self._chunks_at:
-            found: dict[Index, list[ChunkStorageMetadata]] = defaultdict(list)
+            chunks_at: dict[Index, list[ChunkStorageMetadata]] = defaultdict(list)
             for chunk in self._tensors[name].chunks:
                 bounds = zip(chunk.offsets[: len(index)], chunk.sizes[: len(index)], strict=True)
-                for place in product(*(range(start, start + size) for start, size in bounds)):
-                    found[place].append(chunk)
-            self._chunks_at[name] = found
+                for overlapped in product(*(range(start, start + size) for start, size in bounds)):
+                    chunks_at[overlapped].append(chunk)
+            self._chunks_at[name] = chunks_at
         return replace(self._tensors[name], chunks=self._chunks_at[name].get(index, []))
 
     def check(self, operators: list[Operator], dims: ModelDims) -> None:
-        """Compare names and shapes with what the model's operators expect.
+        """Check names and shapes against those that the model's operators expect.
 
         Raises:
-            ValueError: naming the first missing, unknown or misshapen parameter.
+            ValueError: naming the first parameter that is missing, unknown or of the wrong shape.
         """
         expected = {row.megatron_name: (*leading_axes(row, dims), *piece_shape(row, dims)) for row in operators}
         missing, extra = sorted(expected.keys() - self._tensors.keys()), sorted(self._tensors.keys() - expected.keys())
@@ -158,48 +158,52 @@ class ShardedCheckpoint:
             name = f"lacks {missing[0]}" if missing else f"has an unknown parameter {extra[0]}"
             raise ValueError(
                 f"{self.path} {name} ({len(missing)} missing, {len(extra)} unknown); its Hugging Face configuration "
-                f"says {dims.family} with {dims.num_layers} layers, "
-                f"{'tied' if dims.tied_embeddings else 'untied'} embeddings."
+                f"describes {dims.family} with {dims.num_layers} layers and "
+                f"{'tied' if dims.tied_embeddings else 'untied'} embeddings; use the configuration it was saved with."
             )
         for name, shape in expected.items():
             given = self.info(name).shape
             padded = name in ("embedding.word_embeddings.weight", "output_layer.weight") and given[0] > shape[0]
             if given[padded:] != shape[padded:]:
-                raise ValueError(f"{self.path}: {name} is {given}, its Hugging Face configuration implies {shape}.")
+                raise ValueError(
+                    f"{self.path}: {name} has shape {given}, its Hugging Face configuration implies {shape}; use the "
+                    "configuration it was saved with."
+                )
 
 
-class _Into(DefaultLoadPlanner):
-    """Tells torch's reader where chunks go: into one tensor."""
+class _IntoTensor(DefaultLoadPlanner):
+    """Makes torch's reader copy chunks into slices of one tensor."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        found = self._target
+        part = self._target
         for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            found = found.narrow(axis, start, length)
-        return found
+            part = part.narrow(axis, start, length)
+        return part
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         pass
 
 
 class ShardedWriter:
-    """Writes the pieces of a model as one checkpoint, in any order; none is held.
+    """Writes a checkpoint as a stream of pieces, in any order; holds none.
 
     Args:
-        folder: exists.
+        folder: an existing folder.
+        dims: sizes of the model.
     """
 
     def __init__(self, folder: Path, dims: ModelDims) -> None:
         self._folder, self._dims = folder, dims
         self._metadata = Metadata(state_dict_metadata={}, storage_data={})
-        self._data: FileInParts | None = None
+        self._data: ChunkedFile | None = None
         self._num_files = 0
 
     def write(self, operator: Operator, index: Index, piece: Tensor, dtype: torch.dtype) -> None:
-        """Write a piece, cast to `dtype`."""
+        """Write one full-size piece, cast to `dtype`, as one or more chunks."""
         name = operator.megatron_name
         entry = self._metadata.state_dict_metadata.setdefault(
             name,
@@ -213,13 +217,13 @@ class ShardedWriter:
         rows = max(1, CHUNK_BYTES * piece.shape[0] // max(1, piece.numel() * dtype.itemsize))
         for start in range(0, piece.shape[0], rows):
             part = piece[start : start + rows].to(dtype).contiguous()
-            if part.untyped_storage().nbytes() != part.nbytes:  # torch.save would write all of a view's storage
+            if part.untyped_storage().nbytes() != part.nbytes:  # torch.save would write the full storage of a view
                 part = part.clone()
             offsets = torch.Size([*index, start, *[0] * (piece.dim() - 1)])
             sizes = torch.Size([*[1] * len(index), *part.shape])
             entry.chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=sizes))
-            place = MetadataIndex(name, offset=offsets, index=len(entry.chunks) - 1)
-            self._metadata.storage_data[place] = self._append(part.view(sizes))
+            chunk_index = MetadataIndex(name, offset=offsets, index=len(entry.chunks) - 1)
+            self._metadata.storage_data[chunk_index] = self._append(part.view(sizes))
         if ".linear_" in name and name.endswith(".weight"):
             self._write_extra_state(name.removesuffix("weight"), index, leading_axes(operator, self._dims))
         if ".linear_qkv.weight" in name:
@@ -227,13 +231,13 @@ class ShardedWriter:
             self._write_extra_state(attention, index, leading_axes(operator, self._dims))
 
     def _write_extra_state(self, module: str, index: Index, sizes: Index) -> None:
-        """An empty extra state (scales of FP8), which Megatron wants to find for every layer that can have one."""
+        """An empty extra state (FP8 scales): Megatron's loader expects one for every module that can have it."""
         key = f"{module}_extra_state/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, sizes))}"
         self._metadata.state_dict_metadata[key] = BytesStorageMetadata()
         self._metadata.storage_data[MetadataIndex(key)] = self._append([None])
 
     def finish(self) -> None:
-        """Write what makes the files a checkpoint."""
+        """Close the last file and write the checkpoint's metadata."""
         if self._data is not None:
             self._data.close()
         torch.save({}, self._folder / "common.pt")
@@ -245,16 +249,17 @@ class ShardedWriter:
         if self._data is None or self._data.tell() > FILE_BYTES:
             if self._data is not None:
                 self._data.close()
-            self._data = FileInParts(self._folder / f"__0_{self._num_files}.distcp", "w")
+            self._data = ChunkedFile(self._folder / f"__0_{self._num_files}.distcp", "w")
             self._num_files += 1
         start = self._data.tell()
-        checked = torch.serialization.get_crc32_options()
+        crc32 = torch.serialization.get_crc32_options()
         try:
-            torch.serialization.set_crc32_options(False)  # torch never looks at them, and they take most of the time
+            torch.serialization.set_crc32_options(False)  # torch.load does not check them; they take most of the time
             torch.save(value, self._data)
         except RuntimeError as error:
-            # When a write fails, torch's zip writer complains of its length on the way out: that hides the cause.
+            # When a write fails, closing torch's zip writer (torch/serialization.py, _open_zipfile_writer_buffer)
+            # raises a RuntimeError about its length, which hides the OSError.
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         finally:
-            torch.serialization.set_crc32_options(checked)
+            torch.serialization.set_crc32_options(crc32)
         return _StorageInfo(Path(self._data.name).name, start, self._data.tell() - start)

@@ -1,4 +1,4 @@
-"""Registry of the model families, by `model_type`: one file and one line each."""
+"""Model family registry, keyed by `model_type` of config.json: one file and one line per family."""
 
 from megavar.models import qwen2, qwen3, qwen3_moe
 from megavar.models.dims import ModelDims
@@ -13,5 +13,5 @@ FAMILIES: dict[str, Family] = {
 
 
 def operators(dims: ModelDims) -> list[Operator]:
-    """The operators of the family of `dims`."""
+    """Operators of all parameters of a model of these sizes."""
     return FAMILIES[dims.family].operators(dims)

@@ -1,6 +1,6 @@
-"""Reads the sizes of a model from the config.json of its Hugging Face folder. Needs no transformers.
+"""Reads a model's sizes from the config.json of its Hugging Face folder, without transformers.
 
-A key that transformers may leave out has transformers' default here too; a size or the RoPE base is never guessed.
+Optional keys have transformers' defaults. Sizes and the RoPE base have none: a missing one is an error.
 """
 
 import json
@@ -16,9 +16,9 @@ def read_dims(folder: Path) -> ModelDims:
     """Read the sizes of the model in a Hugging Face folder.
 
     Raises:
-        ValueError: for a folder without config.json, a missing key or one of the wrong type, an unknown `model_type`,
-            or features that the training engine would silently compute differently (RoPE scaling, sliding windows,
-            biases, dense layers among experts).
+        ValueError: if config.json is missing, a key is missing or has the wrong type, `model_type` is unknown, or the
+            model has features that the training engine would silently compute differently (RoPE scaling, sliding
+            windows, attention biases, dense layers in an MoE model).
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -26,12 +26,12 @@ def read_dims(folder: Path) -> ModelDims:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} cannot be read: {error}; copy it again.") from error
+        raise ValueError(f"{file} cannot be read: {error}; re-download it.") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{file} holds {config!r:.80}, expected an object; copy it again.")
+        raise ValueError(f"{file} contains {config!r:.80}, expected a JSON object; re-download it.")
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
-        raise ValueError(f"{file} has model_type={model_type!r}; known are {', '.join(FAMILIES)}.")
+        raise ValueError(f"{file} has model_type={model_type!r}; supported are {', '.join(FAMILIES)}.")
     family = FAMILIES[model_type]
     for key, value in {"use_sliding_window": False, "hidden_act": "silu", **family.required}.items():
         if config.get(key, value) not in (value, None):
@@ -46,18 +46,18 @@ def _dims(model_type: str, family: Family, config: dict[str, Any], file: Path) -
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise ValueError(f"{file} has {key}={value!r}, expected a value of type {kind.__name__}; copy it again.")
+            raise ValueError(f"{file} has {key}={value!r}, expected a value of type {kind.__name__}; re-download it.")
         if isinstance(value, int) and kind is int and value < 1:
-            raise ValueError(f"{file} has {key}={value}, expected at least 1; copy it again.")
+            raise ValueError(f"{file} has {key}={value}, expected at least 1; re-download it.")
         return value
 
-    mixture = family.is_mixture
+    is_moe = family.is_moe
     num_heads, hidden_size = get("num_attention_heads", int), get("hidden_size", int)
-    normalises = mixture and get("norm_topk_prob", bool, False)
-    if mixture and get("num_experts_per_tok", int) == 1 and normalises:
+    norm_topk_prob = is_moe and get("norm_topk_prob", bool, False)
+    if is_moe and get("num_experts_per_tok", int) == 1 and norm_topk_prob:
         raise ValueError(
-            f"{file} has num_experts_per_tok=1 and norm_topk_prob=true: every expert's weight would be "
-            "1, whatever the router says; this is not supported."
+            f"{file} has num_experts_per_tok=1 and norm_topk_prob=true: the routing weight would always be 1, whatever "
+            "the router computes; this is not supported."
         )
     return ModelDims(
         family=model_type,
@@ -66,7 +66,7 @@ def _dims(model_type: str, family: Family, config: dict[str, Any], file: Path) -
         num_heads=num_heads,
         num_query_groups=get("num_key_value_heads", int),
         head_dim=get("head_dim", int, family.head_dim or hidden_size // num_heads),
-        ffn_size=get("moe_intermediate_size" if mixture else "intermediate_size", int),
+        ffn_size=get("moe_intermediate_size" if is_moe else "intermediate_size", int),
         vocab_size=get("vocab_size", int),
         tied_embeddings=get("tie_word_embeddings", bool, False),
         rope_base=_rope_base(config, file),
@@ -74,19 +74,21 @@ def _dims(model_type: str, family: Family, config: dict[str, Any], file: Path) -
         max_positions=get("max_position_embeddings", int),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        num_experts=get("num_experts" if "num_experts" in config else "num_local_experts", int) if mixture else 0,
-        experts_per_token=get("num_experts_per_tok", int) if mixture else 0,
-        normalise_routing=normalises,
+        num_experts=get("num_experts" if "num_experts" in config else "num_local_experts", int) if is_moe else 0,
+        experts_per_token=get("num_experts_per_tok", int) if is_moe else 0,
+        normalise_routing=norm_topk_prob,
     )
 
 
 def _rope_base(config: dict[str, Any], file: Path) -> float:
-    """transformers 5 writes the base into `rope_parameters`, 4 as `rope_theta`; there is no default."""
+    """RoPE base: in `rope_parameters` (transformers 5) or `rope_theta` (transformers 4); there is no default."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"{file} has RoPE scaling {kind!r}, which is not supported; use a model without it.")
     base = rope.get("rope_theta", config.get("rope_theta"))
     if not isinstance(base, int | float) or isinstance(base, bool):
-        raise ValueError(f"{file} has no rope_theta; a RoPE base is never guessed.")
+        raise ValueError(
+            f"{file} has no rope_theta, and the RoPE base has no default; add it, or re-download the file."
+        )
     return float(base)

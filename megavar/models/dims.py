@@ -1,4 +1,4 @@
-"""The sizes of a model: what the operators and the engine need to know of it."""
+"""The sizes of a model that operators and training engine need."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,18 +6,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelDims:
-    """Sizes of a dense or mixture decoder; counts are of the whole model, not of a rank."""
+    """Sizes of a dense or MoE decoder: of the full model, not of one rank's shard."""
 
     family: str
+    """`model_type` of config.json."""
     num_layers: int
     hidden_size: int
     num_heads: int
     num_query_groups: int
     head_dim: int
     ffn_size: int
-    """Of a dense MLP, or of each expert."""
+    """Intermediate size of a dense MLP, or of each expert."""
     vocab_size: int
-    """Rows of the embedding, which are more than the tokenizer's entries."""
+    """Rows of the embedding; can be more than the tokenizer has tokens."""
     tied_embeddings: bool
     rope_base: float
     norm_eps: float
@@ -28,22 +29,22 @@ class ModelDims:
     """0: dense."""
     experts_per_token: int
     normalise_routing: bool
-    """Whether the chosen experts' probabilities sum to one."""
+    """`norm_topk_prob`: whether the probabilities of a token's experts are rescaled to sum to 1."""
 
     @property
     def query_size(self) -> int:
-        """Rows of the query projection."""
+        """Output size of the query projection: num_heads x head_dim."""
         return self.num_heads * self.head_dim
 
     def training_flops(self, lengths: Sequence[int], num_targets: int) -> float:
-        """FLOPs of one forward and backward pass, recomputation not counted.
+        """FLOPs of one forward and backward pass over all ranks, without recomputation.
 
-        2 a weight and token forward, twice that backward; causal attention within each sequence; the output layer at
-        the target positions only.
+        Per weight and token: 2 FLOPs forward, 4 backward. Attention is causal within each sequence. The output layer
+        runs at the target positions only.
 
         Args:
             lengths: tokens of each sequence.
-            num_targets: target tokens of all sequences.
+            num_targets: target tokens of all sequences together.
         """
         kv_size = self.num_query_groups * self.head_dim
         mlp = (
@@ -55,5 +56,5 @@ class ModelDims:
         return linear + attention + 6.0 * self.hidden_size * self.vocab_size * num_targets
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
-        """Embedding rows after padding to a multiple of the tensor-parallel size."""
+        """Rows of the embedding, padded to a multiple of the tensor-parallel size."""
         return -(-self.vocab_size // tensor_parallel) * tensor_parallel

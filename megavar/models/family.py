@@ -1,4 +1,4 @@
-"""What a family of models declares of itself: its parameters, and what its configuration means."""
+"""The `Family` record: parameters of a model family and the meaning of its config.json."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,14 +10,17 @@ from megavar.models.ops import Operator
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type` of Hugging Face."""
+    """A Hugging Face `model_type`."""
 
     operators: Callable[[ModelDims], list[Operator]]
-    """All parameters of a model of these sizes."""
+    """Operators of all parameters of a model of these sizes."""
     qkv_bias: bool = False
+    """Query, key and value projections have biases."""
     qk_norm: bool = False
-    is_mixture: bool = False
+    """Query and key heads are normalised."""
+    is_moe: bool = False
+    """Every layer is a mixture of experts."""
     head_dim: int | None = None
-    """Where config.json has none; None: hidden_size / num_attention_heads."""
+    """Default if config.json has no `head_dim`; None: hidden_size / num_attention_heads."""
     required: dict[str, Any] = field(default_factory=dict)
-    """Keys of config.json that, where they occur, must have this value: the engine does nothing else."""
+    """config.json keys that must have this value if present: the engine supports no other."""

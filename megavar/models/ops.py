@@ -1,11 +1,11 @@
-"""Invertible operators between Hugging Face tensors and Megatron's parameters.
+"""Invertible operators between Hugging Face tensors and Megatron parameters.
 
-A model family is a list of operators (`qwen2.py`, `qwen3.py`, `qwen3_moe.py`). Each names the Hugging Face tensors it
-takes and the Megatron parameter it makes of them, in both directions; no second mapping exists. Megatron's names are
-those in its sharded checkpoints, which Transformer Engine and local layers share. There a parameter that every layer
-(and every expert) has is one tensor with leading axes [layers, (experts,)]; an operator makes one piece of it.
-Tensor-parallel ranks hold slices of these tensors, which Megatron cuts by itself.
-Shape suffixes: G query groups, R rows of a projection in one group, D head_dim, H hidden, F feed-forward.
+A model family is a list of operators (`qwen2.py`, `qwen3.py`, `qwen3_moe.py`). Each maps Hugging Face tensors to one
+Megatron parameter and back; both directions of conversion use the same list. Megatron names are those of its sharded
+checkpoints, which are the same for Transformer Engine and local layers. There the parameter of all layers (and experts)
+is one tensor with leading axes [layers, (experts,)]. A "piece" is its slice for one layer (and expert), and an operator
+converts one piece. Pieces are full size; Megatron itself shards them over tensor-parallel ranks.
+Shape suffixes: G query groups, R rows of a projection in one group. In shapes: D head_dim, H hidden, F feed-forward.
 """
 
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ from torch import Tensor
 from megavar.models.dims import ModelDims
 
 Index = tuple[int, ...]
-"""Which piece of a parameter: (), (layer,) or (layer, expert)."""
+"""Index of a piece: () outside the layers, (layer,) or (layer, expert)."""
 
 
 class Operator(Protocol):
-    """One Megatron parameter and the Hugging Face tensors that make it, whose names hold `{layer}` and `{expert}`."""
+    """Maps Hugging Face tensors, whose names may contain `{layer}` and `{expert}`, to one Megatron parameter."""
 
     @property
     def megatron_name(self) -> str:
@@ -31,49 +31,49 @@ class Operator(Protocol):
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """Names of the source tensors, in the order `merge` takes them."""
+        """Names of the Hugging Face tensors, in the order of `merge`."""
 
     def hf_shapes(self, dims: ModelDims) -> list[tuple[int, ...]]:
-        """Shapes of the source tensors."""
+        """Shapes of the Hugging Face tensors."""
 
     def merge(self, tensors: list[Tensor], dims: ModelDims) -> Tensor:
-        """The piece of the parameter that the source tensors make."""
+        """Hugging Face tensors -> piece of the Megatron parameter; exact."""
 
     def split(self, piece: Tensor, dims: ModelDims) -> list[Tensor]:
-        """The source tensors of a piece."""
+        """Piece of the Megatron parameter -> Hugging Face tensors; the inverse of `merge`."""
 
 
 def leading_axes(operator: Operator, dims: ModelDims) -> Index:
     """Sizes of the parameter's leading axes: (), (layers,) or (layers, experts)."""
     sizes = {"{layer}": dims.num_layers, "{expert}": dims.num_experts}
-    return tuple(size for mark, size in sizes.items() if mark in operator.hf_names[0])
+    return tuple(size for placeholder, size in sizes.items() if placeholder in operator.hf_names[0])
 
 
 def piece_shape(operator: Operator, dims: ModelDims) -> tuple[int, ...]:
-    """Shape of a piece of the parameter, without the leading axes."""
-    nothing = [torch.empty(shape, device="meta") for shape in operator.hf_shapes(dims)]
-    return tuple(operator.merge(nothing, dims).shape)
+    """Shape of one piece of the parameter, without the leading axes."""
+    tensors = [torch.empty(shape, device="meta") for shape in operator.hf_shapes(dims)]
+    return tuple(operator.merge(tensors, dims).shape)
 
 
 def names_at(operator: Operator, index: Index) -> list[str]:
     """Names of the Hugging Face tensors of one piece."""
-    marks = dict(zip(("layer", "expert"), index, strict=False))
-    return [name.format(**marks) for name in operator.hf_names]
+    values = dict(zip(("layer", "expert"), index, strict=False))
+    return [name.format(**values) for name in operator.hf_names]
 
 
 def pieces(operators: list[Operator], dims: ModelDims) -> Iterator[tuple[Operator, Index]]:
-    """Every piece of the model once: what is outside the layers, then layer by layer."""
-    every = [
+    """All pieces of the model, each once: those outside the layers first, then layer by layer."""
+    items = [
         (operator, index)
         for operator in operators
         for index in product(*(range(size) for size in leading_axes(operator, dims)))
     ]
-    return iter(sorted(every, key=lambda item: item[1][:1]))
+    return iter(sorted(items, key=lambda item: item[1][:1]))
 
 
 @dataclass(frozen=True)
 class Rename:
-    """One tensor under another name. `sizes` are the fields of `ModelDims` that make its shape."""
+    """One tensor under another name; `sizes` are the fields of `ModelDims` that form its shape."""
 
     hf_name: str
     megatron_name: str
@@ -95,7 +95,7 @@ class Rename:
 
 @dataclass(frozen=True)
 class StackGateUp:
-    """Gate and up projections [F, H] each, in one [2F, H]."""
+    """Gate and up projections, [F, H] each, stacked into one [2F, H]."""
 
     gate: str
     up: str
@@ -117,11 +117,12 @@ class StackGateUp:
 
 @dataclass(frozen=True)
 class InterleaveQkv:
-    """Query, key and value projections in one: queries, key and value of each query group. Kind: weight or bias."""
+    """Query, key and value projections interleaved by query group: [G x (queries, key, value), H]."""
 
     prefix: str
     megatron_name: str
     kind: str
+    """`weight` or `bias`."""
 
     @property
     def hf_names(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5, dense: biases on query, key and value."""
+"""Qwen2 and Qwen2.5 (dense): query, key and value projections have biases."""
 
 from megavar.models.dims import ModelDims
 from megavar.models.family import Family
@@ -15,19 +15,19 @@ def operators(dims: ModelDims) -> list[Operator]:
 
 
 def outer(dims: ModelDims) -> list[Operator]:
-    """What is outside the layers: embedding first."""
+    """Parameters outside the layers: embedding (first), final norm and, unless tied, the output layer."""
     table = ("vocab_size", "hidden_size")
-    found: list[Operator] = [
+    parameters: list[Operator] = [
         Rename("model.embed_tokens.weight", "embedding.word_embeddings.weight", table),
         Rename("model.norm.weight", "decoder.final_layernorm.weight", ("hidden_size",)),
     ]
     if not dims.tied_embeddings:
-        found.append(Rename("lm_head.weight", "output_layer.weight", table))
-    return found
+        parameters.append(Rename("lm_head.weight", "output_layer.weight", table))
+    return parameters
 
 
 def attention() -> list[Operator]:
-    """A layer's attention without biases, and the norm before it."""
+    """A layer's attention without biases, and its input norm."""
     source, target = LAYER + "self_attn.", DECODER + "self_attention."
     return [
         Rename(LAYER + "input_layernorm.weight", target + "linear_qkv.layer_norm_weight", ("hidden_size",)),
@@ -37,7 +37,7 @@ def attention() -> list[Operator]:
 
 
 def dense_mlp() -> list[Operator]:
-    """A layer's MLP, and the norm before it."""
+    """A layer's MLP and its input norm."""
     source, target = LAYER + "mlp.", DECODER + "mlp."
     return [
         Rename(LAYER + "post_attention_layernorm.weight", target + "linear_fc1.layer_norm_weight", ("hidden_size",)),

@@ -1,4 +1,4 @@
-"""Qwen3 with a mixture of experts in every layer: Qwen3's attention, a router, and an MLP for each expert."""
+"""Qwen3-MoE: Qwen3's attention and, in every layer, a router and experts."""
 
 from megavar.models import qwen2, qwen3
 from megavar.models.dims import ModelDims
@@ -11,11 +11,11 @@ EXPERTS = qwen2.DECODER + "mlp.experts.experts."
 
 def operators(dims: ModelDims) -> list[Operator]:
     """All parameters of the model."""
-    return [*qwen2.outer(dims), *qwen2.attention(), *qwen3.head_norms(), *_mixture()]
+    return [*qwen2.outer(dims), *qwen2.attention(), *qwen3.qk_norms(), *_moe()]
 
 
-def _mixture() -> list[Operator]:
-    """A layer's router and experts, and the norm before them, which Megatron keeps apart from what follows it."""
+def _moe() -> list[Operator]:
+    """A layer's router and experts and their input norm, which in Megatron is a separate module for MoE layers."""
     layer, decoder = qwen2.LAYER, qwen2.DECODER
     return [
         Rename(layer + "post_attention_layernorm.weight", decoder + "pre_mlp_layernorm.weight", ("hidden_size",)),
@@ -28,6 +28,6 @@ def _mixture() -> list[Operator]:
 FAMILY = Family(
     operators,
     qk_norm=True,
-    is_mixture=True,
+    is_moe=True,
     required={"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
 )

@@ -1,4 +1,4 @@
-"""Registry of the objectives: one file and one line each; `package.module:name` brings one from outside."""
+"""Objective registry: one file and one line per objective; `package.module:name` imports one from another package."""
 
 from importlib import import_module
 
@@ -32,52 +32,52 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def get_objective(name: str) -> Objective:
-    """The objective of that name.
+    """Look up an objective by name.
 
     Args:
-        name: of the registry, or `package.module:name` of an `Objective`, or of a bare `Weigh` function, in any
-            importable module.
+        name: a registry key, or `package.module:name` of an `Objective` or a plain `Weigh` function in any importable
+            module.
 
     Raises:
-        ValueError: listing the known ones, or saying why the module or the name in it cannot be used.
+        ValueError: if the name is unknown (lists the registry), cannot be imported, or is not an objective.
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
     module, separator, attribute = name.partition(":")
     if not separator:
         raise ValueError(
-            f"objective.name={name!r} is unknown; known are {', '.join(OBJECTIVES)}, and package.module:name of "
-            "your own."
+            f"objective.name={name!r} is unknown; use one of {', '.join(OBJECTIVES)}, or package.module:name of an "
+            "importable objective."
         )
     try:
         value = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"objective.name={name!r} cannot be imported ({error}); put its folder on PYTHONPATH or install it."
+            f"objective.name={name!r} cannot be imported ({error}); add its folder to PYTHONPATH or install it."
         ) from error
     if isinstance(value, Objective):
         return value
     if not callable(value):
-        raise ValueError(f"objective.name={name!r} is {value!r}, expected an Objective or a function that weighs.")
+        raise ValueError(f"objective.name={name!r} is {value!r}; expected an Objective or a Weigh function.")
     return Objective(value)
 
 
 def check_objective(config: ObjectiveConfig, sample: SampleConfig) -> Objective:
-    """The configured objective, whose settings fit what it needs.
+    """Look up the configured objective and validate the settings that it depends on.
 
     Raises:
-        ValueError: naming both keys of a pair that does not fit.
+        ValueError: naming both keys of an incompatible pair.
     """
     objective = get_objective(config.name)
     if objective.posterior_source is not None:
         raise ValueError(
-            f"objective.name={config.name} is what the posterior learns by, objective.name what the policy does; "
-            f"use posterior.source={objective.posterior_source}."
+            f"objective.name={config.name} trains the posterior, but objective.name selects the objective of the "
+            f"policy; use posterior.source={objective.posterior_source}."
         )
     if objective.needs_reference_answer and config.train_answers != "reference":
         raise ValueError(
-            f"objective.name={config.name} trains on traces without a correct answer too, but objective.train_answers="
-            f"{config.train_answers} needs one; use objective.train_answers=reference."
+            f"objective.name={config.name} gives weight to traces without a correct answer, but "
+            f"objective.train_answers={config.train_answers} needs one; use objective.train_answers=reference."
         )
     if config.on_no_correct_trace != "drop" and not objective.has_fallback:
         raise ValueError(
@@ -87,7 +87,8 @@ def check_objective(config: ObjectiveConfig, sample: SampleConfig) -> Objective:
     num_traces = config.num_traces or sample.num_traces
     if objective.compares_answers and num_traces * sample.num_answers == 1:
         raise ValueError(
-            f"objective.name={config.name} compares a question's answers, but sample.num_answers={sample.num_answers} "
-            "after one trace (objective.num_traces, or sample.num_traces) is a single one; sample more."
+            f"objective.name={config.name} compares several answers of a question, but sample.num_answers="
+            f"{sample.num_answers} with one trace (objective.num_traces or sample.num_traces) gives only one; raise "
+            "either."
         )
     return objective

@@ -1,6 +1,6 @@
-"""What an objective is: a function from the scores of one question's traces to their weights, and what it needs.
+"""The `Objective` record: a function from one question's scores to its trace weights, plus its requirements.
 
-The schema, the checks and the report ask this record; none of them knows an objective by name.
+Validation, stages and report read this record, so none of them refers to an objective by name.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,35 +10,38 @@ from megavar.config.schema import ObjectiveConfig
 from megavar.records import Score, Weight
 
 Weigh = Callable[[Sequence[Score], Sequence[bool], ObjectiveConfig], list[Weight]]
-"""(scores of one question, which of its traces are truncated, settings) -> one weight a trace, in the same order.
+"""(scores of one question's K traces, K truncated flags, settings) -> one weight per trace, in the same order.
 
-May append a weight with trace index -1, which stands for the question's gold trace."""
+Runs on rank 0. May append a weight with trace index -1: it trains on the question's gold trace."""
 
 
 @dataclass(frozen=True)
 class ImpliedWeight:
-    """How much an objective counts a question that the policy answers with probability P (equations 10 to 12)."""
+    """Weight of a question as a function of P, the policy's probability of a correct answer (equations 10 to 12)."""
 
     label: str
+    """Legend entry in the report."""
     of_probability: Callable[[float], float]
+    """P in [0, 1] -> weight relative to forward KL, which is 1 for every question."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """An objective and what it declares of itself."""
+    """An objective and its requirements."""
 
     weigh: Weigh
     posterior_source: str | None = None
-    """Of an objective that trains the posterior: the value of `posterior.source` that chooses it."""
+    """For objectives that train the posterior: the value of `posterior.source` that selects this one."""
     needs_reference_answer: bool = False
     """Gives weight to traces without a correct answer, so `objective.train_answers` must be `reference`."""
     needs_gold_traces: bool = False
     """May fall back to a question's gold trace."""
     has_fallback: bool = False
-    """Follows `objective.on_no_correct_trace`."""
+    """Implements `objective.on_no_correct_trace`."""
     compares_answers: bool = False
-    """Needs at least two answers a question."""
+    """Needs at least two answers per question."""
     weights_from_log_weights: bool = False
-    """A question's weights are proportional to exp(log_weight), so those of fewer traces can be computed."""
+    """Weights are proportional to exp(log_weight) within a question, so the weights of any subset of its traces follow
+    from the records."""
     implied_weight: ImpliedWeight | None = None
-    """Drawn in the report, if it has one."""
+    """Plotted in the report; None: not plotted."""

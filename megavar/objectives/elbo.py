@@ -1,7 +1,7 @@
-"""The one-trace bound's policy weights (docs/method.md, equation 2): the mean of the ELBO's gradients over K traces.
+"""Policy weights of the ELBO (docs/method.md, equation 2): its gradient, averaged over K traces.
 
-Every trace counts alike, however unlikely its answer: this is IWAE with K = 1, averaged. It takes an answer after every
-trace, and so the reference answer (`objective.train_answers=reference`).
+All traces have equal weight, however unlikely the answer: the average over K of IWAE with K = 1. Every trace needs an
+answer to train on, so this objective uses the reference answer (`objective.train_answers=reference`).
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from megavar.records import Score, Weight
 
 
 def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveConfig) -> list[Weight]:
-    """1 / K for each of a question's K traces that are not truncated, in their order.
+    """Weight 1 / K for each of the K closed traces of one question, in the order of `scores`.
 
     Raises:
-        ValueError: if a score lacks what the settings need, or the scores are not those of one question.
+        ValueError: if a column that the settings need is missing, or the scores belong to several questions.
     """
     check_traces(scores, truncated)
     pairs = list(zip(scores, truncated, strict=True))
     ratios = [0.0 if cut else log_ratio(score, config.ratio) for score, cut in pairs]
     answers = [float("-inf") if cut else log_answer(score, config.answer_estimator) for score, cut in pairs]
-    return make_weights(scores, truncated, ratios, answers, shares=[0.0 if cut else 1.0 for cut in truncated])
+    return make_weights(scores, truncated, ratios, answers, raw_weights=[0.0 if cut else 1.0 for cut in truncated])
 
 
 OBJECTIVE = Objective(weigh, needs_reference_answer=True)

@@ -1,4 +1,4 @@
-"""The posterior's weights on policy rollouts (docs/method.md, equation 9): w_m / sum_j w_j, w_m trace m's accuracy."""
+"""Posterior training on policy rollouts, weighted by accuracy: w_m / sum_j w_j (docs/method.md, equation 9)."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from megavar.records import Score, Weight
 
 
 def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveConfig) -> list[Weight]:
-    """Weights of one question's rollouts, in their order; `config` changes nothing here.
+    """Weights of one question's rollouts, in the order of `scores`; `config` is not used.
 
     Raises:
-        ValueError: if a trace has no counted answers, or the scores are not those of one question.
+        ValueError: if a closed trace has no verified answers, or the scores belong to several questions.
     """
     check_traces(scores, truncated)
     answers = [

@@ -1,6 +1,6 @@
-"""GRPO's group-normalised reward as a weight on the same forward KL (docs/method.md, equation 12): sqrt(P / (1 - P)).
+"""GRPO's group-normalised reward as a question weight on the forward KL (docs/method.md, equation 12).
 
-Questions that are always or never answered have no advantage, and no weight.
+If all answers of a question are correct, or all are wrong, every advantage is 0 and so is its weight.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from megavar.records import Score, Weight
 
 
 def question_weight(probability: float) -> float:
-    """Weight of a question that the policy answers with this probability; 0 at 0 and at 1."""
+    """sqrt(P / (1 - P)) for P = probability of a correct answer; 0 for P = 0 and P = 1."""
     return sqrt(probability / (1 - probability)) if 0 < probability < 1 else 0.0
 
 
 def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveConfig) -> list[Weight]:
-    """Normalised weights of one question's traces times sqrt(P / (1 - P)), in their order.
+    """Normalised weights of one question's traces times sqrt(P / (1 - P)), in the order of `scores`.
 
     Raises:
-        ValueError: if a score lacks what the settings need, or the scores are not those of one question.
+        ValueError: if a column that the settings need is missing, or the scores belong to several questions.
     """
     return implied_weights(scores, truncated, config, question_weight)
 

@@ -1,6 +1,7 @@
-"""Log-weights of traces and what is done with them (docs/method.md, equation 8); all arithmetic in float64.
+"""Importance log-weights of traces, their normalisation, and trace selection (docs/method.md, equation 8); float64.
 
-log rho_k = d_k + log a_k: d_k compares policy and posterior on the trace, a_k estimates pi(Y_x | x, z_k).
+log rho_k = d_k + log a_k: d_k is the log-ratio of policy and posterior on the trace, a_k estimates pi(Y_x | x, z_k).
+Runs on rank 0, on records; needs no torch.
 """
 
 from collections import defaultdict
@@ -16,54 +17,58 @@ from megavar.records import LogProbs, Score, Weight, WeightStatus
 
 
 def log_ratio(score: Score, ratio: str) -> float:
-    """d_k: mean (`geometric_mean`) or sum (`sequence`) over the trace of log pi - log q, or 0 (`none`).
+    """d_k of equation 8: mean (`geometric_mean`) or sum (`sequence`) over the trace of log pi - log q; 0 for `none`.
 
     Raises:
-        ValueError: if log-probs are missing, of unequal lengths, or not finite, or `ratio` is unknown.
+        ValueError: if log-probs are missing, not finite or differ in length, or `ratio` is unknown.
     """
     _check_choice("objective.ratio", ratio, ("geometric_mean", "sequence", "none"))
     if ratio == "none":
         return 0.0
-    policy = _checked(score, "logp_policy", score.logp_policy)
-    posterior = _checked(score, "logp_posterior", score.logp_posterior)
+    policy = _finite(score, "logp_policy", score.logp_policy)
+    posterior = _finite(score, "logp_posterior", score.logp_posterior)
     if len(policy) != len(posterior):
         raise ValueError(
-            f"{_name(score)}: logp_policy has {len(policy)} tokens, logp_posterior {len(posterior)}; score it again."
+            f"{_describe(score)}: logp_policy has {len(policy)} tokens, logp_posterior {len(posterior)}; rerun the "
+            "score stage."
         )
     difference = policy - posterior
     return float(difference.mean() if ratio == "geometric_mean" else difference.sum())
 
 
-def log_answer(score: Score, answer: str) -> float:
-    """log a_k: share of correct sampled answers (`accuracy`), or mean (`geometric_mean`) or sum (`likelihood`) of the
-    reference answer's log-probs.
+def log_answer(score: Score, estimator: str) -> float:
+    """log a_k of equation 8, nats; -inf for accuracy 0.
+
+    Args:
+        estimator: `accuracy`: num_correct / num_answers; `geometric_mean`: mean of the reference answer's token
+            log-probs; `likelihood`: their sum.
 
     Raises:
-        ValueError: if what the estimator needs is missing or impossible, or `answer` is unknown.
+        ValueError: if a column that the estimator needs is missing or invalid, or `estimator` is unknown.
     """
-    _check_choice("objective.answer_estimator", answer, ("accuracy", "geometric_mean", "likelihood"))
-    if answer == "accuracy":
+    _check_choice("objective.answer_estimator", estimator, ("accuracy", "geometric_mean", "likelihood"))
+    if estimator == "accuracy":
         if score.num_answers is None or score.num_correct is None:
-            raise ValueError(f"{_name(score)} has no counted answers; run the sample and verify stages.")
+            raise ValueError(f"{_describe(score)} has no verified answers; run the sample and verify stages.")
         if score.num_answers < 1 or not 0 <= score.num_correct <= score.num_answers:
             raise ValueError(
-                f"{_name(score)} has num_correct={score.num_correct} of num_answers={score.num_answers}; "
-                "run the sample and verify stages again."
+                f"{_describe(score)} has num_correct={score.num_correct} of num_answers={score.num_answers}; "
+                "rerun the sample and verify stages."
             )
         return float(np.log(score.num_correct / score.num_answers)) if score.num_correct else -np.inf
-    logps = _checked(score, "logp_answer", score.logp_answer)
-    return float(logps.mean() if answer == "geometric_mean" else logps.sum())
+    logps = _finite(score, "logp_answer", score.logp_answer)
+    return float(logps.mean() if estimator == "geometric_mean" else logps.sum())
 
 
 def normalise(log_weights: Sequence[float]) -> NDArray[np.float64]:
-    """exp(log_weights) / sum, by log-sum-exp; all zero if every log-weight is -inf.
+    """Softmax of [K] log-weights in float64; all 0 if every log-weight is -inf.
 
     Raises:
-        ValueError: if one is NaN or +inf.
+        ValueError: if a log-weight is NaN or +inf.
     """
     values = np.asarray(log_weights, np.float64)
     if np.isnan(values).any() or np.isposinf(values).any():
-        raise ValueError(f"log-weights {values.tolist()} hold NaN or +inf; expected finite values or -inf.")
+        raise ValueError(f"log-weights {values.tolist()} contain NaN or +inf; expected finite values or -inf.")
     largest = values.max(initial=-np.inf)
     if largest == -np.inf:
         return np.zeros_like(values)
@@ -73,30 +78,32 @@ def normalise(log_weights: Sequence[float]) -> NDArray[np.float64]:
 
 
 def effective_sample_size(weights: NDArray[np.float64]) -> float:
-    """(sum w)^2 / sum w^2: how many equally weighted traces the weights amount to; 0 if all weights are 0."""
+    """ESS = (sum w)^2 / sum w^2 of [K] nonnegative weights, in traces (1 to K); 0 if all weights are 0."""
     largest = weights.max(initial=0.0)
     if largest == 0.0:
         return 0.0
-    shares = weights / largest
-    return float(shares.sum() ** 2 / (shares**2).sum())
+    scaled = weights / largest
+    return float(scaled.sum() ** 2 / (scaled**2).sum())
 
 
 def check_traces(scores: Sequence[Score], truncated: Sequence[bool]) -> None:
-    """Refuse what is not the traces of one question, each once and each with its `truncated` flag.
+    """Validate the arguments of `Weigh`: one question, unique trace indices, one `truncated` flag per score.
 
     Raises:
-        ValueError: naming the question, or the questions.
+        ValueError: naming the question(s).
     """
     questions = sorted({score.question_id for score in scores})
     if len(questions) != 1:
-        raise ValueError(f"expected the traces of one question, got those of {questions}.")
+        raise ValueError(f"expected scores of one question, got scores of {questions}; call once per question.")
     if len(scores) != len(truncated):
         raise ValueError(
-            f"question {questions[0]!r} has {len(scores)} scores but {len(truncated)} truncated flags; give one each."
+            f"question {questions[0]!r} has {len(scores)} scores but {len(truncated)} truncated flags; pass one each."
         )
     indices = sorted(score.trace_index for score in scores)
     if len(set(indices)) != len(indices):
-        raise ValueError(f"question {questions[0]!r} has a trace twice: its trace indices are {indices}.")
+        raise ValueError(
+            f"question {questions[0]!r} has duplicate trace indices {indices}; remove the stage's folder and rerun it."
+        )
 
 
 def make_weights(
@@ -104,28 +111,31 @@ def make_weights(
     truncated: Sequence[bool],
     log_ratios: Sequence[float],
     log_answers: Sequence[float],
-    shares: Sequence[float] | None = None,
+    raw_weights: Sequence[float] | None = None,
     normalised: bool = True,
 ) -> list[Weight]:
-    """Normalised weights of one question's traces; truncated traces are left out.
+    """Build the `Weight` records of one question, in the order of `scores`.
 
-    If no trace has weight, those that are not truncated get the status `no_correct_trace`.
+    A trace's log-weight is log-ratio + log-answer, -inf if it is truncated. If all weights are 0, closed traces get the
+    status `no_correct_trace`.
 
     Args:
-        shares: what the traces count instead of exp(ratio + answer), one each, 0 for those left out.
-        normalised: whether `shares` are made to sum to one.
+        log_ratios: [K] d_k, nats.
+        log_answers: [K] log a_k, nats.
+        raw_weights: [K] weights to use instead of exp(log-weight), 0 for truncated traces.
+        normalised: divide `raw_weights` by their sum.
     """
-    sums = [
+    log_weights = [
         -np.inf if cut else ratio + answer
         for cut, ratio, answer in zip(truncated, log_ratios, log_answers, strict=True)
     ]
-    if shares is None:
-        weights = normalise(sums)
+    if raw_weights is None:
+        weights = normalise(log_weights)
     else:
-        weights = np.array(shares, np.float64)
+        weights = np.array(raw_weights, np.float64)
         if normalised and weights.any():
             weights = weights / weights.sum()
-    usual = WeightStatus.OK if weights.any() else WeightStatus.NO_CORRECT_TRACE
+    closed_status = WeightStatus.OK if weights.any() else WeightStatus.NO_CORRECT_TRACE
     return [
         Weight(
             score.question_id,
@@ -133,12 +143,12 @@ def make_weights(
             score.round,
             ratio,
             answer,
-            total,
+            log_weight,
             float(weight),
-            WeightStatus.TRUNCATED if cut else usual,
+            WeightStatus.TRUNCATED if cut else closed_status,
         )
-        for score, cut, ratio, answer, total, weight in zip(
-            scores, truncated, log_ratios, log_answers, sums, weights, strict=True
+        for score, cut, ratio, answer, log_weight, weight in zip(
+            scores, truncated, log_ratios, log_answers, log_weights, weights, strict=True
         )
     ]
 
@@ -149,13 +159,15 @@ def implied_weights(
     config: ObjectiveConfig,
     question_weight: Callable[[float], float],
 ) -> list[Weight]:
-    """Normalised weights of one question's traces times the question's own weight (equations 10 to 12).
+    """Normalised weights of one question's traces times a weight of the question (equations 10 to 12).
 
-    The weights within the question are those of `config`; its own weight is a function of P, the probability that the
-    policy answers it correctly.
+    Weights within the question follow `config.ratio` and `config.answer_estimator`.
+
+    Args:
+        question_weight: weight of the question as a function of P = P(Y_x | x), see `correct_probability`.
 
     Raises:
-        ValueError: if a score lacks what the settings need, or the scores are not those of one question.
+        ValueError: if a column that the settings need is missing, or the scores belong to several questions.
     """
     check_traces(scores, truncated)
     pairs = list(zip(scores, truncated, strict=True))
@@ -165,14 +177,14 @@ def implied_weights(
     return [replace(row, weight=row.weight * factor) for row in make_weights(scores, truncated, ratios, answers)]
 
 
-def correct_probability(scores: Sequence[Score], truncated: Sequence[bool], answer: str) -> float:
-    """Estimate of P = P(Y_x | x) under the scored policy, at most 1; truncated traces count as 0.
+def correct_probability(scores: Sequence[Score], truncated: Sequence[bool], answer_estimator: str) -> float:
+    """Estimate P = P(Y_x | x) under the scored policy, clipped to 1; truncated traces contribute 0.
 
-    On the policy's own traces it is the share of correct answers; on the posterior's, which see the hint, each counts
-    by pi(z | x) / q(z | x, y'), whatever `objective.ratio` does within the question: a mean of anything else is not the
-    policy's probability. Where `answer` is the geometric mean, which is no probability, the likelihood stands for it.
+    The estimate is the mean over traces of a_k pi(z_k | x) / q(z_k | x, y'); the ratio is 1 for traces sampled from the
+    policy. The sequence ratio is used whatever `objective.ratio` is, since no other ratio gives the policy's
+    probability. `geometric_mean` is not a probability either and is replaced by `likelihood`.
     """
-    estimator = "likelihood" if answer == "geometric_mean" else answer
+    estimator = "likelihood" if answer_estimator == "geometric_mean" else answer_estimator
     terms = [
         -np.inf
         if cut
@@ -185,31 +197,33 @@ def correct_probability(scores: Sequence[Score], truncated: Sequence[bool], answ
 def best_trace(
     scores: Sequence[Score], truncated: Sequence[bool], log_ratios: Sequence[float], log_answers: Sequence[float]
 ) -> list[Weight]:
-    """Weight 1 for the trace of the largest log-weight, the first of equals; none where all are -inf."""
-    sums = np.add(log_ratios, log_answers)
-    shares = np.zeros(len(scores))
-    if sums.max(initial=-np.inf) > -np.inf:
-        shares[int(sums.argmax())] = 1.0
-    return make_weights(scores, truncated, log_ratios, log_answers, shares=shares.tolist())
+    """Weight 1 for the trace with the largest log-weight (ties: the first); all 0 if every log-weight is -inf."""
+    log_weights = np.add(log_ratios, log_answers)
+    weights = np.zeros(len(scores))
+    if log_weights.max(initial=-np.inf) > -np.inf:
+        weights[int(log_weights.argmax())] = 1.0
+    return make_weights(scores, truncated, log_ratios, log_answers, raw_weights=weights.tolist())
 
 
 def gold_weight(score: Score) -> Weight:
-    """Weight 1 for the gold trace of this score's question: trace index -1."""
-    nothing, one = 0.0, 1.0
-    return Weight(score.question_id, -1, score.round, nothing, nothing, nothing, one, WeightStatus.GOLD)
+    """Weight 1 (log-weight 0) for the gold trace, index -1, of this score's question."""
+    return Weight(score.question_id, -1, score.round, 0.0, 0.0, 0.0, 1.0, WeightStatus.GOLD)
 
 
 def select(weights: Sequence[Weight], selection: str, min_weight: float, seed: int) -> tuple[list[Weight], float]:
-    """Choose the traces to train on, of all questions.
+    """Select the traces to train on, over all questions.
 
     Args:
-        selection: `weighted`: every trace with its weight, without those under `min_weight` (the rest is not
-            normalised again: a dropped share is lost, not given to others); `resample`: one trace a question
-            drawn from its weights; `best`: the trace of the largest weight; either has the weight of all of them.
-        seed: of the draw, which depends on it and the question's id only.
+        weights: of all questions, in any order.
+        selection: `weighted`: every trace with its weight, except those below `min_weight`; the remaining weights are
+            not renormalised. `resample`: one trace per question, sampled with probability proportional to its weight.
+            `best`: the trace with the largest weight. The one trace of `resample` and `best` gets the question's total
+            weight.
+        seed: for `resample`; a question's sample depends only on the seed and its id.
 
     Returns:
-        The chosen weights, by question id and trace index, and the mean weight a question lost to `min_weight`.
+        The selected weights, sorted by question id and trace index, and the pruned weight mass (`min_weight`): the mean
+        over questions of the weight removed.
 
     Raises:
         ValueError: if `selection` is unknown.
@@ -221,33 +235,35 @@ def select(weights: Sequence[Weight], selection: str, min_weight: float, seed: i
             groups[weight.question_id].append(weight)
     if selection == "weighted":
         kept = [row for group in groups.values() for row in group if row.weight >= min_weight]
-        lost = sum(row.weight for group in groups.values() for row in group if row.weight < min_weight)
-        return kept, lost / max(len(groups), 1)
-    chosen = []
+        pruned = sum(row.weight for group in groups.values() for row in group if row.weight < min_weight)
+        return kept, pruned / max(len(groups), 1)
+    selected = []
     for question_id, group in groups.items():
-        shares = np.array([row.weight for row in group])
+        values = np.array([row.weight for row in group])
         if selection == "best":
-            index = int(shares.argmax())
+            index = int(values.argmax())
         else:
             digest = blake2b(f"{seed}/{question_id}".encode(), digest_size=8).digest()
-            index = int(np.random.default_rng(int.from_bytes(digest)).choice(len(group), p=shares / shares.sum()))
-        chosen.append(replace(group[index], weight=float(shares.sum())))
-    return chosen, 0.0
+            index = int(np.random.default_rng(int.from_bytes(digest)).choice(len(group), p=values / values.sum()))
+        selected.append(replace(group[index], weight=float(values.sum())))
+    return selected, 0.0
 
 
-def _checked(score: Score, column: str, logps: LogProbs | None) -> NDArray[np.float64]:
+def _finite(score: Score, column: str, logps: LogProbs | None) -> NDArray[np.float64]:
     if logps is None or len(logps) == 0:
-        raise ValueError(f"{_name(score)} has no {column}; run the score stage, or choose settings without it.")
+        raise ValueError(
+            f"{_describe(score)} has no {column}; run the score stage, or use settings that do not need it."
+        )
     values = np.asarray(logps, np.float64)
     if not np.isfinite(values).all():
-        raise ValueError(f"{_name(score)}: {column} is not finite; the scored model is broken.")
+        raise ValueError(f"{_describe(score)}: {column} is not finite; check the weights of the scored model for NaN.")
     return values
 
 
-def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{key}={value!r} is unknown; use one of {', '.join(known)}.")
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key}={value!r} is unknown; use one of {', '.join(choices)}.")
 
 
-def _name(score: Score) -> str:
+def _describe(score: Score) -> str:
     return f"trace {score.trace_index} of question {score.question_id!r}"

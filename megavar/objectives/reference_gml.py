@@ -1,7 +1,7 @@
-"""The selection of the paper's released scripts, by likelihood: one trace a question, mean answer log-prob + d.
+"""Best-trace selection of the paper's released scripts, GML variant: argmax of mean answer log-prob + d, weight 1.
 
-d averages over the trace's tokens; traces of 28,000 tokens and more are left out. Weight 1, with the reference answer;
-mix the gold data in with `policy.mix_gold=true`, as those scripts do.
+d is the mean log-ratio over the tokens of the trace. Traces of 28,000 tokens or more are excluded. Trains on the
+reference answer; set `policy.mix_gold=true` to mix in the gold data as those scripts do.
 """
 
 from collections.abc import Sequence
@@ -11,21 +11,22 @@ from megavar.objectives.base import Objective
 from megavar.objectives.importance import best_trace, check_traces, log_answer, log_ratio
 from megavar.records import Score, Weight
 
-LONGEST_TRACE = 28_000
+MAX_TRACE_TOKENS = 28_000
+"""Exclusive."""
 
 
 def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveConfig) -> list[Weight]:
-    """Weight 1 for the best of one question's traces, 0 for the others, in their order; `config` changes nothing.
+    """Weight 1 for the best trace of one question, 0 for the others, in the order of `scores`; `config` is not used.
 
     Raises:
-        ValueError: if a score lacks log-probs, or the scores are not those of one question.
+        ValueError: if log-probs are missing, or the scores belong to several questions.
     """
     check_traces(scores, truncated)
-    left_out = [cut or len(score.logp_policy) >= LONGEST_TRACE for score, cut in zip(scores, truncated, strict=True)]
-    ratios = [0.0 if out else log_ratio(score, "geometric_mean") for score, out in zip(scores, left_out, strict=True)]
+    excluded = [cut or len(score.logp_policy) >= MAX_TRACE_TOKENS for score, cut in zip(scores, truncated, strict=True)]
+    ratios = [0.0 if skip else log_ratio(score, "geometric_mean") for score, skip in zip(scores, excluded, strict=True)]
     answers = [
-        float("-inf") if out else log_answer(score, "geometric_mean")
-        for score, out in zip(scores, left_out, strict=True)
+        float("-inf") if skip else log_answer(score, "geometric_mean")
+        for score, skip in zip(scores, excluded, strict=True)
     ]
     return best_trace(scores, truncated, ratios, answers)
 

@@ -1,7 +1,7 @@
-"""Binary-reward REINFORCE as a weight on the same forward KL (docs/method.md, equation 11): P_theta for each question.
+"""Binary-reward REINFORCE as a question weight on the forward KL (docs/method.md, equation 11): P_theta.
 
-P_theta is taken where the traces were sampled. That is exact for the first step from the policy that sampled them
-(`policy.init=sft`), where REINFORCE and RFT have one gradient, so the weights are RFT's; RFT trains from the base.
+P_theta is estimated once, under the policy that sampled the traces. With `policy.init=sft` it is exact at the first
+step, where REINFORCE and RFT have the same gradient; hence the weights are RFT's. RFT itself trains from the base.
 """
 
 from megavar.objectives.base import ImpliedWeight, Objective

@@ -1,6 +1,6 @@
-"""Rejection-sampling finetuning as a weight on the same forward KL (docs/method.md, equation 10): P_ref a question.
+"""Rejection-sampling finetuning as a question weight on the forward KL (docs/method.md, equation 10): P_ref.
 
-On traces of the policy itself this is the usual RFT: each correct one counts 1 / K. It leans to easy questions.
+With traces sampled from the policy this is standard RFT: weight 1 / K per correct trace. It favours easy questions.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from megavar.records import Score, Weight
 
 
 def question_weight(probability: float) -> float:
-    """Weight of a question that the reference policy answers with this probability: the probability."""
+    """P itself, for P = probability of a correct answer under the reference policy."""
     return probability
 
 
 def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveConfig) -> list[Weight]:
-    """Normalised weights of one question's traces times P_ref, in their order.
+    """Normalised weights of one question's traces times P_ref, in the order of `scores`.
 
     Raises:
-        ValueError: if a score lacks what the settings need, or the scores are not those of one question.
+        ValueError: if a column that the settings need is missing, or the scores belong to several questions.
     """
     return implied_weights(scores, truncated, config, question_weight)
 

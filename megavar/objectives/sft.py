@@ -1,6 +1,6 @@
-"""Supervised finetuning on all traces alike, right or wrong: the baseline without any weighing.
+"""Supervised finetuning on all closed traces, correct or not: the unweighted baseline.
 
-Departs from the other objectives in that the weights of a question sum to its number of traces, not to one.
+Unlike the other objectives, the weights of a question sum to its number of closed traces, not to 1.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from megavar.records import Score, Weight, WeightStatus
 
 
 def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveConfig) -> list[Weight]:
-    """Weight 1 for each trace of one question that is not truncated, in their order; `config` changes nothing here.
+    """Weight 1 for each closed trace of one question, in the order of `scores`; `config` is not used.
 
     Raises:
-        ValueError: if the scores are not those of one question.
+        ValueError: if the scores belong to several questions.
     """
     check_traces(scores, truncated)
     return [_weight(score, cut) for score, cut in zip(scores, truncated, strict=True)]

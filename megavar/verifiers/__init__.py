@@ -1,4 +1,4 @@
-"""Registry of the verifiers, by the name that questions carry; `package.module:function` brings one from outside."""
+"""Verifier registry, keyed by `Question.verifier`; `package.module:function` names one from another package."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -10,26 +10,27 @@ VERIFIERS: dict[str, Verifier] = {"math": math.verify}
 
 
 def get_verifier(name: str, plugins: Sequence[str] = ()) -> Verifier:
-    """The verifier of that name.
+    """Look up a verifier by name.
 
     Args:
-        plugins: the `package.module:function` names that the configuration allows (`verify.plugins`). Names come from
-            data files, which must not choose what code runs.
+        name: a registry key or one of `plugins`.
+        plugins: `package.module:function` names allowed by the configuration (`verify.plugins`). Question files choose
+            the name, and data must not choose which code runs.
 
     Raises:
-        ValueError: listing the known ones, or saying why a plugin cannot be imported.
+        ValueError: if the name is unknown (lists the allowed ones) or a plugin cannot be imported.
     """
     if name in VERIFIERS:
         return VERIFIERS[name]
     if name not in plugins:
-        advice = f"; list it in verify.plugins if you trust it: verify.plugins=[{name}]" if ":" in name else ""
-        raise ValueError(f"verifier {name!r} is unknown; known are {', '.join([*VERIFIERS, *plugins])}{advice}.")
+        advice = f", or allow it if you trust the code: verify.plugins=[{name}]" if ":" in name else ""
+        raise ValueError(f"verifier {name!r} is unknown; use one of {', '.join([*VERIFIERS, *plugins])}{advice}.")
     module, _, function = name.partition(":")
     try:
         verifier: Verifier = getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"verify.plugins: {name!r} cannot be imported ({error}); give package.module:function of an importable "
-            "module, on PYTHONPATH or installed."
+            f"verify.plugins: {name!r} cannot be imported ({error}); use package.module:function of a module that is "
+            "installed or on PYTHONPATH."
         ) from error
     return verifier

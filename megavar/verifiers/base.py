@@ -1,4 +1,4 @@
-"""What a verifier is: a judgement of one response against one known answer."""
+"""The verifier protocol: compare one response with the ground-truth answer."""
 
 from typing import Protocol
 
@@ -6,8 +6,16 @@ from megavar.records import Verdict
 
 
 class Verifier(Protocol):
-    """Judges a response; may be slow, hang or crash, since it runs in a process that can be killed."""
+    """Verifies a response. It may be slow, hang or crash: it runs in a worker process with a timeout."""
 
     def __call__(self, response: str, gold: str) -> Verdict:
-        """One of `correct`, `wrong` and `no_answer`; the last if the response holds nothing that could be an answer."""
+        """Verify one response.
+
+        Args:
+            response: text after the trace.
+            gold: `Question.answer`.
+
+        Returns:
+            `correct`, `wrong`, or `no_answer` if no answer can be extracted from the response.
+        """
         ...

@@ -1,7 +1,7 @@
-"""Verdicts from worker processes, each job with a deadline: one that hangs costs its deadline and its worker.
+"""Runs verifiers in a pool of worker processes with a timeout per job; a job that hangs is killed with its worker.
 
-Results belong to jobs by index, never by the order they come in. Workers are spawned and import only this package (no
-torch); as with every spawned process, the calling script is imported again too, so it needs its `__main__` guard.
+Results are matched to jobs by index, never by completion order. Workers are spawned and import only this package (no
+torch). Spawning imports the calling script again, so the script needs its `__main__` guard.
 """
 
 import multiprocessing
@@ -18,21 +18,21 @@ from megavar.verifiers import math
 from megavar.verifiers.base import Verifier
 
 _START_SECONDS = 180.0
-"""Limit for a worker's start, on a slow disk too."""
+"""Timeout of a worker's start-up; generous, for slow disks."""
 _GRACE_SECONDS = 2.0
-"""A worker ends itself this long after a deadline at which nobody killed it."""
+"""A worker that was not killed at its deadline (its parent is dead or busy) terminates itself after this time."""
 _ERROR_CHARACTERS = 500
 _READY, _VERDICT = "ready", "verdict"
-_JUDGEMENTS = (Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER)
-"""What a verifier may return; the others are the pool's."""
+_RETURNABLE = (Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER)
+"""Verdicts that a verifier may return; the pool itself sets the others."""
 
 
 @dataclass(frozen=True)
 class VerifyJob:
-    """One response to judge."""
+    """One response to verify."""
 
     verifier: Verifier
-    """A function at the top of a module, which the worker imports by name."""
+    """A module-level function: workers import it by name."""
     response: str
     gold: str
 
@@ -43,18 +43,19 @@ def verify_all(
     timeout_seconds: float,
     on_verdict: Callable[[int, str], None],
 ) -> list[str]:
-    """Judge all jobs; equal jobs are judged once.
+    """Verify all jobs; identical jobs run once.
 
     Args:
-        timeout_seconds: deadline of one job, counted from the moment a running worker takes it.
-        on_verdict: called with (index of the job, verdict) as verdicts come.
+        num_workers: worker processes.
+        timeout_seconds: of one job, from the moment a running worker receives it.
+        on_verdict: called with (index into `jobs`, verdict) as verdicts arrive.
 
     Returns:
-        A verdict a job, in the order of `jobs`: `correct`, `wrong`, `no_answer`, `timeout` or `error: ...`.
+        One verdict per job, in the order of `jobs`: `correct`, `wrong`, `no_answer`, `timeout` or `error: ...`.
 
     Raises:
-        ValueError: if there is no worker or no time.
-        RuntimeError: if workers cannot be started.
+        ValueError: if `num_workers` or `timeout_seconds` is not positive.
+        RuntimeError: if a worker does not start.
     """
     if num_workers < 1 or timeout_seconds <= 0:
         raise ValueError(f"num_workers={num_workers} must be at least 1, timeout_seconds={timeout_seconds} above 0.")
@@ -86,7 +87,7 @@ def _advance(
     timeout_seconds: float,
     settle: Callable[[VerifyJob, str], None],
 ) -> None:
-    """Take in what arrives until the next deadline, hand out new jobs, replace workers that died or were late."""
+    """Wait until the next result or deadline, collect results, replace dead or timed-out workers, assign new jobs."""
     until = min(worker.deadline for worker in workers) - time.monotonic()
     wait([worker.connection for worker in workers], min(max(0.0, until), 60.0))
     for worker in list(workers):
@@ -106,15 +107,15 @@ def _advance(
 
 
 class _Worker:
-    """One process and the job it has."""
+    """One worker process and its current job."""
 
     def __init__(self) -> None:
-        # Spawned: the caller may hold threads of gloo or CUDA, which do not survive a fork.
+        # Not forked: threads of gloo or CUDA in the caller do not survive a fork.
         context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.connection, child_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(child_end,), daemon=True)
         self.process.start()
-        theirs.close()
+        child_end.close()
         self.job: VerifyJob | None = None
         self.deadline = time.monotonic() + _START_SECONDS
         self.is_ready = False
@@ -125,10 +126,10 @@ class _Worker:
         try:
             self.connection.send((job, timeout_seconds))
         except OSError:
-            self.deadline = 0.0  # It died while idle; `receive` finds its exit code.
+            self.deadline = 0.0  # It died while idle; `receive` reads its exit code.
 
     def receive(self) -> str | None:
-        """The verdict of the worker's job, if there is one now; sets `dead` if the worker died or was late."""
+        """The verdict of the current job if it is available; sets `dead` if the worker died or timed out."""
         try:
             if self.connection.poll():
                 kind, verdict = self.connection.recv()
@@ -136,18 +137,18 @@ class _Worker:
                 return str(verdict) if kind == _VERDICT else None
             if time.monotonic() < self.deadline:
                 return None
-            reason = f"did not start in {_START_SECONDS:.0f} seconds"
+            reason = f"did not start within {_START_SECONDS:.0f} seconds"
             verdict = str(Verdict.TIMEOUT)
         except (EOFError, OSError):
             self.process.join(5)
             reason = f"died with code {self.process.exitcode}"
-            # The worker's own alarm, where this process was too busy to come first.
+            # SIGALRM: the worker's own timer fired before this process killed it.
             verdict = str(Verdict.TIMEOUT) if self.process.exitcode == -signal.SIGALRM else f"error: worker {reason}"
         self.dead = True
         if not self.is_ready:
             raise RuntimeError(
-                f"a verifier worker {reason} before it was ready; see its message above, and check that the calling "
-                "script has its `if __name__ == '__main__'` guard."
+                f"a verifier worker {reason} before it was ready; see its output above, and check that the calling "
+                "script has an `if __name__ == '__main__'` guard."
             )
         return verdict
 
@@ -158,28 +159,28 @@ class _Worker:
 
 
 def _serve(connection: Connection) -> None:
-    """Worker: judge jobs until the parent is gone."""
-    # Ctrl-C reaches the whole process group; the parent ends its workers.
+    """Main loop of a worker: verify jobs until the parent closes the pipe."""
+    # Ctrl-C reaches the whole process group; the parent kills its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # math-verify takes seconds to import, which is not the first job's fault.
+    # Warm-up: importing math-verify takes seconds, which must not count against the first job's timeout.
     math.verify("\\boxed{1}", "1")
     try:
         connection.send((_READY, ""))
         while True:
-            connection.send((_VERDICT, _judge_next(connection)))
+            connection.send((_VERDICT, _verify_next(connection)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
 
-def _judge_next(connection: Connection) -> str:
+def _verify_next(connection: Connection) -> str:
     message = connection.recv_bytes()
     try:
         job, timeout_seconds = pickle.loads(message)
-        # If the parent dies now, a verifier that hangs, even in C code, must not outlive it for long.
+        # If the parent dies now, a hanging verifier (even in C code) must terminate soon after.
         signal.setitimer(signal.ITIMER_REAL, timeout_seconds + _GRACE_SECONDS)
         verdict = job.verifier(job.response, job.gold)
-        if verdict not in _JUDGEMENTS:
-            return f"error: the verifier returned {verdict!r}, expected one of {', '.join(_JUDGEMENTS)}"
+        if verdict not in _RETURNABLE:
+            return f"error: the verifier returned {verdict!r}, expected one of {', '.join(_RETURNABLE)}"
         return str(verdict)
     except Exception as error:
         return f"error: {type(error).__name__}: {error}"[:_ERROR_CHARACTERS]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from megavar.checkpoints import megatron as sharded
 from megavar.checkpoints.convert import MAX_SHARD_BYTES, Model, differences, to_hugging_face, to_megatron
-from megavar.checkpoints.huggingface import new_folder
+from megavar.checkpoints.huggingface import atomic_folder
 
 FAMILIES = ("qwen2", "qwen3", "qwen3_moe")
 
@@ -157,7 +157,7 @@ def test_a_copy_of_the_tied_embedding_is_written_only_where_the_source_had_one(t
     with pytest.raises(ValueError, match=differs):
         list(differences(Model(plain), Model(written)))
     save_file({**tensors, "lm_head.weight": torch.zeros(3, 3)}, written / "model.safetensors")
-    with pytest.raises(ValueError, match=r"lm_head\.weight is \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight has shape \(3, 3\)"):
         Model(written)
 
 
@@ -165,7 +165,7 @@ def test_a_checkpoint_without_its_description_needs_a_template(folder, checkpoin
     bare = copy(checkpoint, tmp_path / "m")
     shutil.rmtree(bare / "huggingface")
     (bare / "megavar.json").unlink()
-    with pytest.raises(ValueError, match=r"give a Hugging Face folder of the same sizes.*--hf-template"):
+    with pytest.raises(ValueError, match=r"pass a Hugging Face folder of the same architecture as --hf-template"):
         to_hugging_face(bare, tmp_path / "back", None, MAX_SHARD_BYTES, False)
     to_hugging_face(bare, tmp_path / "back", folder, MAX_SHARD_BYTES, False)
     assert_same_bits(tensors_of(folder), tensors_of(tmp_path / "back"))
@@ -234,20 +234,23 @@ def index_without_a_key(folder):
 BROKEN = {
     "truncated": (lambda f: os.truncate(f / "model.safetensors", 5000), r"model\.safetensors is missing, truncated"),
     "empty": (lambda f: os.truncate(f / "model.safetensors", 0), r"model\.safetensors is missing, truncated"),
-    "header": (flip_header_byte, r"model\.safetensors is missing, truncated or no safetensors"),
+    "header": (flip_header_byte, r"model\.safetensors is missing, truncated or not a safetensors file"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"neither model\.safetensors nor"),
-    "index": (lambda f: (f / "model.safetensors.index.json").write_text("{"), r"index\.json is no index"),
+    "index": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{"),
+        r"index\.json is not a valid safetensors index",
+    ),
     "shard": (index_to_nowhere, r"model-00001-of-00002\.safetensors is missing"),
-    "stray": (index_without_a_key, r"model\.safetensors holds model\.norm\.weight, which .* does not name"),
+    "stray": (index_without_a_key, r"model\.safetensors contains model\.norm\.weight, which .* does not list"),
     "missing key": (lambda f: edit_tensors(f, lambda t: t.pop("model.norm.weight")), r"lacks model\.norm\.weight"),
     "extra key": (lambda f: edit_tensors(f, lambda t: t.update(odd=torch.zeros(1))), r"unknown tensor odd"),
     "shape": (
         lambda f: edit_tensors(f, lambda t: t.update({"model.norm.weight": torch.zeros(3)})),
-        r"model\.safetensors: model\.norm\.weight is \(3,\), config\.json implies \(64,\)",
+        r"model\.safetensors: model\.norm\.weight has shape \(3,\), config\.json implies \(64,\)",
     ),
     "integers": (
         lambda f: edit_tensors(f, lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.int32)})),
-        r"model\.norm\.weight is of type I32; known are F32, BF16, F16",
+        r"model\.norm\.weight has dtype I32; supported are F32, BF16, F16",
     ),
     "mixed": (
         lambda f: edit_tensors(f, half_precision),
@@ -263,14 +266,17 @@ BROKEN = {
         r"lacks model\.layers\.4\..*qwen3 with 5 layers",
     ),
     "tied": (lambda f: edit_config(f, tie_word_embeddings=True), r"tie_word_embeddings=true, but lm_head\.weight"),
-    "family": (lambda f: edit_config(f, model_type="llama"), r"model_type='llama'; known are qwen2, qwen3, qwen3_moe"),
+    "family": (
+        lambda f: edit_config(f, model_type="llama"),
+        r"model_type='llama'; supported are qwen2, qwen3, qwen3_moe",
+    ),
     "rope": (
         lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}),
         "RoPE scaling 'yarn', which is not supported",
     ),
     "no rope base": (
         lambda f: edit_config(f, rope_parameters={"rope_type": "default"}),
-        "a RoPE base is never guessed",
+        "has no rope_theta, and the RoPE base has no default",
     ),
     "biases": (lambda f: edit_config(f, attention_bias=True), r"attention_bias=True, which is not supported"),
     "config": (lambda f: (f / "config.json").unlink(), r"no config\.json"),
@@ -305,13 +311,16 @@ def lose_a_chunk(folder):
 
 
 BROKEN_CHECKPOINTS = {
-    "no metadata": (lambda f: (f / ".metadata").unlink(), r"nor a checkpoint \(no \.metadata\)"),
+    "no metadata": (lambda f: (f / ".metadata").unlink(), r"nor a Megatron checkpoint \(no \.metadata\)"),
     "metadata": (lambda f: os.truncate(f / ".metadata", 100), r"\.metadata is damaged"),
     "missing file": (remove_file, r"__0_0\.distcp is missing or truncated"),
     "truncated": (lambda f: os.truncate(f / "__0_0.distcp", 9000), r"__0_0\.distcp is missing or truncated"),
     "unknown": (rename_parameter, r"lacks output_layer\.weight \(1 missing, 1 unknown\)"),
     "chunk": (lose_a_chunk, r"only a part of decoder\.layers\.mlp\.linear_fc2\.weight\[3\]"),
-    "config": (lambda f: edit_config(f / "huggingface", intermediate_size=95), r"linear_fc1\.weight is .*192.*190"),
+    "config": (
+        lambda f: edit_config(f / "huggingface", intermediate_size=95),
+        r"linear_fc1\.weight has shape .*192.*190",
+    ),
     "description": (lambda f: (f / "megavar.json").write_text("[1]"), r"megavar\.json is damaged"),
 }
 
@@ -349,7 +358,7 @@ def test_random_damage_is_refused_or_found_by_verify(folder, tmp_path, seed):
 def test_an_existing_target_is_refused_and_replaced_only_on_demand(folder, checkpoint, tmp_path):
     target = tmp_path / "m"
     to_megatron(folder, target, None, False)
-    with pytest.raises(ValueError, match="exists already; choose another folder, or say --overwrite"):
+    with pytest.raises(ValueError, match="already exists; choose another folder or pass --overwrite"):
         to_megatron(folder, target, None, False)
     to_megatron(folder, target, torch.bfloat16, True)
     assert list(differences(Model(folder), Model(target)))
@@ -357,10 +366,10 @@ def test_an_existing_target_is_refused_and_replaced_only_on_demand(folder, check
 
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
-    with pytest.raises(ValueError, match="holds neither a model nor a checkpoint"):
+    with pytest.raises(ValueError, match="contains neither a model nor a checkpoint"):
         to_megatron(folder, tmp_path / "home", None, True)
     (tmp_path / "m" / "notes").mkdir()
-    with pytest.raises(ValueError, match="holds the folder notes beside its model"):
+    with pytest.raises(ValueError, match="contains another folder, notes, so it is not overwritten"):
         to_megatron(folder, tmp_path / "m", None, True)
     (tmp_path / "letter").write_text("dear")
     with pytest.raises(ValueError, match="is a file"):
@@ -370,12 +379,12 @@ def test_an_existing_target_is_refused_and_replaced_only_on_demand(folder, check
 
 def test_a_target_that_is_read_from_is_refused(folder, checkpoint, tmp_path):
     for target in (folder, folder.parent):
-        with pytest.raises(ValueError, match="which is read from"):
+        with pytest.raises(ValueError, match="which is the source"):
             to_megatron(folder, target, None, True)
     copy(checkpoint, tmp_path / "run" / "iter_0000007")
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("7")
     for target in ("run", "run/iter_0000007", "run/iter_0000007/huggingface"):
-        with pytest.raises(ValueError, match="which is read from"):
+        with pytest.raises(ValueError, match="which is the source"):
             to_hugging_face(tmp_path / "run", tmp_path / target, None, MAX_SHARD_BYTES, True)
     assert list(differences(Model(tmp_path / "run"), Model(folder))) == []
 
@@ -383,16 +392,16 @@ def test_a_target_that_is_read_from_is_refused(folder, checkpoint, tmp_path):
 def test_a_kill_between_the_two_renames_loses_neither_model(folder, checkpoint, tmp_path):
     copy(folder, tmp_path / ".m.replaced")
     copy(checkpoint, tmp_path / ".m.partial")
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         to_megatron(folder, tmp_path / "m", None, False)
     assert list(differences(Model(tmp_path / "m"), Model(folder))) == []
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_a_target_that_another_process_fills_is_refused(folder, tmp_path):
-    with new_folder(tmp_path / "m", False, 0) as aside:
+    with atomic_folder(tmp_path / "m", False, 0) as aside:
         (aside / "file").write_text("first")
-        with pytest.raises(ValueError, match="another process is filling"):
+        with pytest.raises(ValueError, match="another process is writing"):
             to_megatron(folder, tmp_path / "m", None, False)
     assert (tmp_path / "m" / "file").read_text() == "first"
 
@@ -406,13 +415,13 @@ def test_what_another_process_begins_right_after_the_rename_is_left_alone(tmp_pa
         (source / "file").write_text("second")
 
     monkeypatch.setattr(os, "replace", rename_then_begin)
-    with new_folder(tmp_path / "m", False, 0):
+    with atomic_folder(tmp_path / "m", False, 0):
         pass
     assert (tmp_path / ".m.partial" / "file").read_text() == "second"
 
 
 def test_a_place_that_cannot_be_written_is_said(folder):
-    with pytest.raises(ValueError, match=r"/proc/nowhere/m could not be written: .*; nothing half done is left"):
+    with pytest.raises(ValueError, match=r"/proc/nowhere/m could not be written: .*; no partial output is left"):
         to_megatron(folder, Path("/proc/nowhere/m"), None, False)
 
 

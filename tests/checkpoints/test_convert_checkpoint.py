@@ -94,10 +94,13 @@ def test_values_that_are_not_finite_are_warned_of(run, tmp_path):
 
 def test_refusals_have_code_2_and_one_line(run, tmp_path):
     for arguments, message in (
-        (("to-megatron", "--hf", tmp_path / "no", "--out", tmp_path / "m"), "is no folder"),
+        (("to-megatron", "--hf", tmp_path / "no", "--out", tmp_path / "m"), "is not a folder"),
         (("to-hf", "--megatron", BASE, "--out", tmp_path / "m"), "is not a Megatron checkpoint"),
         (("verify", BASE, BASE, "--logits", tmp_path / "no.txt"), "No such file or directory"),
-        (("verify", BASE, tmp_path), "neither a Hugging Face folder (no config.json) nor a checkpoint (no .metadata)"),
+        (
+            ("verify", BASE, tmp_path),
+            "neither a Hugging Face folder (no config.json) nor a Megatron checkpoint (no .metadata)",
+        ),
     ):
         code, printed = run(*arguments)
         assert code == 2 and message in printed and len(printed.strip().splitlines()) == 1

@@ -52,7 +52,7 @@ def test_the_rope_base_is_read_from_either_layout(folder, tmp_path, layout):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type='llama'; known are qwen2, qwen3"),
+        ({"model_type": "llama"}, "model_type='llama'; supported are qwen2, qwen3"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "RoPE scaling 'yarn'"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu', which is not supported"),
@@ -88,7 +88,7 @@ def test_a_truncated_file_is_refused_by_name(folder, tmp_path):
     [
         (lambda t: t.pop("model.norm.weight"), r"lacks model\.norm\.weight"),
         (lambda t: t.update(odd=torch.zeros(1)), "unknown tensor odd"),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), r"model\.norm\.weight is \(3,\).*\(64,\)"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), r"model\.norm\.weight has shape \(3,\).*\(64,\)"),
     ],
 )
 def test_tensors_that_contradict_the_config_are_refused(folder, tmp_path, edit, message):

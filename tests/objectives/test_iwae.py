@@ -136,7 +136,7 @@ def test_traces_of_two_questions_doubled_traces_and_missing_flags_are_refused(na
     one, same = score(0, [-1], [-1]), score(0, [-2], [-1])
     with pytest.raises(ValueError, match=r"\['other', 'q'\]"):
         weigh([one, score(1, [-1], [-1], question="other")], name=name)
-    with pytest.raises(ValueError, match=r"'q' has a trace twice.*\[0, 0\]"):
+    with pytest.raises(ValueError, match=r"'q' has duplicate trace indices \[0, 0\]"):
         weigh([one, same], name=name)
     with pytest.raises(ValueError, match="'q' has 1 scores but 2 truncated"):
         weigh([one], [False, False], name=name)

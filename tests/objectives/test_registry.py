@@ -36,11 +36,11 @@ def outside(tmp_path, monkeypatch):
         ({"name": "elbo"}, r"objective\.name=elbo .*answers=reference"),
         ({"name": "reverse_kl"}, r"use posterior\.source=reverse_kl"),
         ({"name": "rft", "on_no_correct_trace": "gold"}, r"on_no_correct_trace=gold has no effect .*rft"),
-        ({"name": "grpo", "num_traces": 1}, r"objective\.name=grpo compares .* sample\.num_answers=1 after one trace"),
-        ({"name": "odd"}, r"objective\.name='odd' is unknown; known are iwae, elbo, .*package\.module:name"),
+        ({"name": "grpo", "num_traces": 1}, r"objective\.name=grpo compares .* sample\.num_answers=1 with one trace"),
+        ({"name": "odd"}, r"objective\.name='odd' is unknown; use one of iwae, elbo, .*package\.module:name"),
         ({"name": "odd_module:weigh"}, r"'odd_module:weigh' cannot be imported \(No module named 'odd_module'\)"),
         ({"name": "outside_objectives:lacks"}, r"cannot be imported \(.*no attribute 'lacks'\)"),
-        ({"name": "outside_objectives:number"}, r"is 7, expected an Objective or a function"),
+        ({"name": "outside_objectives:number"}, r"is 7; expected an Objective or a Weigh function"),
         ({"name": "outside_objectives:with_needs"}, r"needs one; use objective\.train_answers=reference"),
     ],
 )
@@ -61,7 +61,7 @@ def test_every_objective_works_under_the_settings_that_its_configuration_file_gi
     config = load_config(tmp_path / "run.yaml", [])
     if get_objective(name).posterior_source is not None:
         assert config.posterior.source == {"forward_kl": "rollout", "reverse_kl": "reverse_kl"}[name]
-        with pytest.raises(ValueError, match="is what the posterior learns by"):
+        with pytest.raises(ValueError, match=r"trains the posterior, but objective\.name selects"):
             check_objective(replace(config.objective, name=name), config.sample)
     else:
         assert config.objective.name == name and check_objective(config.objective, config.sample)

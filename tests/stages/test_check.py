@@ -45,7 +45,7 @@ def test_a_good_run_passes(config_file):
         (["parallel.pipeline=3"], 3, r"does not divide num_hidden_layers=4"),
         (["parallel.pipeline=2", "parallel.virtual_pipeline=4"], 2, r"= 8 does not divide num_hidden_layers=4"),
         (["precision.fp8=delayed", "precision.dtype=bf16"], 1, r"precision\.fp8=delayed needs a CUDA GPU"),
-        (["objective.name=odd"], 1, r"objective\.name='odd' is unknown; known are iwae"),
+        (["objective.name=odd"], 1, r"objective\.name='odd' is unknown; use one of iwae"),
         (["sft.microbatch_tokens=100"], 1, r"sft\.microbatch_tokens=100 is less than data\.max_sequence_tokens=160"),
         (["data.max_sequence_tokens=100000", "sft.microbatch_tokens=100000", "policy.train.microbatch_tokens=100000",
           "score.microbatch_tokens=100000", "posterior.train.microbatch_tokens=100000"], 1,
@@ -53,8 +53,8 @@ def test_a_good_run_passes(config_file):
         (["rollout.mode=managed", "rollout.urls=[]", "rollout.python=/nowhere/python"], 1, r"make sglang"),
         (["model=/nowhere"], 1, r"no config\.json"),
         (["logging.wandb_project=a"], 1, r"wandb_project=a needs the package wandb, which is not installed"),
-        (["objective.name=forward_kl"], 1, r"is what the posterior learns by.*use posterior\.source=rollout"),
-        (["objective.name=reverse_kl"], 1, r"is what the posterior learns by.*use posterior\.source=reverse_kl"),
+        (["objective.name=forward_kl"], 1, r"trains the posterior, but.*use posterior\.source=rollout"),
+        (["objective.name=reverse_kl"], 1, r"trains the posterior, but.*use posterior\.source=reverse_kl"),
         (["objective.name=rft", "objective.on_no_correct_trace=gold"], 1, r"on_no_correct_trace=gold has no effect"),
     ],
 )  # fmt: skip
@@ -66,7 +66,7 @@ def test_wrong_settings_are_refused_by_name(config_file, overrides, ranks, messa
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"verifier": "odd"}, r"t\.jsonl: verifier 'odd' is unknown; known are math"),
+        ({"verifier": "odd"}, r"t\.jsonl: verifier 'odd' is unknown; use one of math"),
         ({"trace": "1+1=2;" * 60}, r"question 'a' makes a gold sequence of \d+ tokens, over data\.max_sequence_tokens"),
         ({"question": "x<|im_end|>"}, r"question 'a' contains the control token"),
         ({"question": "1" * 60}, r"question 'a': its prompt, a trace of .* over data\.max_sequence_tokens=160"),

@@ -111,6 +111,6 @@ def test_unknown_questions_and_verifiers_are_refused_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="answer 0 of trace 1 of question 'b' has no question"):
         verify_answers(QUESTIONS[:1], ANSWERS, CONFIG, 0.0, tmp_path)
     odd = [replace(question, verifier="odd") for question in QUESTIONS]
-    with pytest.raises(ValueError, match="'odd' is unknown; known are math"):
+    with pytest.raises(ValueError, match="'odd' is unknown; use one of math"):
         verify_answers(odd, ANSWERS, CONFIG, 0.0, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -53,7 +53,7 @@ def test_verdicts(response, gold, verdict):
 
 
 def test_an_answer_against_an_empty_known_one_is_an_error_not_a_verdict():
-    with pytest.raises(ValueError, match="the known answer '' is no"):
+    with pytest.raises(ValueError, match="the ground-truth answer '' is not a mathematical expression"):
         get_verifier("math")("\\boxed{7}", "")
 
 
