@@ -108,7 +108,8 @@ def start_ranks(num_ranks: int, entrypoint: Callable[..., None] | str, *argument
     for name in os.environ.keys() - clean.keys():
         del os.environ[name]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does for several ranks
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -107,3 +107,17 @@ def test_an_index_that_names_a_missing_shard_is_refused(folder, tmp_path):
     (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="model-00001-of-00002"):
         HuggingFaceFolder(tmp_path / "m")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
+def test_training_flops_equal_those_that_torch_counts_in_transformers(tmp_path, family):
+    """torch counts attention over all pairs of positions, the formula the causal half."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = save_tiny_model(tmp_path, family, tied=False, attn_implementation="eager")
+    model.set_experts_implementation("eager")  # torch does not count its grouped product
+    dims, length = read_dims(tmp_path), 23
+    with FlopCounterMode(display=False) as counter:
+        model(torch.arange(length)[None]).logits.sum().backward()
+    all_pairs = 6.0 * dims.num_layers * dims.query_size * length**2
+    assert dims.training_flops([length], length) + all_pairs == pytest.approx(counter.get_total_flops(), rel=0.01)

@@ -1,0 +1,93 @@
+"""What the command line prints, and what it does not import."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megavar.cli import main
+from megavar.runs.plan import STAGES
+
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "examples" / "base" / "qwen3-tiny"
+
+
+def python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
+
+
+def test_help_lists_every_command_with_one_line(capsys):
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("run", *(stage.name for stage in STAGES), "report", "show"):
+        assert len([line for line in lines if re.match(rf"  {name} +\S", line)]) == 1
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_a_stages_help_says_what_it_reads_and_writes(stage, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([stage.name, "--help"])
+    said = capsys.readouterr().out
+    assert f"reads:   {stage.reads}" in said and f"writes:  {stage.writes}" in said
+
+
+@pytest.mark.parametrize("mistake", ["no file", "setting", "question"])
+def test_a_mistake_in_configuration_or_data_is_said_before_torch_is_imported(tmp_path, mistake):
+    row = {
+        "id": "a",
+        "question": "1+1",
+        "answer": "2",
+        "trace": "1+1=2;",
+        **({"odd": 1} if mistake == "question" else {}),
+    }
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    setting = "objective: {name: odd}" if mistake == "setting" else ""
+    if mistake != "no file":
+        (tmp_path / "run.yaml").write_text(f"name: a\nmodel: {BASE}\ndata: {{train: t.jsonl}}\n{setting}\n")
+    call = "main(['weigh', '--config', 'run.yaml'])"
+    done = python(f"import sys; from megavar.cli import main; print({call}, 'torch' in sys.modules)", tmp_path)
+    message, result = done.stdout.splitlines()
+    expected = {"no file": "No config file", "setting": "objective.name='odd'", "question": "unknown field 'odd'"}
+    assert message.startswith("error: ") and expected[mistake] in message
+    assert result == "2 False" and done.stderr == ""
+
+
+def test_stages_that_neither_train_nor_score_do_not_import_megatron():
+    stages = [stage.name for stage in STAGES if not stage.all_ranks]
+    code = f"""
+import sys
+from importlib import import_module
+import megavar.stages.runner, megavar.stages.check
+for name in {stages}:
+    import_module(f"megavar.stages.{{name}}")
+print(any(name.split(".")[0] == "megatron" for name in sys.modules))
+"""
+    assert len(stages) >= 6 and python(code).stdout == "False\n"
+
+
+def test_a_good_stage_prints_only_our_lines_and_debug_brings_those_of_libraries_back(tmp_path):
+    row = {"id": "a", "question": "1+1", "answer": "2", "trace": "1+1=2;"}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    (tmp_path / "run.yaml").write_text(
+        f"name: a\nruns_dir: {tmp_path}/runs\nmodel: {BASE}\ndata: {{train: {tmp_path}/t.jsonl, "
+        "max_sequence_tokens: 160}\nprecision: {dtype: fp32}\nsft: {num_steps: 2}\n"
+        "sample: {max_trace_tokens: 80, max_answer_tokens: 16}\nrollout: {mode: external, urls: [http://127.0.0.1:9]}\n"
+    )
+
+    def printed(name: str, level: str) -> list[str]:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+        overrides = ["--config", f"{tmp_path}/run.yaml", f"name={name}", f"logging.level={level}"]
+        done = subprocess.run(
+            [*torchrun, "-m", "megavar", "sft", *overrides],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        return done.stdout.splitlines()
+
+    ours = ("sft: train pi_0 from the base model", "sft: 2 of 2 steps, loss ", "export: ")
+    quiet = printed("quiet", "info")
+    assert len(quiet) == len(ours) and all(line.startswith(start) for line, start in zip(quiet, ours, strict=True))
+    assert any("Falling back" in line for line in printed("loud", "debug"))
