@@ -82,16 +82,16 @@ def _has(store: Any, key: str) -> bool:
 
 def from_rank_zero(make: Callable[[], Value]) -> Value:
     """What `make` returns on rank 0, on every rank (pickled); a failure fails every rank."""
-    made: list[Any] = [None]
+    values: list[Any] = [None]
 
     def work() -> None:
-        made[0] = make()
+        values[0] = make()
 
     on_rank_zero(work)
     dist = _distributed()
     if dist is not None and dist.get_world_size() > 1:
-        dist.broadcast_object_list(made)
-    value: Value = made[0]
+        dist.broadcast_object_list(values)
+    value: Value = values[0]
     return value
 
 

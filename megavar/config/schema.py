@@ -1,7 +1,7 @@
-"""The run configuration: one dataclass a room, every default here and nowhere else.
+"""The run configuration: one dataclass a section, every default here and nowhere else.
 
 A run is one YAML file over these dataclasses (`load.py` reads it, `validate` checks it). Functions below
-`stages/` take one of these small sections or plain values, never the whole `RunConfig`.
+`stages/` take one of these sections or plain values, never all of `RunConfig`.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -170,7 +170,7 @@ class SampleConfig:
     """How many traces and answers are sampled, and how."""
 
     sampler: str = choice("posterior", "policy", default="posterior")
-    """Who draws the traces: q, or the policy itself without a hint (as RFT, REINFORCE and GRPO do)."""
+    """The model that traces are sampled from: q, or the policy without a hint (as RFT, REINFORCE and GRPO do)."""
     num_traces: int = at_least(1, default=8)
     """K: traces for each question."""
     num_answers: int = at_least(1, default=8)

@@ -64,7 +64,7 @@ class Generation:
     text: str
     """`ids` decoded without special tokens, up to and with the stop string."""
     seed: int
-    """The seed this sample was drawn with."""
+    """The seed of this sample."""
 
 
 def sample_seed(seed: int, index: int) -> int:

@@ -38,7 +38,7 @@ class RequestsFailed(RolloutError):
 
     def __init__(self, description: str, num_finished: int, failures: list[tuple[object, Exception]]) -> None:
         self.keys = [key for key, _ in failures]
-        """Of the requests that failed; those never started after the last server was lost are not among them."""
+        """Of the requests that failed; those never started, after the last server had failed, are not among them."""
         shown = "; ".join(f"{key}: {error}" for key, error in failures[:NUM_ERRORS_SHOWN])
         super().__init__(
             f"{description}: {len(failures)} requests failed, {num_finished} finished and are kept. "
@@ -60,7 +60,7 @@ async def run_requests(
 
     Args:
         engine: after `check_model`.
-        requests: drawn lazily, as many at a time as are in flight.
+        requests: consumed lazily, as many at a time as are in flight.
         on_result: called in the event loop, so it must be quick; what it raises ends the run at once.
         description: of the progress line and the errors.
         total: number of requests; None: the length of `requests` if it has one, else the line shows no remaining time.

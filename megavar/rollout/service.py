@@ -36,7 +36,7 @@ class RolloutService:
         self._open = AsyncExitStack()
 
     def start_early(self) -> None:
-        """Start the servers without waiting for them, if they may live beside what else runs."""
+        """Start the servers without waiting for them, if they may run alongside other stages."""
         if self._keeps_servers and self._early is None:
             self._early = ManagedServers(self._config, self._base, self._log_dir)
             self._early.spawn()

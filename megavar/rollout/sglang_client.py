@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 FIRST_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 30.0
 HEALTH_TIMEOUT_SECONDS = 30.0  # /health generates a token, and waits up to 20 s for it
-CONTROL_TIMEOUT_SECONDS = 900.0  # /update_weights_from_disk reads the whole model
+CONTROL_TIMEOUT_SECONDS = 900.0  # /update_weights_from_disk reads all weights
 LOADED_BY_US = "megavar:"  # prefix of the weight version that `load_weights` sets
 
 
@@ -214,7 +214,7 @@ class SGLangEngine:
         return json.dumps([rank["checksums"] for rank in checksum["ranks"]], sort_keys=True)
 
     async def _revive(self, worker: Worker) -> None:
-        """Return once the worker is healthy and serves what it should; reload what a restart has lost."""
+        """Return once the worker is healthy; load the current weights if a restart has dropped them."""
         if self._restart is not None:
             await self._restart(worker.url)
         await self._get(worker, "/health", HEALTH_TIMEOUT_SECONDS)
@@ -240,7 +240,7 @@ class SGLangEngine:
                 return []
 
         answers = await asyncio.gather(*(attempt(worker) for worker in self._workers.all if worker.available))
-        return [answer for found in answers for answer in found]
+        return [answer for of_worker in answers for answer in of_worker]
 
     # -- sampling --
 

@@ -4,11 +4,11 @@ Runs inside SGLang's interpreter, by file path. The PyPI wheels serve on CPU onc
 else is changed, and GPU machines do not use this file:
 
 1. `sgl_kernel` has no CPU wheel. SGLang imports some of its names; here they exist and raise when called.
-2. torchvision from PyPI is built for CUDA: beside CPU torch its C++ part does not load, and its Python part wants two
+2. torchvision from PyPI is built for CUDA: with CPU torch its C++ part does not load, and its Python part wants two
    operator schemas to exist.
 3. Seeds of single requests need `--enable-deterministic-inference`, which refuses the `torch_native` attention, wants
-   a hash kernel of the missing `sgl_kernel`, and swaps in Triton operators. Bridged only when asked for. What is lost
-   is invariance to the batch: a sample repeats if float32 rounding, which varies with batch size, flips no token.
+   a hash kernel of the missing `sgl_kernel`, and swaps in Triton operators. Bridged only when asked for. Invariance to
+   the batch is not preserved: a sample repeats if float32 rounding, which varies with batch size, flips no token.
 
 4. `torch_native` attends one sequence after another, and to a prompt's cached prefix once more: most of the time with
    many short sequences. Here a batch is one call, with a mask.
@@ -91,7 +91,7 @@ def murmur_hash32(seed: Any, positions: Any, columns: Any) -> Any:
 
     Args:
         seed: [rows] uint64, of each request.
-        positions: [rows] integer, of the token to draw.
+        positions: [rows] integer, of the token to sample.
         columns: [V] integer, vocabulary ids.
 
     Returns:

@@ -18,7 +18,7 @@ MAX_CONSECUTIVE_FAILURES = 3
 FIRST_PAUSE_SECONDS = 1.0
 """Before the first revival; doubled for each further one until the worker answers a request again."""
 MAX_PAUSE_SECONDS = 30.0
-REVIVALS_UNTIL_LOST = 5
+REVIVALS_UNTIL_DEAD = 5
 """Failed revivals after which requests no longer wait for a worker (it is still tried, and taken back)."""
 
 
@@ -33,7 +33,7 @@ class Worker:
     last_error: str = ""
     pause_seconds: float = FIRST_PAUSE_SECONDS
     available: bool = True
-    lost: bool = False
+    dead: bool = False
     revival: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
@@ -54,15 +54,15 @@ class Workers:
 
     @asynccontextmanager
     async def lease(self, num_samples: int) -> AsyncIterator[Worker]:
-        """A worker for one request, waiting until one has room; one with nothing in flight always has.
+        """A worker for one request, waiting until one has capacity; one with nothing in flight always has.
 
         Raises:
-            NoWorkerLeft: every worker is lost.
+            NoWorkerLeft: every worker is dead.
         """
         async with self._changed:
             worker = self._choose(num_samples)
             while worker is None:
-                if all(worker.lost for worker in self.all):
+                if all(worker.dead for worker in self.all):
                     errors = "; ".join(f"{worker.url}: {worker.last_error}" for worker in self.all)
                     raise NoWorkerLeft(f"none of the {len(self.all)} SGLang servers answers any more: {errors}")
                 await self._changed.wait()
@@ -75,10 +75,10 @@ class Workers:
             await self._notify()
 
     def _choose(self, num_samples: int) -> Worker | None:
-        def has_room(worker: Worker) -> bool:
+        def has_capacity(worker: Worker) -> bool:
             return not worker.samples_in_flight or worker.samples_in_flight + num_samples <= self._concurrency
 
-        ready = [worker for worker in self.all if worker.available and has_room(worker)]
+        ready = [worker for worker in self.all if worker.available and has_capacity(worker)]
         return min(ready, key=lambda worker: worker.samples_in_flight, default=None)
 
     def succeeded(self, worker: Worker) -> None:
@@ -113,11 +113,11 @@ class Workers:
             except Exception as error:  # whatever it is, the other workers go on and this one is tried again
                 worker.last_error = str(error) or repr(error)
             num_revivals += 1
-            if num_revivals >= REVIVALS_UNTIL_LOST and not worker.lost:
-                worker.lost = True
+            if num_revivals >= REVIVALS_UNTIL_DEAD and not worker.dead:
+                worker.dead = True
                 logger.error("SGLang server %s did not come back: %s", worker.url, worker.last_error)
                 await self._notify()
-        worker.failures, worker.lost, worker.available = 0, False, True
+        worker.failures, worker.dead, worker.available = 0, False, True
         logger.info("SGLang server %s is back in use.", worker.url)
         await self._notify()
 

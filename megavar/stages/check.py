@@ -1,4 +1,4 @@
-"""Everything that can be found wrong with a run before anything is started or written.
+"""Refuses what is wrong with a run before anything is started or written.
 
 What needs least is checked first: configuration and question files within a second, then the model folder, then
 everything that needs the tokenizer.

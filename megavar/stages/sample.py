@@ -175,8 +175,8 @@ async def sample_answers(
     def keep(key: Key, generations: list[Generation]) -> None:
         writer.append(
             *(
-                Answer(*key, index, sampling.round_index, drawn.ids, drawn.text, _answer_finish(drawn), drawn.seed)
-                for index, drawn in zip(missing[key], generations, strict=True)
+                Answer(*key, index, sampling.round_index, sample.ids, sample.text, _answer_finish(sample), sample.seed)
+                for index, sample in zip(missing[key], generations, strict=True)
             )
         )
 
@@ -186,7 +186,7 @@ async def sample_answers(
 
 
 def derive_seed(*identity: str | int) -> int:
-    """A seed of its own for each (run seed, sampler, round, question, trace, answer), in [0, 2^63)."""
+    """A distinct seed for each (run seed, sampler, round, question, trace, answer), in [0, 2^63)."""
     digest = hashlib.blake2b("/".join(map(str, identity)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -30,11 +30,11 @@ def execute(run: Run, service: RolloutService) -> None:
 def verify_answers(
     questions: Sequence[Question], answers: Sequence[Answer], config: VerifyConfig, flush_seconds: float, folder: Path
 ) -> list[Answer]:
-    """Fill `correct` and `verdict` of every answer; verdicts of an interrupted call are kept.
+    """Fill `correct` and `verdict` of every answer; existing verdicts of an interrupted call are reused.
 
     Raises:
         ValueError: for an answer to an unknown question, a question with an unknown verifier, or a verdict in `folder`
-            that was not given to one of `answers`.
+            that is of none of `answers`.
     """
     writer = RecordWriter(folder, Answer, flush_seconds)
     verified = writer.existing()

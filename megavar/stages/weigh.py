@@ -1,4 +1,4 @@
-"""Turns scores into weights, question by question, and reports how they are spread."""
+"""Turns scores into weights, question by question, and returns statistics of them."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -46,8 +46,8 @@ def weigh_traces(
         of_question[score.question_id].append(score)
     scored = {(score.question_id, score.trace_index) for score in scores}
     if scored != finish_of.keys() or len(scored) != len(scores):
-        odd = sorted(scored ^ finish_of.keys())
-        raise ValueError(f"scores and traces differ in {odd[:3] or 'doubled rows'}; run `megavar score` again.")
+        differing = sorted(scored ^ finish_of.keys())
+        raise ValueError(f"scores and traces differ in {differing[:3] or 'duplicate rows'}; run `megavar score` again.")
     weigh = get_objective(objective).weigh
     weights: list[Weight] = []
     sizes: list[float] = []
@@ -56,12 +56,12 @@ def weigh_traces(
         every = sorted(of_question[question_id], key=lambda score: score.trace_index)
         truncated = [finish_of[question_id, score.trace_index] != TraceFinish.CLOSED for score in every]
         group = every[: config.num_traces]
-        found = weigh(group, truncated[: len(group)], config)
-        weights += found + [_unused(score) for score in every[len(group) :]]
-        if (bound := question_bounds(every, truncated, found)) is not None:
+        group_weights = weigh(group, truncated[: len(group)], config)
+        weights += group_weights + [_unused(score) for score in every[len(group) :]]
+        if (bound := question_bounds(every, truncated, group_weights)) is not None:
             bounds.append(bound)
-        if any(weight.weight > 0 for weight in found):
-            sizes.append(effective_sample_size(np.array([weight.weight for weight in found])))
+        if any(weight.weight > 0 for weight in group_weights):
+            sizes.append(effective_sample_size(np.array([weight.weight for weight in group_weights])))
     write_records(folder / "data.parquet", weights, Weight)
     if bounds:
         write_records(folder / "bounds.parquet", bounds, Bound)
@@ -81,29 +81,29 @@ def _unused(score: Score) -> Weight:
 
 
 def _mean_bounds(bounds: Sequence[Bound]) -> dict[str, float]:
-    """Means over the questions: KL(q || pi), entropy of the weights, and each L_K over those that have K traces left.
+    """Means over the questions: KL(q || pi), entropy of the weights, each L_K over those with at least K closed traces.
 
-    `bound_K_questions` says how many those are where a truncated trace has left some out.
+    `bound_K_questions` is their number where truncated traces exclude some.
     """
     if not bounds:
         return {}
-    found = {
+    means = {
         "kl_posterior_policy": float(np.mean([bound.kl_posterior_policy for bound in bounds])),
         "weight_entropy": float(np.mean([bound.weight_entropy for bound in bounds])),
     }
     for size in range(1, max(bound.num_traces for bound in bounds) + 1):
         having = [bound for bound in bounds if bound.num_traces >= size]
-        found[f"bound_{size}"] = float(np.mean([bound.bounds[size - 1] for bound in having]))
-        found[f"bound_{size}_geometric_mean"] = float(
+        means[f"bound_{size}"] = float(np.mean([bound.bounds[size - 1] for bound in having]))
+        means[f"bound_{size}_geometric_mean"] = float(
             np.mean([bound.bounds_geometric_mean[size - 1] for bound in having])
         )
         if len(having) < len(bounds):
-            found[f"bound_{size}_questions"] = float(len(having))
-    return found
+            means[f"bound_{size}_questions"] = float(len(having))
+    return means
 
 
 def counted_scores(traces: Sequence[Trace], answers: Sequence[Answer]) -> list[Score]:
-    """Scores of policy rollouts that only count answers: no log-probs but the serving engine's."""
+    """Scores of policy rollouts for the accuracy estimator: counts of answers, and the serving engine's log-probs."""
     answers_of = answers_by_trace(answers)
     scores = []
     for trace in traces:
@@ -117,7 +117,7 @@ def counted_scores(traces: Sequence[Trace], answers: Sequence[Answer]) -> list[S
 def engine_difference(traces: Sequence[Trace], scores: Sequence[Score]) -> float:
     """Largest difference between the serving and the training engine's log-probs of the sampler's traces.
 
-    To be asked only where sampling and scoring temperatures are equal: the serving engine reports log-probs of
+    Meaningful only where sampling and scoring temperatures are equal: the serving engine reports log-probs of
     logits / temperature.
     """
     score_of = {(score.question_id, score.trace_index): score for score in scores}

@@ -53,8 +53,8 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         )
         outputs, first = [], 0
         held = [length // size for length in lengths]
-        queries, place = torch.split(query_TND, held), torch.split(order[rank], held)
-        for length, query, at in zip(lengths, queries, place, strict=True):
+        queries, positions = torch.split(query_TND, held), torch.split(order[rank], held)
+        for length, query, at in zip(lengths, queries, positions, strict=True):
             segment = slice(first, first + length)
             seen = torch.arange(first, first + length, device=query.device)[None] <= at[:, None]
             outputs.append(self._attend(query, whole_key[segment], whole_value[segment], seen))

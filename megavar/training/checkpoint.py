@@ -1,9 +1,9 @@
-"""Training checkpoints: sharded by Megatron's dist_checkpointing, loadable on another grid, complete or absent.
+"""Training checkpoints: sharded by Megatron's dist_checkpointing, loadable on another parallel layout.
 
-A checkpoint is the folder `step_NNNNNN`, written aside and renamed. It carries its Hugging Face configuration and
-tokenizer, so it converts like any other Megatron checkpoint (`checkpoints/convert.py`). Nothing random happens in
-training (no dropout; the data order is a function of seed and step): weights, optimizer, schedule and step are the
-state.
+A checkpoint is the folder `step_NNNNNN`, written under a temporary name and renamed, so it is complete or absent. It
+carries its Hugging Face configuration and tokenizer, so it converts like any other Megatron checkpoint
+(`checkpoints/convert.py`). Nothing random happens in training (no dropout; the data order is a function of seed and
+step): weights, optimizer, schedule and step are the state.
 """
 
 import os

@@ -37,7 +37,7 @@ class StepSums:
 
 
 def pack_shape(parallel: ParallelConfig, precision: PrecisionConfig) -> PackShape:
-    """What this grid and precision ask of a microbatch's length."""
+    """The multiples that this parallel layout and precision require of a microbatch's length."""
     multiple = parallel.context * FP8_TOKEN_MULTIPLE[precision.fp8] * (parallel.tensor if parallel.sequence else 1)
     return PackShape(parallel.context, multiple)
 
@@ -100,7 +100,7 @@ def _run(
 def _forward(model: torch.nn.Module, microbatch: Microbatch, temperature: float) -> Tensor:
     where = device()
     # The longest segment itself, never a rounded size: if it equalled the total of several segments, Megatron
-    # would take the rotary table for one of the whole pack (rope_utils.py:155) and not restart positions.
+    # would take the rotary table for one of the entire pack (rope_utils.py:155) and not restart positions.
     longest = max(microbatch.segment_lengths)
     bounds = torch.tensor([0, *np.cumsum(microbatch.segment_lengths)], dtype=torch.int32, device=where)
     packed = PackedSeqParams(

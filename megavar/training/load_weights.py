@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face folder or Megatron checkpoint into the model chunks of this grid, piece by piece.
+"""Weights of a Hugging Face folder or Megatron checkpoint into the model chunks of this rank, piece by piece.
 
 Megatron says which slice of which parameter each chunk holds, as it does for checkpoints; the family's operators make
 the parameter. So no split over ranks is described here.

@@ -33,7 +33,7 @@ def token_logps(
         hidden_SH: [S, H] hidden states, the same on every rank of `group`.
         table_VH: [V, H] this rank's rows of the output table, padded to equal sizes.
         targets_S: [S] int64 token ids, the same on every rank.
-        vocab_size: rows of the whole table that are real; the others get no probability.
+        vocab_size: rows of the full table that are real; the others get no probability.
         temperature: logits are divided by it.
         group: tensor-parallel ranks in the order of their rows.
 
@@ -63,7 +63,7 @@ class _TokenLogps(torch.autograd.Function):
         local_S = targets_S - first_row
         maximum_S, sums_2S = _local_statistics(ctx, hidden_SH, table_VH, local_S)
 
-        # One maximum and one sum over the ranks for the whole microbatch, whatever the number of chunks.
+        # One maximum and one sum over the ranks for the microbatch, whatever the number of chunks.
         total_S = maximum_S.clone()
         dist.all_reduce(total_S, dist.ReduceOp.MAX, group=group)
         sums_2S[0] *= (maximum_S - total_S).exp()
@@ -79,9 +79,9 @@ class _TokenLogps(torch.autograd.Function):
         scale_S1 = (grad_S / ctx.temperature)[:, None]
         grad_hidden_SH = torch.zeros_like(hidden_SH, dtype=torch.float32)
         grad_table_VH = torch.zeros_like(table_VH)
-        for rows, logits_SC, places_S1, here_S1 in _chunks(ctx, hidden_SH, table_VH, local_S):
+        for rows, logits_SC, columns_S1, here_S1 in _chunks(ctx, hidden_SH, table_VH, local_S):
             grad_logits_SC = logits_SC.sub_(log_normalizer_S[:, None]).exp_().neg_()
-            grad_logits_SC.scatter_add_(1, places_S1, here_S1.to(grad_logits_SC.dtype))
+            grad_logits_SC.scatter_add_(1, columns_S1, here_S1.to(grad_logits_SC.dtype))
             grad_logits_SC = grad_logits_SC.mul_(scale_S1).to(hidden_SH.dtype)
             grad_hidden_SH += grad_logits_SC @ table_VH[rows]
             torch.mm(grad_logits_SC.T, hidden_SH, out=grad_table_VH[rows])
@@ -95,8 +95,8 @@ def _local_statistics(ctx: Any, hidden_SH: Tensor, table_VH: Tensor, local_S: Te
     """
     maximum_S = hidden_SH.new_full((hidden_SH.shape[0],), -torch.inf, dtype=torch.float32)
     sums_2S = maximum_S.new_zeros(2, hidden_SH.shape[0])
-    for _, logits_SC, places_S1, here_S1 in _chunks(ctx, hidden_SH, table_VH, local_S):
-        sums_2S[1] += logits_SC.gather(1, places_S1).masked_fill_(~here_S1, 0).squeeze(1)
+    for _, logits_SC, columns_S1, here_S1 in _chunks(ctx, hidden_SH, table_VH, local_S):
+        sums_2S[1] += logits_SC.gather(1, columns_S1).masked_fill_(~here_S1, 0).squeeze(1)
         larger_S = torch.maximum(maximum_S, logits_SC.amax(1))
         sums_2S[0] *= (maximum_S - larger_S).exp()
         sums_2S[0] += logits_SC.sub_(larger_S[:, None]).exp_().sum(1)
@@ -107,13 +107,13 @@ def _local_statistics(ctx: Any, hidden_SH: Tensor, table_VH: Tensor, local_S: Te
 def _chunks(
     ctx: Any, hidden_SH: Tensor, table_VH: Tensor, local_S: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """For each chunk of real rows: which, logits [S, C] float32, the target's place [S, 1], is it there."""
+    """For each chunk of real rows: the rows, logits [S, C] float32, the target's column [S, 1] and if it is in them."""
     size = max(1, CHUNK_ELEMENTS // max(1, hidden_SH.shape[0]))
     for start in range(0, ctx.num_real, size):
         rows = slice(start, min(start + size, ctx.num_real))
         logits_SC = (hidden_SH @ table_VH[rows].T).float()
         if ctx.temperature != 1:
             logits_SC = logits_SC.div_(ctx.temperature)
-        places_S1 = (local_S - start)[:, None]
-        here_S1 = (places_S1 >= 0) & (places_S1 < rows.stop - start)
-        yield rows, logits_SC, places_S1.clamp(0, rows.stop - start - 1), here_S1
+        columns_S1 = (local_S - start)[:, None]
+        here_S1 = (columns_S1 >= 0) & (columns_S1 < rows.stop - start)
+        yield rows, logits_SC, columns_S1.clamp(0, rows.stop - start - 1), here_S1

@@ -1,7 +1,7 @@
 """Lets unmodified megatron-core run on CPUs with gloo; does nothing where CUDA is present.
 
 megatron-core names a CUDA device in a few dozen places although hardly any of its training path calls a CUDA
-kernel. `retarget_megatron` points those places at the CPU. Nothing of Megatron is written again here: schedules,
+kernel. `retarget_megatron` points those at the CPU. Nothing of Megatron is reimplemented here: schedules,
 parallel layers, DDP, optimizers and dist_checkpointing run as shipped. Each retargeting names the megatron lines
 that need it (numbers: megatron-core 0.16.1) and fails if they no longer look as expected.
 """

@@ -44,8 +44,8 @@ class LogProbModel(GPTModel):  # type: ignore[misc]
             return hidden_states
         table = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         if self.config.sequence_parallel:
-            whole = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
-            chosen = whole.squeeze(1)[labels.positions]
+            gathered = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+            chosen = gathered.squeeze(1)[labels.positions]
         else:
             chosen = copy_to_tensor_model_parallel_region(hidden_states.squeeze(1)[labels.positions])
         return token_logps(
@@ -61,7 +61,7 @@ class LogProbModel(GPTModel):  # type: ignore[misc]
 def transformer_config(
     dims: ModelDims, parallel: ParallelConfig, precision: PrecisionConfig, recompute: str
 ) -> TransformerConfig:
-    """Megatron's configuration of a model of these sizes on this grid."""
+    """Megatron's configuration of a model of these sizes in this parallel layout."""
     recomputations: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},

@@ -27,7 +27,7 @@ def start(config: ParallelConfig) -> None:
         expert_model_parallel_size=config.expert,
         expert_tensor_parallel_size=1,  # experts are small: they are spread over ranks, not split
     )
-    # Megatron's layers fork this generator even where they draw nothing from it, as here (no dropout).
+    # Megatron's layers fork this generator even where they sample nothing from it, as here (no dropout).
     model_parallel_cuda_manual_seed(0)
 
 

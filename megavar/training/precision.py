@@ -17,7 +17,7 @@ _LEAST_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0
 
 @cache
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine's layers can be used: installed, whole, and a CUDA device present.
+    """Whether Transformer Engine's layers can be used: installed with its core, and a CUDA device present.
 
     Raises:
         ValueError: for the bare `transformer-engine` package, which imports as an empty shell.
@@ -46,13 +46,13 @@ def check_precision(config: PrecisionConfig) -> None:
         return
     asked = f"precision.fp8={config.fp8}"
     if not torch.cuda.is_available():
-        raise ValueError(f"{asked} needs a CUDA GPU and Transformer Engine, found no GPU; use precision.fp8=none.")
+        raise ValueError(f"{asked} needs a CUDA GPU and Transformer Engine, there is none; use precision.fp8=none.")
     if not has_transformer_engine():
         raise ValueError(f"{asked} needs Transformer Engine; `pip install 'megavar[gpu]'`, or use precision.fp8=none.")
-    found, least = torch.cuda.get_device_capability(), _LEAST_CAPABILITY[config.fp8]
-    if found < least:
+    actual, least = torch.cuda.get_device_capability(), _LEAST_CAPABILITY[config.fp8]
+    if actual < least:
         raise ValueError(
-            f"{asked} needs compute capability {least[0]}.{least[1]}, this GPU has {found[0]}.{found[1]}; "
+            f"{asked} needs compute capability {least[0]}.{least[1]}, this GPU has {actual[0]}.{actual[1]}; "
             "use another recipe or precision.fp8=none."
         )
 

@@ -18,7 +18,7 @@ from megavar.training.model import build_model, transformer_config
 
 
 class Scorer:
-    """A model held for scoring, split over this grid."""
+    """A model loaded for scoring, split over the ranks."""
 
     def __init__(self, model: Model, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
         self._parallel = parallel
@@ -42,12 +42,12 @@ class Scorer:
         mine = plan[parallel_state.get_data_parallel_rank()]
         rank = parallel_state.get_context_parallel_rank()
         microbatches = [pack(sequences, indices, self._shape, rank) for indices in mine]
-        found = score_pass(self._chunks, microbatches, temperature)
+        local_logps = score_pass(self._chunks, microbatches, temperature)
         parts: list[tuple[NDArray[np.int64], NDArray[np.int64], LogProbs]] = []
-        if found and parallel_state.get_tensor_model_parallel_rank() == 0:
+        if local_logps and parallel_state.get_tensor_model_parallel_rank() == 0:
             parts = [
                 (microbatch.sequence, microbatch.offset, logps)
-                for microbatch, logps in zip(microbatches, found, strict=True)
+                for microbatch, logps in zip(microbatches, local_logps, strict=True)
             ]
         gathered: list[list[tuple[NDArray[np.int64], NDArray[np.int64], LogProbs]]] | None = None
         if dist.get_rank() == 0:
@@ -60,8 +60,8 @@ class Scorer:
             for index in np.unique(sequence):
                 chosen = sequence == index
                 result[index][offset[chosen]] = logps[chosen]
-        lost = [index for index, logps in enumerate(result) if np.isnan(logps).any()]
-        assert not lost, f"sequences {lost[:5]} came back without all their log-probs"
+        incomplete = [index for index, logps in enumerate(result) if np.isnan(logps).any()]
+        assert not incomplete, f"sequences {incomplete[:5]} came back without all their log-probs"
         return result
 
     def release(self) -> None:

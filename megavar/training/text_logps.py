@@ -26,10 +26,10 @@ def text_logps(model: Model, text: str) -> Tensor:
     parallel.start_alone()
     scorer = Scorer(model, ParallelConfig(), PrecisionConfig(dtype="fp32"))
     sequence = TrainSequence(np.array(ids[:1], np.int32), np.array(ids[1:], np.int32), 1.0)
-    found = scorer.score([sequence], 1.0, len(ids))
+    logps_of = scorer.score([sequence], 1.0, len(ids))
     parallel.stop()
-    assert found is not None
-    return torch.from_numpy(found[0])
+    assert logps_of is not None
+    return torch.from_numpy(logps_of[0])
 
 
 def _by_transformers(model: Model, ids: list[int]) -> Tensor:

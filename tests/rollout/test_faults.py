@@ -79,7 +79,7 @@ def test_a_failing_server_of_two_is_left_out(runner: asyncio.Runner, server: str
 def test_without_any_server_left_the_error_says_why(
     runner: asyncio.Runner, server: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "REVIVALS_UNTIL_LOST", 1)
+    monkeypatch.setattr(workers, "REVIVALS_UNTIL_DEAD", 1)
 
     async def run() -> None:
         async with in_front_of(server) as faulty, client(faulty.url) as engine:
