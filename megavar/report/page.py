@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 from megavar.data.decode import Decoder, open_decoder
-from megavar.records import write_aside
+from megavar.records import atomic_write
 from megavar.report.browser import MOST_CHARACTERS, browser_data
 from megavar.report.exhibits import Exhibit, PassCurves, evaluated_curves, make_exhibits
 from megavar.report.finished import FinishedRun, Round, labels, open_run
@@ -50,8 +50,8 @@ def write_page(folders: Sequence[Path]) -> Path:
     page = run.folder / "report" / "index.html"
     page.parent.mkdir(exist_ok=True)
     for name, image in images.items():
-        with write_aside(page.with_name(f"{name}.png")) as aside:
-            aside.write_bytes(image)
+        with atomic_write(page.with_name(f"{name}.png")) as temporary:
+            temporary.write_bytes(image)
     body = [
         _head(label, run, found, list(runs)[1:]),
         _results(run, found, passes),
@@ -60,8 +60,8 @@ def write_page(folders: Sequence[Path]) -> Path:
         "</div>",
         _browser(len(traces), len(found.questions)),
     ]
-    with write_aside(page) as aside:
-        aside.write_text(_document(f"megavar: {label}", "\n".join(body), json.dumps(traces)), encoding="utf-8")
+    with atomic_write(page) as temporary:
+        temporary.write_text(_document(f"megavar: {label}", "\n".join(body), json.dumps(traces)), encoding="utf-8")
     return page
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megavar.records import Answer, Trace, TraceFinish, read_records, write_aside
+from megavar.records import Answer, Trace, TraceFinish, atomic_write, read_records
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
 from megavar.runs.metrics import Metrics
@@ -77,8 +77,8 @@ def print_summary(run: Run) -> None:
     found = summarize(run)
     file = run.folder / "report" / "summary.json"
     file.parent.mkdir(exist_ok=True)
-    with write_aside(file) as aside:
-        aside.write_text(json.dumps(found, indent=2) + "\n")
+    with atomic_write(file) as temporary:
+        temporary.write_text(json.dumps(found, indent=2) + "\n")
     table = Table("", "", title=f"{run.config.name}: {run.folder}", show_header=False)
     for section in summary_rows(found):
         for row in section:
