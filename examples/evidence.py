@@ -25,7 +25,7 @@ from pathlib import Path
 from megavar.config.load import load_config
 from megavar.data.questions import read_questions
 from megavar.progress import ProgressLine
-from megavar.records import Answer, Question, Trace, read_records, write_aside
+from megavar.records import Answer, Question, Trace, atomic_write, read_records
 from megavar.rollout import watchdog
 from megavar.rollout.sglang_servers import ManagedServers, open_engine
 
@@ -300,8 +300,8 @@ def keep(job: Job, folder: Path) -> None:
     of_method = known.setdefault(job.task, {}).setdefault(job.method, {})
     found = result(folder, read_questions(RUNS / f"{job.task}_data" / "eval.jsonl"))
     of_method[str(job.seed)] = {"settings": settings(job.task, job.seed, job.method), **found}
-    with write_aside(RESULTS) as aside:
-        aside.write_text(json.dumps(known, indent=1) + "\n")
+    with atomic_write(RESULTS) as temporary:
+        temporary.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def main() -> None:

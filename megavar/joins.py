@@ -1,4 +1,4 @@
-"""Joins records by identity; a row that is missing or doubled is an error that names it."""
+"""Groups records by (question id, trace index); a duplicate record is an error that names it."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -12,42 +12,42 @@ Row = TypeVar("Row", Trace, Score, Weight)
 
 
 def by_trace(rows: Iterable[Row]) -> dict[Key, Row]:
-    """Rows by (question id, trace index).
+    """Index rows by (question id, trace index).
 
     Raises:
-        ValueError: naming an identity that occurs twice.
+        ValueError: naming a trace that occurs twice.
     """
-    found: dict[Key, Row] = {}
+    row_of: dict[Key, Row] = {}
     for row in rows:
         key = (row.question_id, row.trace_index)
-        if key in found:
+        if key in row_of:
             raise ValueError(
-                f"trace {key[1]} of question {key[0]!r} occurs twice; remove the stage's folder, rerun it."
+                f"trace {key[1]} of question {key[0]!r} occurs twice; remove the stage's folder and rerun it."
             )
-        found[key] = row
-    return found
+        row_of[key] = row
+    return row_of
 
 
 def answers_by_trace(answers: Iterable[Answer]) -> dict[Key, list[Answer]]:
-    """Answers of each trace, in the order of their indices.
+    """Group answers by (question id, trace index), sorted by answer index; an empty list for any other key.
 
     Raises:
-        ValueError: naming an identity that occurs twice.
+        ValueError: naming an answer that occurs twice.
     """
-    found: dict[Key, list[Answer]] = defaultdict(list)
+    answers_of: dict[Key, list[Answer]] = defaultdict(list)
     for answer in sorted(answers, key=lambda row: row.answer_index):
-        group = found[answer.question_id, answer.trace_index]
+        group = answers_of[answer.question_id, answer.trace_index]
         if group and group[-1].answer_index == answer.answer_index:
             raise ValueError(
                 f"answer {answer.answer_index} of trace {answer.trace_index} of question {answer.question_id!r} occurs "
-                "twice; remove the stage's folder, rerun it."
+                "twice; remove the stage's folder and rerun it."
             )
         group.append(answer)
-    return found
+    return answers_of
 
 
 def count_correct(answers: Sequence[Answer]) -> int:
-    """How many of a trace's or question's answers are correct.
+    """Number of correct answers.
 
     Raises:
         ValueError: naming an answer without a verdict.

@@ -1,10 +1,10 @@
-"""Weighted sequences -> packed microbatches: no padding between sequences, tokens balanced over the ranks.
+"""Packs weighted sequences into microbatches and balances them over data-parallel ranks. Needs no torch.
 
-A microbatch is one row of tokens holding whole sequences ("segments") behind one another; attention is
-block-causal inside it. A sequence's last token is never an input, since nothing follows it. With context
-parallelism each segment is cut into 2 x CP chunks, of which rank r holds chunks r and 2 x CP - 1 - r (as
-Transformer Engine's packed attention expects), so that every rank has the same causal work.
-Shape suffixes: T tokens of the microbatch on this context-parallel rank, S scored positions among them.
+A microbatch is one row of concatenated sequences ("segments") with block-causal attention. The last token of a sequence
+is a target only, never an input. With context parallelism each segment is split into 2 x CP chunks, and rank r holds
+chunks r and 2 x CP - 1 - r, the layout of Transformer Engine's packed attention, which balances causal attention.
+All ranks compute the same plan from the same sequences, without communication.
+Shapes: T tokens of the microbatch on this context-parallel rank, S of its positions that are trained or scored.
 """
 
 import heapq
@@ -20,40 +20,43 @@ from megavar.records import TrainSequence
 
 @dataclass(frozen=True)
 class PackShape:
-    """What the engine's parallelism and precision ask of a microbatch's size."""
+    """Constraints of parallelism and precision on the size of a microbatch."""
 
     context_parallel: int = 1
     total_multiple: int = 1
-    """The tokens of a microbatch (over all context-parallel ranks) are padded to a multiple of this."""
+    """The total tokens of a microbatch, over all context-parallel ranks, are padded to a multiple of this."""
 
     @property
     def segment_multiple(self) -> int:
-        """Each segment is padded to a multiple of this."""
+        """Each segment is padded to a multiple of this many tokens."""
         return 2 * self.context_parallel if self.context_parallel > 1 else 1
 
 
 @dataclass(frozen=True, eq=False)
 class Microbatch:
-    """One packed microbatch, as one context-parallel rank sees it."""
+    """One packed microbatch, as held by one context-parallel rank."""
 
     token_ids: NDArray[np.int64]
     """[T] input tokens."""
     segment_lengths: tuple[int, ...]
-    """Tokens of each segment over all context-parallel ranks; a last one may be padding."""
+    """Tokens of each segment over all context-parallel ranks; the last segment may be padding."""
     positions: NDArray[np.int64]
-    """[S] indices into token_ids whose next token is trained or scored."""
+    """[S] indices into token_ids of the inputs whose next token is trained or scored."""
     targets: NDArray[np.int64]
-    """[S] those next tokens."""
+    """[S] the ids of those next tokens."""
     weights: NDArray[np.float32]
-    """[S] the weight of the sequence each belongs to."""
+    """[S] weight of the sequence that the target belongs to."""
     sequence: NDArray[np.int64]
-    """[S] index of that sequence in the list that was packed."""
+    """[S] index of that sequence in the list passed to `pack`."""
     offset: NDArray[np.int64]
-    """[S] which of the sequence's target tokens it is."""
+    """[S] index of the target within the sequence's `target_ids`."""
 
 
 def data_order(num_sequences: int, start: int, stop: int, seed: int) -> list[int]:
-    """Entries start..stop of the endless stream of shuffled epochs; the same for every rank and every restart."""
+    """Sequence indices at positions [start, stop) of an infinite stream of shuffled epochs.
+
+    Depends on the arguments only, so it is the same on every rank and after every restart.
+    """
     order: list[int] = []
     for epoch in range(start // num_sequences, (stop - 1) // num_sequences + 1):
         first = epoch * num_sequences
@@ -63,26 +66,28 @@ def data_order(num_sequences: int, start: int, stop: int, seed: int) -> list[int
 
 
 def partition(lengths: Sequence[int], budget_tokens: int, num_ranks: int, multiple: int = 1) -> list[list[list[int]]]:
-    """Distribute sequences over data-parallel ranks and microbatches, longest first into the emptiest.
+    """Distribute sequences over data-parallel ranks and microbatches.
+
+    Greedy: the longest remaining sequence goes into the emptiest microbatch.
 
     Args:
         lengths: tokens of each sequence.
-        budget_tokens: the most tokens a microbatch may hold.
+        budget_tokens: maximum tokens of a microbatch.
         num_ranks: data-parallel size.
-        multiple: the number of microbatches is a multiple of this (pipeline size under interleaving).
+        multiple: microbatches per rank are a multiple of this (pipeline size under the interleaved schedule).
 
     Returns:
-        For each rank its microbatches, each a sorted list of indices into `lengths`; every rank has the same number
-        of microbatches, and some may be empty.
+        [ranks][microbatches] sorted lists of indices into `lengths`. All ranks have the same number of microbatches;
+        some may be empty.
 
     Raises:
-        ValueError: if a sequence alone is over the budget.
+        ValueError: if one sequence exceeds the budget.
     """
     longest = max(lengths)
     if longest > budget_tokens:
         raise ValueError(
-            f"A sequence of {longest} tokens does not fit in microbatch_tokens={budget_tokens}; raise that, "
-            "or lower data.max_sequence_tokens."
+            f"A sequence of {longest} tokens does not fit in microbatch_tokens={budget_tokens}; raise it or lower "
+            "data.max_sequence_tokens."
         )
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     unit = num_ranks * multiple
@@ -97,12 +102,16 @@ def partition(lengths: Sequence[int], budget_tokens: int, num_ranks: int, multip
             bins[bin_index].append(index)
             heapq.heappush(heap, (tokens + lengths[index], bin_index))
         if fits:
-            return [[sorted(bins[at]) for at in range(rank, num_bins, num_ranks)] for rank in range(num_ranks)]
+            return [[sorted(bins[index]) for index in range(rank, num_bins, num_ranks)] for rank in range(num_ranks)]
         num_bins += unit
 
 
 def pack(sequences: Sequence[TrainSequence], indices: Sequence[int], shape: PackShape, rank: int = 0) -> Microbatch:
-    """Pack `sequences[i]` for each i of `indices` into the microbatch of context-parallel rank `rank`."""
+    """Pack `sequences[i]` for i in `indices`, in this order, into one microbatch.
+
+    Args:
+        rank: context-parallel rank whose part is returned.
+    """
     segments = [_segment(sequences[index], index, shape) for index in indices]
     lengths = [len(segment.token_ids) for segment in segments]
     padding = -sum(lengths) % shape.total_multiple or (0 if segments else shape.total_multiple)
@@ -110,34 +119,39 @@ def pack(sequences: Sequence[TrainSequence], indices: Sequence[int], shape: Pack
     if padding:
         segments.append(_padding_segment(padding))
         lengths.append(padding)
-    whole = _concatenate(segments, lengths)
+    full = _concatenate(segments, lengths)
     if shape.context_parallel == 1:
-        return whole
-    mine = context_parallel_order(lengths, shape.context_parallel)[rank]
-    place = np.full(len(whole.token_ids), -1)
-    place[mine] = np.arange(len(mine))
-    kept = place[whole.positions] >= 0
+        return full
+    local = context_parallel_order(lengths, shape.context_parallel)[rank]
+    local_index = np.full(len(full.token_ids), -1)
+    local_index[local] = np.arange(len(local))
+    kept = local_index[full.positions] >= 0
     return Microbatch(
-        token_ids=whole.token_ids[mine],
-        segment_lengths=whole.segment_lengths,
-        positions=place[whole.positions][kept],
-        targets=whole.targets[kept],
-        weights=whole.weights[kept],
-        sequence=whole.sequence[kept],
-        offset=whole.offset[kept],
+        token_ids=full.token_ids[local],
+        segment_lengths=full.segment_lengths,
+        positions=local_index[full.positions][kept],
+        targets=full.targets[kept],
+        weights=full.weights[kept],
+        sequence=full.sequence[kept],
+        offset=full.offset[kept],
     )
 
 
 def context_parallel_order(lengths: Sequence[int], size: int) -> list[NDArray[np.int64]]:
-    """For each context-parallel rank, the indices of its tokens in the whole microbatch, in its local order."""
-    held: list[list[NDArray[np.int64]]] = [[] for _ in range(size)]
+    """Per context-parallel rank, the indices of its tokens in the full microbatch, in the rank's local order.
+
+    Args:
+        lengths: tokens of each segment, multiples of 2 x `size`.
+        size: context-parallel size.
+    """
+    chunks_of: list[list[NDArray[np.int64]]] = [[] for _ in range(size)]
     start = 0
     for length in lengths:
         chunks = np.arange(start, start + length).reshape(2 * size, -1)
         for rank in range(size):
-            held[rank] += [chunks[rank], chunks[2 * size - 1 - rank]]
+            chunks_of[rank] += [chunks[rank], chunks[2 * size - 1 - rank]]
         start += length
-    return [np.concatenate(parts) for parts in held]
+    return [np.concatenate(parts) for parts in chunks_of]
 
 
 def _segment(sequence: TrainSequence, index: int, shape: PackShape) -> Microbatch:
@@ -157,8 +171,8 @@ def _segment(sequence: TrainSequence, index: int, shape: PackShape) -> Microbatc
 
 
 def _padding_segment(length: int) -> Microbatch:
-    none = np.zeros(0, np.int64)
-    return Microbatch(np.zeros(length, np.int64), (), none, none, np.zeros(0, np.float32), none, none)
+    empty = np.zeros(0, np.int64)
+    return Microbatch(np.zeros(length, np.int64), (), empty, empty, np.zeros(0, np.float32), empty, empty)
 
 
 def _concatenate(segments: list[Microbatch], lengths: list[int]) -> Microbatch:
@@ -166,7 +180,7 @@ def _concatenate(segments: list[Microbatch], lengths: list[int]) -> Microbatch:
     return Microbatch(
         token_ids=np.concatenate([segment.token_ids for segment in segments]),
         segment_lengths=tuple(lengths),
-        positions=np.concatenate([segment.positions + at for segment, at in zip(segments, starts, strict=True)]),
+        positions=np.concatenate([segment.positions + start for segment, start in zip(segments, starts, strict=True)]),
         targets=np.concatenate([segment.targets for segment in segments]),
         weights=np.concatenate([segment.weights for segment in segments]),
         sequence=np.concatenate([segment.sequence for segment in segments]),

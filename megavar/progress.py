@@ -1,4 +1,4 @@
-"""How far long work is, on one line: a bar on a terminal, else a plain line now and then, for a log file."""
+"""Progress of a long-running job: a bar on a terminal, a line every 30 seconds otherwise (log files)."""
 
 import sys
 import time
@@ -11,13 +11,15 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class ProgressLine:
-    """Description, how much of how much, the note, time taken and time left; on stderr.
+    """Prints description, done / total, a note, elapsed and remaining time to stderr.
 
-    What an earlier attempt had done before is not counted into the speed.
+    Args:
+        description: name of the job.
+        done_before: work already done when the job was resumed; not used to estimate the speed.
+        show: print anything; pass False on all ranks but one.
     """
 
     def __init__(self, description: str, done_before: float = 0, show: bool = True) -> None:
-        """`show` is off on all ranks but one."""
         console = Console(file=sys.stderr)
         self._description = description
         self._bar = Progress(
@@ -42,16 +44,22 @@ class ProgressLine:
 
     @property
     def seconds(self) -> float:
-        """Since the work began."""
+        """Seconds since the job started."""
         return time.monotonic() - self._start
 
     def update(self, done: float, total: float | None, note: str) -> None:
-        """Show what is done; without a total there is no time left to tell. The note begins with what is counted."""
+        """Show progress.
+
+        Args:
+            done: units of work done, `done_before` included.
+            total: None if unknown; then no remaining time is shown.
+            note: starts with the unit, such as `steps` or `MB`.
+        """
         now = time.monotonic()
         text = f"{_number(done)}{'' if total is None else f' of {_number(total)}'} {note}, {_clock(self.seconds)}"
         if total is not None and done > self._done_before:
-            left = self.seconds * (total - done) / (done - self._done_before)
-            text += f", {_clock(left)} left"
+            remaining = self.seconds * (total - done) / (done - self._done_before)
+            text += f", {_clock(remaining)} left"
         if self._task is None:
             self._task = self._bar.add_task("", total=total, text=text)
         self._bar.update(self._task, completed=done, total=total, text=text)
@@ -61,7 +69,7 @@ class ProgressLine:
 
 
 def in_megabytes(line: ProgressLine) -> Callable[[int, int], None]:
-    """A function to call with (bytes done since the last call, bytes in all)."""
+    """Make a callback (bytes done since the last call, total bytes) that shows progress in MB and MB/s."""
     done = 0
 
     def advance(num_bytes: int, total_bytes: int) -> None:

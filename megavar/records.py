@@ -1,9 +1,9 @@
-"""The records that pass between the stages, and their one file format.
+"""The records that stages exchange, and their file format (docs/records.md).
 
-Each record is a frozen dataclass; a file is Parquet (zstd) with one column a field, written under a
-temporary name and renamed when complete. Field names are the interface: users read these files.
-A stage that produces records for hours appends them through `RecordWriter`, which puts finished ones on
-disk every few seconds as numbered parts and merges the parts when the stage is done.
+Each record is a frozen dataclass. A file is Parquet (zstd) with one column per field, written to a temporary file and
+renamed. Field names are a public interface: users read these files. Stages that produce records for hours use
+`RecordWriter`, which flushes them every few seconds to numbered part files and merges these at the end.
+Only rank 0 reads and writes records.
 """
 
 import glob
@@ -22,7 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 TokenIds = np.ndarray[Any, np.dtype[np.int32]]
+"""[tokens] int32."""
 LogProbs = np.ndarray[Any, np.dtype[np.float32]]
+"""[tokens] float32 natural-log probabilities."""
 Int32 = Annotated[int, pa.int32()]
 Float64 = Annotated[float, pa.float64()]
 
@@ -36,152 +38,185 @@ class Sampler(StrEnum):
 
 
 class TraceFinish(StrEnum):
-    """Why a trace ended."""
+    """Finish reason of a trace."""
 
     CLOSED = "closed"
-    """With its close marker: usable."""
+    """Generated the close marker; only these traces get weight."""
     LENGTH = "length"
     """Truncated at `sample.max_trace_tokens`."""
     ABORTED = "aborted"
-    """Without a close marker, or aborted by the server."""
+    """Stopped without the close marker, or aborted by the server."""
 
 
 class AnswerFinish(StrEnum):
-    """Why an answer ended."""
+    """Finish reason of an answer."""
 
     STOP = "stop"
-    """With the end of sequence."""
+    """Generated the end-of-sequence token."""
     LENGTH = "length"
     """Truncated at `sample.max_answer_tokens`."""
     ABORTED = "aborted"
+    """Aborted by the server."""
 
 
 class Verdict(StrEnum):
-    """A verifier's judgement of one answer; a verifier that raises gives the text `error: ...` instead."""
+    """A verifier's result for one answer. If the verifier raises or crashes, the verdict is the text `error: ...`."""
 
     CORRECT = "correct"
     WRONG = "wrong"
     NO_ANSWER = "no_answer"
-    """The response holds nothing that could be an answer."""
+    """No answer could be extracted from the response."""
     TIMEOUT = "timeout"
+    """The verifier exceeded `verify.timeout_seconds`."""
 
 
 class WeightStatus(StrEnum):
-    """What a trace's weight stands for."""
+    """How a trace got its weight."""
 
     OK = "ok"
+    """Computed by the objective; can be 0."""
     TRUNCATED = "truncated"
-    """Not closed, so excluded: weight 0."""
+    """The trace is not closed: weight 0."""
     UNUSED = "unused"
-    """Beyond `objective.num_traces`: weight 0."""
+    """Trace index at or above `objective.num_traces`: weight 0."""
     GOLD = "gold"
-    """The question's gold trace, with trace index -1."""
+    """The question's gold trace (trace index -1), a fallback."""
     NO_CORRECT_TRACE = "no_correct_trace"
-    """No trace of the question has a correct answer; a weight above 0 then comes from the reference answer."""
+    """No trace of the question has weight by its sampled answers. If the weight is positive, it is computed from the
+    reference answer."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Input: one question x with its known correct answer y'."""
+    """Input: one question x with its ground-truth answer y'."""
 
     id: str
+    """Unique in the file."""
     question: str
     answer: str
+    """Short verifiable answer; also the posterior's hint."""
     solution: str | None = None
+    """Reference answer text after the trace; None: rendered from `answer` by `templates.solution`."""
     trace: str | None = None
+    """Gold trace, without markers."""
     verifier: str = "math"
+    """Registry key, or `package.module:function`."""
     source: str | None = None
+    """Origin of the question; informative only."""
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One sampled (or gold) thinking trace z; `trace_ids` includes its close marker."""
+    """One sampled (or gold) thinking trace z."""
 
     question_id: str
     trace_index: Int32
+    """0 to K - 1 within the question."""
     round: Int32
+    """From 1."""
     sampler: Sampler
     prompt_ids: TokenIds
+    """The sampler's prompt, as sent to the server."""
     trace_ids: TokenIds
+    """As generated, close marker included; never decoded and re-encoded."""
     logp_engine: LogProbs | None
+    """[trace tokens] by the serving engine, of logits / temperature, before top-p."""
     finish: TraceFinish
     seed: int
+    """Sampling seed of the request."""
 
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """One sampled answer y after trace z; `correct` and `verdict` are null until verified."""
+    """One answer y that the policy sampled after trace z."""
 
     question_id: str
     trace_index: Int32
     answer_index: Int32
+    """0 to n - 1 within the trace."""
     round: Int32
     answer_ids: TokenIds
+    """As generated, end-of-sequence token included."""
     text: str
     finish: AnswerFinish
     seed: int
     correct: bool | None = None
+    """None until verified."""
     verdict: str | None = None
-    """A `Verdict`, or `error: ...`."""
+    """A `Verdict` or `error: ...`; None until verified."""
 
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """Log-probs of one trace under policy and posterior, by the training engine's forward."""
+    """Log-probs of one trace under policy and posterior, by the training engine; empty for a truncated trace."""
 
     question_id: str
     trace_index: Int32
     round: Int32
     logp_policy: LogProbs
+    """[trace tokens] log pi(z_t | x, z_<t)."""
     logp_posterior: LogProbs | None
+    """[trace tokens] log q(z_t | x, y', z_<t); `logp_policy` if the policy sampled the trace. None: not scored."""
     logp_answer: LogProbs | None
+    """[answer tokens] log pi(y'_t | x, z, y'_<t) of the reference answer. None: not scored."""
     num_answers: Int32 | None
+    """Verified answers of the trace; None if it has none."""
     num_correct: Int32 | None
 
 
 @dataclass(frozen=True)
 class Weight:
-    """The weight of one trace among the traces of its question (equation 8)."""
+    """Training weight of one trace (docs/method.md, equation 8)."""
 
     question_id: str
     trace_index: Int32
+    """-1: the question's gold trace."""
     round: Int32
     log_ratio: Float64
+    """d_k, nats."""
     log_answer: Float64
+    """log a_k, nats."""
     log_weight: Float64
+    """log rho_k = log_ratio + log_answer, unnormalised; -inf if truncated."""
     weight: Float64
+    """Weight in the loss; iwae: rho_k / sum_j rho_j over the question's traces."""
     status: WeightStatus
 
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """What a question's traces say of the bounds on log pi(y' | x) (equation 5); natural log."""
+    """Estimates of the bounds on log pi(y' | x) from a question's closed traces, nats (docs/method.md, equation 5)."""
 
     question_id: str
     round: Int32
     num_traces: int
+    """Closed traces K."""
     bounds: LogProbs
-    """Estimates of L_1 to L_K, K = num_traces."""
+    """[K] estimates of L_1 to L_K."""
     bounds_geometric_mean: LogProbs
-    """The same with means instead of sums over tokens: no bounds, but what `ratio=geometric_mean` works with."""
+    """[K] the same with means over tokens instead of sums: not bounds, but the quantities of `ratio=geometric_mean`."""
     kl_posterior_policy: Float64
-    """Estimate of KL(q || pi) of the trace, nats."""
+    """Estimate of KL(q || pi) over traces, nats."""
     ess: Float64
+    """Effective sample size of the weights, in traces."""
     weight_entropy: Float64
-    """Of the normalised weights, nats."""
+    """Entropy of the normalised weights, nats."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrainSequence:
-    """What the trainer sees: a prompt without loss, a target (trace and answer) with one weight."""
+    """Input of the trainer; in memory only."""
 
     prompt_ids: TokenIds
+    """Context without loss."""
     target_ids: TokenIds
+    """Trace and answer tokens, trained or scored."""
     weight: float
+    """Of every target token in the loss."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens the model runs over."""
+        """Length of prompt and target together."""
         return len(self.prompt_ids) + len(self.target_ids)
 
 
@@ -197,7 +232,7 @@ _ARROW_TYPES: dict[Any, pa.DataType] = {
 
 
 def _column_type(kind: Any) -> Any:
-    """A field's type without `| None`."""
+    """Type of a field without `| None`."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return next(part for part in typing.get_args(kind) if part is not type(None))
     return kind
@@ -208,7 +243,7 @@ def _is_enum(kind: Any) -> bool:
 
 
 def schema_of(record_type: type[Record]) -> pa.Schema:
-    """The Parquet schema of a record type, column for field; an enum is a string column."""
+    """Parquet schema of a record type: one column per field; enums are string columns."""
     columns = []
     for item in fields(record_type):
         kind = _column_type(item.type)
@@ -221,7 +256,7 @@ def schema_of(record_type: type[Record]) -> pa.Schema:
 
 
 def write_records(file: Path, records: Iterable[Record], record_type: type[Record]) -> None:
-    """Write all records to `file` atomically; an existing file is replaced."""
+    """Write records to `file` atomically, replacing an existing file."""
     schema = schema_of(record_type)
     rows = list(records)
     table = pa.table(
@@ -229,15 +264,15 @@ def write_records(file: Path, records: Iterable[Record], record_type: type[Recor
         schema=schema,
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    with write_aside(file) as aside:
-        pq.write_table(table, aside, compression="zstd")
+    with atomic_write(file) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a Parquet file of anybody's, as plain Python values.
+    """Rows of any Parquet file as plain Python values.
 
     Raises:
-        ValueError: if the file is no Parquet file.
+        ValueError: if the file is not a readable Parquet file.
     """
     return list(_read_table(file).to_pylist())
 
@@ -250,17 +285,18 @@ def _read_table(file: Path) -> pa.Table:
 
 
 def read_records(file: Path, record_type: type[Record]) -> list[Record]:
-    """Read a file of records; id and log-prob columns come back as numpy arrays.
+    """Read a file of records; list columns become numpy arrays.
 
     Raises:
-        ValueError: if the file is no Parquet file, its columns are not those of `record_type`, or a value of an enum
-            column is unknown.
+        ValueError: if the file is not a readable Parquet file, its columns differ from the fields of `record_type`, or
+            an enum column contains an unknown value.
     """
     table = _read_table(file)
     schema = schema_of(record_type)
     if table.schema.names != schema.names:
         raise ValueError(
-            f"{file} has columns {table.schema.names}, expected those of {record_type.__name__}: {schema.names}."
+            f"{file} has columns {table.schema.names}, expected those of {record_type.__name__}: {schema.names}; rerun "
+            "the stage that writes it."
         )
     columns = [_column_values(file, table[item.name], item.type) for item in fields(record_type)]
     return [record_type(*row) for row in zip(*columns, strict=True)]
@@ -275,37 +311,37 @@ def _column_values(file: Path, column: pa.ChunkedArray, kind: Any) -> list[Any]:
     unknown = sorted(set(map(str, values)) - set(kind))
     if unknown:
         raise ValueError(
-            f"{file} has the {kind.__name__} {unknown[0]!r}, expected one of {', '.join(kind)}; the file is damaged or "
-            "of another version."
+            f"{file} contains the {kind.__name__} {unknown[0]!r}, expected one of {', '.join(kind)}; the file is "
+            "damaged or from another version; rerun the stage that writes it."
         )
     members = {str(member): member for member in kind}
     return [members[value] for value in values]
 
 
-class write_aside:
-    """Context manager: yields a temporary path beside `file`, synced and renamed to it on success.
+class atomic_write:
+    """Context manager: yields a temporary path in the folder of `file`; on success it is synced and renamed to `file`.
 
-    What a killed process left of the same file is removed; a living one's is not.
+    Stale temporary files of dead processes are removed; those of running processes are kept.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        self.temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
-        for left in self.file.parent.glob(f".{glob.escape(self.file.name)}.*.tmp"):
-            pid = left.name.split(".")[-2]
+        for existing in self.file.parent.glob(f".{glob.escape(self.file.name)}.*.tmp"):
+            pid = existing.name.split(".")[-2]
             if pid.isdecimal() and not _is_running(int(pid)):
-                left.unlink(missing_ok=True)
-        return self.aside
+                existing.unlink(missing_ok=True)
+        return self.temporary
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            self.aside.unlink(missing_ok=True)
+            self.temporary.unlink(missing_ok=True)
             return
-        with open(self.aside, "rb") as handle:
+        with open(self.temporary, "rb") as handle:
             os.fsync(handle.fileno())
-        os.replace(self.aside, self.file)
+        os.replace(self.temporary, self.file)
 
 
 def _is_running(pid: int) -> bool:
@@ -319,11 +355,15 @@ def _is_running(pid: int) -> bool:
 
 
 class RecordWriter:
-    """Appends records to numbered Parquet parts in `folder`; at most `flush_seconds` of work is unwritten.
+    """Appends records to a folder in numbered Parquet part files, so that a stage can resume after a kill.
 
-    A killed writer loses only what was not flushed: the next one reads back what is there with `existing` and
-    goes on. `finish` merges all into `folder`/data.parquet and removes the parts; it may itself be killed and
-    repeated.
+    A killed process loses the unflushed records only; the next writer gets the others from `existing`. `finish` merges
+    the parts into `folder`/data.parquet and can itself be killed and repeated.
+
+    Args:
+        folder: created if missing.
+        record_type: class of all records.
+        flush_seconds: maximum time between the flushes of a steady stream of `append` calls.
     """
 
     def __init__(self, folder: Path, record_type: type[Any], flush_seconds: float) -> None:
@@ -338,19 +378,19 @@ class RecordWriter:
         return sorted(self.folder.glob("part-*.parquet"))
 
     def existing(self) -> list[Any]:
-        """The records on disk, each identity once, in the order of their identities."""
+        """Records on disk, without duplicates, sorted by `identity`."""
         files = [self.file] if self.file.exists() else []
         records = {identity(row): row for file in files + self._parts() for row in read_records(file, self.record_type)}
         return [records[key] for key in sorted(records)]
 
     def append(self, *records: Any) -> None:
-        """Take records, which stay together; written now if the last write is `flush_seconds` ago."""
+        """Add records, which will be in the same part; flushes if the last flush is `flush_seconds` ago."""
         self._pending += records
         if time.monotonic() - self._flushed_at >= self.flush_seconds:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending as the next part."""
+        """Write pending records to the next part."""
         self._flushed_at = time.monotonic()
         if not self._pending:
             return
@@ -359,7 +399,7 @@ class RecordWriter:
         self._pending = []
 
     def finish(self) -> Path:
-        """Merge all parts, ordered by identity, into data.parquet."""
+        """Merge all parts into data.parquet, sorted by `identity`, and return its path."""
         self.flush()
         write_records(self.file, self.existing(), self.record_type)
         for part in self._parts():
@@ -368,5 +408,5 @@ class RecordWriter:
 
 
 def identity(record: Any) -> tuple[str, int, int]:
-    """(question_id, trace_index, answer_index) of a record; -1 where it has none."""
+    """(question_id, trace_index, answer_index) of a record; -1 for a field that it does not have."""
     return record.question_id, getattr(record, "trace_index", -1), getattr(record, "answer_index", -1)

@@ -14,9 +14,9 @@ from megavar.records import (
     Score,
     Trace,
     Weight,
+    atomic_write,
     read_records,
     schema_of,
-    write_aside,
     write_records,
 )
 
@@ -105,14 +105,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_a_living_one_writes_is_not(tmp_path):
     file = tmp_path / "manifest.json"
-    script = "import os, pathlib, signal, sys\nfrom megavar.records import write_aside\n"
-    script += "with write_aside(pathlib.Path(sys.argv[1])) as aside:\n"
+    script = "import os, pathlib, signal, sys\nfrom megavar.records import atomic_write\n"
+    script += "with atomic_write(pathlib.Path(sys.argv[1])) as aside:\n"
     script += "    aside.write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)"
     assert subprocess.run([sys.executable, "-c", script, file], check=False).returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.read_text() == "half"
     living = tmp_path / f".manifest.json.{os.getppid()}.tmp"
     living.write_text("of a process that runs")
-    with write_aside(file) as aside:
+    with atomic_write(file) as aside:
         aside.write_text("whole")
     assert file.read_text() == "whole" and sorted(tmp_path.iterdir()) == sorted([file, living])

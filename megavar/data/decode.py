@@ -1,4 +1,4 @@
-"""Text of token ids by a model folder's tokenizer.json alone, for people to read: no transformers, no torch."""
+"""Decodes token ids for display with a model folder's tokenizer.json; needs neither transformers nor torch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +8,11 @@ from tokenizers import Tokenizer
 from megavar.records import TokenIds
 
 Decoder = Callable[[TokenIds], str]
+"""[T] int32 token ids -> text, special tokens included."""
 
 
 def open_decoder(model: Path) -> Decoder:
-    """A function from ids to their text, special tokens and all.
+    """Load the tokenizer of a Hugging Face folder and return its decoder.
 
     Raises:
         ValueError: if the folder has no tokenizer.json.

@@ -1,7 +1,7 @@
-"""Token ids of what the models are asked and of what they shall write: prompts, gold traces, reference answers.
+"""Renders and tokenizes prompts, gold traces and reference answers.
 
-The policy is shown the question, the posterior the question and the hint. Prompt and trace are tokenized apart and
-joined as ids, since the same trace follows two different prompts.
+The policy's prompt contains the question, the posterior's also the answer as a hint. Prompt and trace are tokenized
+separately and concatenated as ids, so the same trace ids can be scored under both prompts.
 """
 
 import re
@@ -16,27 +16,27 @@ from megavar.records import Question, TokenIds
 
 
 class Templates:
-    """A tokenizer with the run's templates.
+    """The tokenizer of a Hugging Face folder with the run's prompt templates.
 
     Raises:
-        ValueError: if the tokenizer has no chat template or no end-of-sequence token, or a template does not insert
-            what it must, or inserts what it must not (above all the answer in the policy's).
+        ValueError: if the tokenizer has no chat template or no end-of-sequence token, or a template lacks a required
+            placeholder or contains a forbidden one (above all the answer in the policy's prompt).
     """
 
     def __init__(self, model: Path, config: TemplateConfig) -> None:
         self.config = config
-        _check_fields("policy", config.policy, {"question"}, {"question"})
-        # Without the answer it is the ablation of a posterior that has no hint.
-        _check_fields("posterior", config.posterior, {"question"}, {"question", "answer"})
-        _check_fields("solution", config.solution, {"answer"}, {"question", "answer"})
-        # Here and not above: it brings torch, and looking at a run needs neither.
+        _check_placeholders("policy", config.policy, {"question"}, {"question"})
+        # Without {answer}: the ablation of a posterior without a hint.
+        _check_placeholders("posterior", config.posterior, {"question"}, {"question", "answer"})
+        _check_placeholders("solution", config.solution, {"answer"}, {"question", "answer"})
+        # Imported here because it imports torch, which the report does not need.
         from transformers import AutoTokenizer
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True)
         if not self._tokenizer.is_fast:
             raise ValueError(f"{model} has no tokenizer.json; give the folder of a model with a fast tokenizer.")
         if self._tokenizer.chat_template is None or self._tokenizer.eos_token_id is None:
-            raise ValueError(f"{model}: the tokenizer has no chat template or no eos token; add both to the folder.")
+            raise ValueError(f"{model}: the tokenizer needs a chat template and an eos token; add them to its files.")
         # Without transformers' wrapper around each call, which takes most of the time of short texts.
         self._encoder: Any = self._tokenizer.backend_tokenizer
         self._encoder.no_truncation()
@@ -44,81 +44,85 @@ class Templates:
         self._control = re.compile("|".join(map(re.escape, self._control_tokens())))
 
     def policy_prompt(self, question: Question) -> TokenIds:
-        """[prompt tokens] of x."""
+        """int32 ids [prompt tokens] of the policy's prompt for x, up to and including the open marker.
+
+        Raises:
+            ValueError: if question or answer contains a control token; so do all methods that render the user's text.
+        """
         return self._prompt(self.config.policy, question)
 
     def posterior_prompt(self, question: Question) -> TokenIds:
-        """[prompt tokens] of x with the hint y'."""
+        """int32 ids [prompt tokens] of the posterior's prompt for x with the hint y'."""
         return self._prompt(self.config.posterior, question)
 
     def trace(self, question: Question) -> TokenIds:
-        """[trace tokens] of the gold trace and its close marker.
+        """int32 ids [trace tokens] of the gold trace z, up to and including the close marker.
 
         Raises:
-            ValueError: if the question has no gold trace.
+            ValueError: if the question has no gold trace, or it contains a control token.
         """
         if question.trace is None:
             raise ValueError(f"question {question.id!r} has no gold trace; use objective.on_no_correct_trace=drop.")
-        self._refuse_control(question, "trace")
+        self._reject_control_tokens(question, "trace")
         return self._ids(question.trace + self.config.close_marker)
 
     def answer(self, question: Question) -> TokenIds:
-        """[answer tokens] of the reference answer and the end of sequence."""
-        self._refuse_control(question, "answer" if question.solution is None else "solution")
+        """int32 ids [answer tokens] of the reference answer y', up to and including the end-of-sequence token."""
+        self._reject_control_tokens(question, "answer" if question.solution is None else "solution")
         text = question.solution or _fill(self.config.solution, question)
         return np.append(self._ids(text), np.int32(self._tokenizer.eos_token_id))
 
     @property
     def close_token(self) -> int | None:
-        """The close marker's id, or None if it is several tokens."""
+        """Token id of the close marker; None if it is more than one token."""
         ids = self._ids(self.config.close_marker)
         return int(ids[0]) if len(ids) == 1 else None
 
     def decode(self, ids: TokenIds) -> str:
-        """Text of ids, without special tokens."""
+        """Decode ids to text, without special tokens."""
         text: str = self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         return text
 
     def _prompt(self, template: str, question: Question) -> TokenIds:
-        self._refuse_control(question, "question")
-        self._refuse_control(question, "answer")
+        self._reject_control_tokens(question, "question")
+        self._reject_control_tokens(question, "answer")
         messages = [{"role": "user", "content": _fill(template, question)}]
         if self.config.system is not None:
             messages.insert(0, {"role": "system", "content": self.config.system})
         text: str = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        # A chat template may end with the marker itself, and Jinja drops a newline that a template ends with.
+        # Some chat templates already append the marker, and Jinja strips a template's trailing newline.
         marker = self.config.open_marker
         return self._ids(text.removesuffix(marker).removesuffix(marker.rstrip()) + marker)
 
     def _ids(self, text: str) -> TokenIds:
         return np.array(self._encoder.encode(text, add_special_tokens=False).ids, np.int32)
 
-    def _refuse_control(self, question: Question, name: str) -> None:
-        found = self._control.search(getattr(question, name))
-        if found:
+    def _reject_control_tokens(self, question: Question, name: str) -> None:
+        match = self._control.search(getattr(question, name))
+        if match:
             raise ValueError(
-                f"question {question.id!r} contains the control token {found.group()!r} in its {name}, which would end "
+                f"question {question.id!r} contains the control token {match.group()!r} in its {name}, which would end "
                 "a turn or a trace; remove it from the text."
             )
 
     def _control_tokens(self) -> set[str]:
         added = {token.content for token in self._tokenizer.added_tokens_decoder.values()}
-        # A model may do without the open marker, and the empty string is in every text.
+        # An empty open marker is allowed, but as a pattern it would match every text.
         return (added | {self.config.open_marker.strip(), self.config.close_marker}) - {""}
 
 
 def _fill(template: str, question: Question) -> str:
-    """Insert question and answer as they are: braces in them mean nothing."""
+    """Fill in question and answer verbatim; braces in them are not interpreted."""
     return template.format(question=question.question, answer=question.answer)
 
 
-def _check_fields(name: str, template: str, needed: set[str], allowed: set[str]) -> None:
+def _check_placeholders(name: str, template: str, required: set[str], allowed: set[str]) -> None:
     try:
-        found = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+        placeholders = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
     except ValueError as error:
-        raise ValueError(f"templates.{name}={template!r}: {error}; write a brace that is text twice.") from error
-    if not needed <= found <= allowed:
+        raise ValueError(f"templates.{name}={template!r}: {error}; double literal braces: {{{{ and }}}}.") from error
+    if not required <= placeholders <= allowed:
         raise ValueError(
-            f"templates.{name}={template!r} inserts {sorted(found)}; it must insert {sorted(needed)} and may insert "
-            f"{sorted(allowed)}. Write a brace that is text twice."
+            f"templates.{name}={template!r} has the placeholders {sorted(placeholders)}; it must have "
+            f"{sorted(required)} and may have {sorted(allowed)}. Double literal braces: {{{{ and }}}}."
         )

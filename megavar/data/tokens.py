@@ -1,6 +1,7 @@
-"""Training sequences from questions, traces, answers and weights, joined by identity.
+"""Builds training sequences from questions, traces, answers and weights.
 
-A row that is missing or doubled is an error that names it: nothing is joined by position (`joins.py`).
+Records are joined by (question id, trace index), never by position; a missing or duplicate record is an error
+that names it (`joins.py`). Runs on rank 0.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,23 +13,30 @@ from megavar.joins import Key, answers_by_trace, by_trace
 from megavar.records import Answer, AnswerFinish, Question, TokenIds, Trace, TrainSequence, Weight, WeightStatus
 
 
-def gold_sequences(questions: Sequence[Question], templates: Templates, longest: int) -> list[TrainSequence]:
-    """Policy sequences of the gold data, weight 1 each: prompt -> trace, answer. Questions without trace are left out.
+def gold_sequences(questions: Sequence[Question], templates: Templates, max_tokens: int) -> list[TrainSequence]:
+    """Policy sequences of the gold data, weight 1 each: prompt -> trace, answer. Skips questions without a trace.
+
+    Args:
+        max_tokens: maximum length of prompt and target together.
 
     Raises:
-        ValueError: naming a question whose sequence is longer than `longest` tokens, or if no question has a trace.
+        ValueError: naming a question whose sequence is longer than `max_tokens`, or if no question has a trace.
     """
-    return [_checked(question, _gold(question, templates), longest) for question in _with_trace(questions)]
+    return [_limited(question, _gold(question, templates), max_tokens) for question in _with_trace(questions)]
 
 
-def gold_posterior_sequences(questions: Sequence[Question], templates: Templates, longest: int) -> list[TrainSequence]:
+def gold_posterior_sequences(
+    questions: Sequence[Question], templates: Templates, max_tokens: int
+) -> list[TrainSequence]:
     """Posterior sequences of the gold data, weight 1 each: prompt with hint -> trace (equation 9, no answer term).
 
     Raises:
-        ValueError: as `gold_sequences`.
+        ValueError: see `gold_sequences`.
     """
     return [
-        _checked(question, TrainSequence(templates.posterior_prompt(question), templates.trace(question), 1.0), longest)
+        _limited(
+            question, TrainSequence(templates.posterior_prompt(question), templates.trace(question), 1.0), max_tokens
+        )
         for question in _with_trace(questions)
     ]
 
@@ -38,8 +46,10 @@ def rollout_posterior_sequences(
 ) -> list[TrainSequence]:
     """Posterior sequences of weighted policy rollouts: prompt with hint -> trace (equation 9).
 
+    Skips traces of weight 0.
+
     Raises:
-        ValueError: naming a row that is missing or doubled, or if no rollout has weight.
+        ValueError: naming a missing or duplicate record, or if all weights are 0.
     """
     question_of, trace_of = {question.id: question for question in questions}, by_trace(traces)
     return [
@@ -58,21 +68,22 @@ def policy_sequences(
     answers: Iterable[Answer],
     weights: Iterable[Weight],
     templates: Templates,
-    answers_used: str,
+    train_answers: str,
 ) -> list[TrainSequence]:
-    """Policy sequences of weighted traces: prompt -> trace, answer (equation 6 and the answer term).
+    """Policy sequences of weighted traces: prompt -> trace, answer (docs/method.md, equation 6 and the answer term).
+
+    Skips traces of weight 0. Traces with the status `no_correct_trace` train on the reference answer.
 
     Args:
         traces: the sampled traces.
-        answers: the verified answers of those traces.
-        weights: of those traces; trace index -1 stands for the question's gold trace.
-        answers_used: `all_correct`: every distinct correct answer of a trace shares its weight equally;
-            `first_correct`: the first one has it all; `reference`: the reference answer has it all, as it has
-            whatever is used here for a trace with weight and the status `no_correct_trace`. A correct answer that
-            was cut by the length limit is used only after a trace that has no complete one: it teaches no end.
+        answers: the verified answers of these traces.
+        weights: of these traces; trace index -1 is the question's gold trace with its reference answer.
+        train_answers: `all_correct`: one sequence per distinct correct answer; they share the trace's weight equally.
+            `first_correct`: the first correct answer. `reference`: the reference answer. A correct answer truncated by
+            the length limit is used only if the trace has no complete one, since it does not teach the model to stop.
 
     Raises:
-        ValueError: naming a row that is missing, doubled or not verified, or if no trace has weight.
+        ValueError: naming a missing, duplicate or unverified record, or if all weights are 0.
     """
     question_of, trace_of = {question.id: question for question in questions}, by_trace(traces)
     answers_of = answers_by_trace(answers)
@@ -83,14 +94,14 @@ def policy_sequences(
             sequences.append(_gold(question, templates, weight.weight))
             continue
         trace, prompt = _trace_of(trace_of, weight), templates.policy_prompt(question)
-        if answers_used == "reference" or weight.status == WeightStatus.NO_CORRECT_TRACE:
-            written = [templates.answer(question)]
+        if train_answers == "reference" or weight.status == WeightStatus.NO_CORRECT_TRACE:
+            answer_ids = [templates.answer(question)]
         else:
             distinct = _distinct_correct(answers_of[weight.question_id, weight.trace_index], weight)
-            written = distinct[:1] if answers_used == "first_correct" else distinct
-        for ids in written:
+            answer_ids = distinct[:1] if train_answers == "first_correct" else distinct
+        for ids in answer_ids:
             target = np.concatenate([trace.trace_ids, ids])
-            sequences.append(TrainSequence(prompt, target, weight.weight / len(written)))
+            sequences.append(TrainSequence(prompt, target, weight.weight / len(answer_ids)))
     return sequences
 
 
@@ -102,27 +113,30 @@ def _gold(question: Question, templates: Templates, weight: float = 1.0) -> Trai
 def _with_trace(questions: Sequence[Question]) -> list[Question]:
     kept = [question for question in questions if question.trace is not None]
     if not kept:
-        raise ValueError("no question has a gold trace, which this stage trains on; give questions with `trace`.")
+        raise ValueError("no question has a gold trace, which this stage trains on; add `trace` to the question file.")
     return kept
 
 
 def _with_weight(weights: Iterable[Weight]) -> list[Weight]:
     kept = [weight for weight in by_trace(weights).values() if float(weight.weight) != 0]
     if not kept:
-        raise ValueError("no trace has weight: none was closed and had a correct answer; sample more, or train longer.")
+        raise ValueError("no trace has weight: no closed trace has a correct answer; sample more, or train longer.")
     return kept
 
 
 def _question_of(questions: dict[str, Question], weight: Weight) -> Question:
     if weight.question_id not in questions:
-        raise ValueError(f"{_name(weight)} has a weight but its question is not in the question file.")
+        raise ValueError(f"{_describe(weight)} has a weight, but its question is not in the question file.")
     return questions[weight.question_id]
 
 
 def _trace_of(traces: dict[Key, Trace], weight: Weight) -> Trace:
     trace = traces.get((weight.question_id, weight.trace_index))
     if trace is None or trace.round != weight.round:
-        raise ValueError(f"{_name(weight)} has a weight but is not among the sampled traces of round {weight.round}.")
+        raise ValueError(
+            f"{_describe(weight)} has a weight, but is not among the sampled traces of round {weight.round}; rerun "
+            "`megavar weigh`."
+        )
     return trace
 
 
@@ -130,24 +144,26 @@ def _distinct_correct(answers: Sequence[Answer], weight: Weight) -> list[TokenId
     for answer in answers:
         if answer.correct is None or answer.round != weight.round:
             raise ValueError(
-                f"{_name(weight)}: answer {answer.answer_index} has correct={answer.correct}, round={answer.round}; "
-                f"expected a verified one of round {weight.round}; run `megavar verify`."
+                f"{_describe(weight)}: answer {answer.answer_index} has correct={answer.correct}, "
+                f"round={answer.round}; expected a verified answer of round {weight.round}; run `megavar verify`."
             )
     correct = [answer for answer in answers if answer.correct]
     if not correct:
-        raise ValueError(f"{_name(weight)} has weight but no correct answer; use objective.train_answers=reference.")
+        raise ValueError(
+            f"{_describe(weight)} has weight but no correct answer; use objective.train_answers=reference."
+        )
     complete = [answer for answer in correct if answer.finish == AnswerFinish.STOP] or correct
     return list({answer.answer_ids.tobytes(): answer.answer_ids for answer in complete}.values())
 
 
-def _name(weight: Weight) -> str:
+def _describe(weight: Weight) -> str:
     return f"trace {weight.trace_index} of question {weight.question_id!r}"
 
 
-def _checked(question: Question, sequence: TrainSequence, longest: int) -> TrainSequence:
-    if sequence.num_tokens > longest:
+def _limited(question: Question, sequence: TrainSequence, max_tokens: int) -> TrainSequence:
+    if sequence.num_tokens > max_tokens:
         raise ValueError(
-            f"question {question.id!r} makes a gold sequence of {sequence.num_tokens} tokens, over "
-            f"data.max_sequence_tokens={longest}; raise that or remove the question."
+            f"question {question.id!r} has a gold sequence of {sequence.num_tokens} tokens, more than "
+            f"data.max_sequence_tokens={max_tokens}; raise the limit or remove the question."
         )
     return sequence

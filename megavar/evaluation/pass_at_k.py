@@ -1,4 +1,4 @@
-"""Accuracy on held-out questions: pass@1 and pass@k with bootstrap intervals."""
+"""Held-out accuracy: pass@1 and pass@k with bootstrap confidence intervals."""
 
 import json
 from collections import defaultdict
@@ -11,12 +11,12 @@ import numpy as np
 
 from megavar.config.schema import EvalConfig
 from megavar.joins import count_correct
-from megavar.records import Answer, Question, write_aside
+from megavar.records import Answer, Question, atomic_write
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Mean over the questions, with a 95 % bootstrap interval over questions."""
+    """pass@k: mean over the questions and its 95 % bootstrap interval [low, high] over questions, as fractions."""
 
     k: int
     mean: float
@@ -27,18 +27,27 @@ class Accuracy:
 def evaluate_model(
     questions: Sequence[Question], answers: Sequence[Answer], config: EvalConfig, seed: int, file: Path
 ) -> list[Accuracy]:
-    """pass@1 and pass@num_samples of verified answers, written to `file` as JSON too."""
-    found = [
+    """Compute pass@1 and pass@num_samples of verified answers and write them to `file` as JSON.
+
+    Args:
+        answers: see `accuracy`.
+        seed: of the bootstrap.
+        file: a list of `Accuracy` objects; replaced atomically.
+
+    Raises:
+        ValueError: naming an answer without a verdict.
+    """
+    accuracies = [
         accuracy(questions, answers, config.num_samples, k, config.num_bootstrap, seed)
         for k in sorted({1, config.num_samples})
     ]
-    with write_aside(file) as aside:
-        aside.write_text(json.dumps([asdict(item) for item in found], indent=2) + "\n")
-    return found
+    with atomic_write(file) as temporary:
+        temporary.write_text(json.dumps([asdict(item) for item in accuracies], indent=2) + "\n")
+    return accuracies
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased chance that one of k samples is correct: 1 - C(n - c, k) / C(n, k)."""
+    """Unbiased estimate of the probability that one of k samples is correct: 1 - C(n - c, k) / C(n, k)."""
     return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
 
 
@@ -50,10 +59,15 @@ def accuracy(
     num_bootstrap: int,
     seed: int,
 ) -> Accuracy:
-    """pass@k of a model that was sampled `num_samples` times a question.
+    """pass@k from `num_samples` samples per question.
 
     Args:
-        answers: verified; a sample whose trace was truncated has none, and counts as wrong.
+        answers: verified, of all questions. A sample with a truncated trace has no answer and counts as wrong.
+        num_bootstrap: bootstrap resamples of the questions.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: naming an answer without a verdict.
     """
     answers_of: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:

@@ -1,6 +1,6 @@
-"""What the report's browser of traces shows, as plain values for JSON: questions, traces, weights, answers.
+"""Data of the report's trace browser, as JSON-compatible values: questions, traces, weights, answers.
 
-`page.js` draws it. A page must stay small, so questions are capped, evenly over the round's order, and so are texts.
+`page.js` renders it. To keep the page small, long texts are shortened and only a subset of the questions is included.
 """
 
 from collections import Counter
@@ -13,23 +13,23 @@ import numpy as np
 from megavar.data.decode import Decoder
 from megavar.joins import answers_by_trace, by_trace
 from megavar.records import Answer, Question, Weight
-from megavar.report.curves import question_sizes
-from megavar.report.finished import Round
+from megavar.report.curves import question_ess
+from megavar.report.run_view import Round
 
-MOST_QUESTIONS = 200
-MOST_CHARACTERS = 4000
+MAX_QUESTIONS = 200
+MAX_CHARACTERS = 4000
 
 
-def browser_data(found: Round, decode: Decoder, most_questions: int = MOST_QUESTIONS) -> list[dict[str, Any]]:
-    """At most `most_questions` of the round's questions with all their traces, in the round's order.
+def browser_data(shown: Round, decode: Decoder, max_questions: int = MAX_QUESTIONS) -> list[dict[str, Any]]:
+    """Up to `max_questions` of the round's weighted questions, evenly spaced in the round's order, with their traces.
 
     Raises:
         ValueError: naming a trace or answer that occurs twice.
     """
-    trace_of, answers_of = by_trace(found.traces), answers_by_trace(found.answers)
-    sizes = question_sizes(found.weights)
-    weights_of: dict[str, list[Weight]] = {question_id: [] for question_id in sizes}
-    for row in found.weights:
+    trace_of, answers_of = by_trace(shown.traces), answers_by_trace(shown.answers)
+    ess_of = question_ess(shown.weights)
+    weights_of: dict[str, list[Weight]] = {question_id: [] for question_id in ess_of}
+    for row in shown.weights:
         weights_of[row.question_id].append(row)
 
     def show_trace(row: Weight, question: Question) -> dict[str, Any]:
@@ -53,33 +53,33 @@ def browser_data(found: Round, decode: Decoder, most_questions: int = MOST_QUEST
             "id": question.id,
             "question": shorten(question.question),
             "hint": shorten(question.answer),
-            "ess": sizes[question.id],
+            "ess": ess_of[question.id],
             "num_correct": sum(trace["num_correct"] for trace in traces),
             "num_answers": sum(trace["num_answers"] for trace in traces),
             "traces": traces,
         }
 
-    weighed = [question for question in found.questions if question.id in weights_of]
-    return [show_question(question) for question in spread(weighed, most_questions)]
+    weighted = [question for question in shown.questions if question.id in weights_of]
+    return [show_question(question) for question in spread(weighted, max_questions)]
 
 
-def spread(questions: Sequence[Question], most: int) -> list[Question]:
-    """All questions, or `most` of them, evenly over their order, the first and the last among them."""
-    if len(questions) <= most:
+def spread(questions: Sequence[Question], limit: int) -> list[Question]:
+    """All questions if there are at most `limit`, else `limit` of them, evenly spaced from the first to the last."""
+    if len(questions) <= limit:
         return list(questions)
-    return [questions[index] for index in np.linspace(0, len(questions) - 1, most).round().astype(int)]
+    return [questions[index] for index in np.linspace(0, len(questions) - 1, limit).round().astype(int)]
 
 
 def shorten(text: str) -> str:
-    """The text, or the two ends of a long one and how much lies between them."""
-    left_out = len(text) - MOST_CHARACTERS
-    if left_out <= 0:
+    """The text; if it is longer than `MAX_CHARACTERS`, without its middle."""
+    num_omitted = len(text) - MAX_CHARACTERS
+    if num_omitted <= 0:
         return text
-    half = MOST_CHARACTERS // 2
-    return f"{text[:half]}\n[… {left_out} characters left out …]\n{text[-half:]}"
+    half = MAX_CHARACTERS // 2
+    return f"{text[:half]}\n[… {num_omitted} characters omitted …]\n{text[-half:]}"
 
 
 def _group(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """Equal answers once, with their number, in the order of first appearance."""
+    """Distinct answers with their counts, in order of first appearance."""
     counts = Counter((answer.text, answer.verdict or "not verified") for answer in answers)
     return [{"text": shorten(text), "verdict": verdict, "count": count} for (text, verdict), count in counts.items()]

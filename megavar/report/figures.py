@@ -1,6 +1,6 @@
-"""Draws the report's figures with matplotlib, on paper-white and without a display.
+"""Plots the report's figures with matplotlib, on a white background and without a display.
 
-Every function returns one figure and takes numbers, not folders; the first run named is the first colour.
+Functions take numbers, not folders, and return one figure each. Colours follow the order of the runs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,20 +17,24 @@ from megavar.report.curves import IMPLIED_WEIGHTS, FewerTraces, Floats
 
 _COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#6b5b4b")
 _LINES = ("-", "--", ":", "-.")
-_MOST_LENGTH_BINS = 60
-_LEAST_LENGTHS = 10
+_MAX_LENGTH_BINS = 60
+_MIN_LENGTHS = 10
 
 
 def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Loss above gradient norm, a column for each training stage; `metrics` are the rows of each run."""
-    rows = [row for found in metrics.values() for row in found if "loss" in row]
+    """Loss (top) and gradient norm (bottom) against optimizer step, one column per training stage.
+
+    Args:
+        metrics: run label -> rows of metrics.jsonl.
+    """
+    rows = [row for run_rows in metrics.values() for row in run_rows if "loss" in row]
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     figure, axes = _grid(2, max(len(stages), 1), 3.6, 2.5, sharex="col")
     for column, stage in enumerate(stages):
         for line, (key, label) in enumerate((("loss", "loss"), ("grad_norm", "gradient norm"))):
             plot = axes[line][column]
-            for number, (name, found) in enumerate(metrics.items()):
-                points = [(row["step"], row[key]) for row in found if row["stage"] == stage and key in row]
+            for number, (name, run_rows) in enumerate(metrics.items()):
+                points = [(row["step"], row[key]) for row in run_rows if row["stage"] == stage and key in row]
                 if points:
                     line_style = _LINES[number // len(_COLOURS) % len(_LINES)]
                     plot.plot(
@@ -48,7 +52,11 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figur
 
 
 def pass_curves(curves: Mapping[str, Mapping[str, Sequence[Accuracy]]]) -> Figure:
-    """pass@k of every model of every run: {run: {model: points}}."""
+    """pass@k against k of every model of every run, with intervals.
+
+    Args:
+        curves: {run label: {model: points}}.
+    """
     figure, ((plot,),) = _grid(1, 1, 6.0, 3.8)
     for number, (name, models) in enumerate(curves.items()):
         for index, (model, points) in enumerate(models.items()):
@@ -68,11 +76,11 @@ def pass_curves(curves: Mapping[str, Mapping[str, Sequence[Accuracy]]]) -> Figur
 def trace_number_curves(
     fewer: Mapping[str, Sequence[FewerTraces]], finals: Mapping[str, tuple[int, Accuracy]]
 ) -> Figure:
-    """Against K: questions with a correct trace, effective sample size and, for runs of different K, final pass@1.
+    """Questions with a correct trace, ESS and, if runs differ in K, final pass@1 against K.
 
     Args:
-        fewer: of each run with weights.
-        finals: (K, pass@1 of the final policy) of each run that has one; drawn if there are two values of K.
+        fewer: run label -> points, for runs with weights.
+        finals: run label -> (K, pass@1 of the final policy); plotted if there are at least two values of K.
     """
     compared = len({number for number, _ in finals.values()}) > 1
     figure, (plots,) = _grid(1, 3 if compared else 2, 3.9, 3.2)
@@ -83,8 +91,8 @@ def trace_number_curves(
         plots[1].plot(ks, [point.ess for point in points], **style)
     plots[0].set_ylim(0, 1.02)
     plots[1].set_ylim(bottom=0)
-    _label(plots[0], "", "K, traces a question", "questions with a correct trace")
-    _label(plots[1], "", "K, traces a question", "mean effective sample size")
+    _label(plots[0], "", "K (traces per question)", "questions with a correct trace")
+    _label(plots[1], "", "K (traces per question)", "mean effective sample size")
     if compared:
         for number, (name, (num_traces, point)) in enumerate(finals.items()):
             error = [[point.mean - point.low], [point.high - point.mean]]
@@ -99,11 +107,17 @@ def trace_number_curves(
 
 
 def densities(ratios: tuple[Floats, Floats], likelihoods: tuple[Floats, Floats], ratio_label: str) -> Figure:
-    """Two histograms in the plane: trace tokens x log-ratio, answer tokens x log-likelihood."""
+    """Two 2D histograms: trace tokens x log-ratio, reference answer tokens x log-likelihood.
+
+    Args:
+        ratios: ([traces] tokens, [traces] log-ratio).
+        likelihoods: ([traces] tokens, [traces] log-likelihood).
+        ratio_label: y label of the first.
+    """
     figure, (plots,) = _grid(1, 2, 4.8, 3.4)
-    labels = (("tokens of the trace", ratio_label), ("tokens of the reference answer", "log π(y′ | x, z)"))
-    for plot, (tokens, values), (across, up) in zip(plots, (ratios, likelihoods), labels, strict=True):
-        _label(plot, "", across, up)
+    labels = (("trace tokens", ratio_label), ("reference answer tokens", "log π(y′ | x, z)"))
+    for plot, (tokens, values), (x_label, y_label) in zip(plots, (ratios, likelihoods), labels, strict=True):
+        _label(plot, "", x_label, y_label)
         finite = np.isfinite(values)
         if not finite.any():
             plot.text(0.5, 0.5, "no scored rows", ha="center", transform=plot.transAxes)
@@ -116,46 +130,48 @@ def densities(ratios: tuple[Floats, Floats], likelihoods: tuple[Floats, Floats],
 
 
 def length_bins(tokens: Floats) -> Floats:
-    """Edges of at most 60 bins of equally many whole lengths, at least 10 lengths in all: one alone would fill all."""
-    spare = max(_LEAST_LENGTHS - 1 - int(np.ptp(tokens)), 0)
-    least = max(int(tokens.min()) - spare // 2, 0)
-    most = max(int(tokens.max()), least + _LEAST_LENGTHS - 1)
-    width = -(-(most - least + 1) // _MOST_LENGTH_BINS)
-    return np.arange(least, most + width + 1, width, dtype=np.float64) - 0.5
+    """Edges of at most 60 bins of equal integer width, centred on integers.
+
+    They span at least 10 lengths, so that a single length does not fill the plot.
+    """
+    spare = max(_MIN_LENGTHS - 1 - int(np.ptp(tokens)), 0)
+    first = max(int(tokens.min()) - spare // 2, 0)
+    last = max(int(tokens.max()), first + _MIN_LENGTHS - 1)
+    width = -(-(last - first + 1) // _MAX_LENGTH_BINS)
+    return np.arange(first, last + width + 1, width, dtype=np.float64) - 0.5
 
 
 def implied_weights(accuracies: Mapping[str, Floats]) -> Figure:
-    """The weight each objective implies for a question of accuracy P, above where the questions at hand are.
+    """Implied weight of each objective against P (top), and histograms of the questions' accuracies (bottom).
 
     Args:
-        accuracies: [questions] for each set of questions.
+        accuracies: label -> [questions] accuracy.
     """
     figure, axes = _grid(2, 1, 6.0, 2.4, sharex="col")
-    above, below = axes[0][0], axes[1][0]
+    top, bottom = axes[0][0], axes[1][0]
     grid = np.linspace(0.0, 1.0, 401)
     for number, (label, weight) in enumerate(IMPLIED_WEIGHTS.items()):
-        # At P = 1 the last curve falls from its pole to 0: a line down would read as a slope.
-        drawn = grid[1:-1]
-        above.plot(
-            drawn, [weight(float(p)) for p in drawn], color=_colour(number), linestyle=_LINES[number % 3], label=label
-        )
-    above.set_ylim(0, 4)
-    above.legend(fontsize=8, loc="upper left")
-    _label(above, "", "", "implied weight")
+        # At P = 1 GRPO's weight drops from its pole to 0, which would be plotted as a slope.
+        interior = grid[1:-1]
+        style: dict[str, Any] = {"color": _colour(number), "linestyle": _LINES[number % 3], "label": label}
+        top.plot(interior, [weight(float(p)) for p in interior], **style)
+    top.set_ylim(0, 4)
+    top.legend(fontsize=8, loc="upper left")
+    _label(top, "", "", "implied weight")
     bins = np.linspace(-0.025, 1.025, 22)
-    for number, (label, found) in enumerate(accuracies.items()):
-        shares = np.full(len(found), 1 / max(len(found), 1))
-        below.hist(found, bins, weights=shares, color=_colour(number), alpha=0.45, label=label)
-    below.margins(y=0.4)  # room for the legend
-    below.legend(fontsize=8, loc="upper left")
-    _label(below, "", "P, accuracy of a question", "share of questions")
+    for number, (label, values) in enumerate(accuracies.items()):
+        fractions = np.full(len(values), 1 / max(len(values), 1))
+        bottom.hist(values, bins, weights=fractions, color=_colour(number), alpha=0.45, label=label)
+    bottom.margins(y=0.4)  # space for the legend
+    bottom.legend(fontsize=8, loc="upper left")
+    _label(bottom, "", "P (accuracy on the question)", "fraction of questions")
     return figure
 
 
-def size_histogram(sizes: Floats, num_traces: int) -> Figure:
-    """Effective sample sizes of the questions; those without weights are the bar at 0."""
+def ess_histogram(ess: Floats, num_traces: int) -> Figure:
+    """Histogram of the questions' effective sample sizes; questions without weights are the bar at 0."""
     figure, ((plot,),) = _grid(1, 1, 6.0, 2.8)
-    plot.hist(sizes, np.arange(-0.125, num_traces + 0.26, 0.25), color=_colour(0))
+    plot.hist(ess, np.arange(-0.125, num_traces + 0.26, 0.25), color=_colour(0))
     _label(plot, "", f"effective sample size of {num_traces} traces", "questions")
     return figure
 
@@ -165,10 +181,10 @@ def _grid(rows: int, columns: int, width: float, height: float, **shared: Any) -
     return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
-def _label(plot: Axes, title: str, across: str, up: str) -> None:
+def _label(plot: Axes, title: str, x_label: str, y_label: str) -> None:
     plot.set_title(title, fontsize=10)
-    plot.set_xlabel(across)
-    plot.set_ylabel(up)
+    plot.set_xlabel(x_label)
+    plot.set_ylabel(y_label)
     plot.grid(alpha=0.25)
     plot.spines[["top", "right"]].set_visible(False)
 

@@ -1,12 +1,12 @@
-// The browser of traces: a list of questions to search, filter and sort, and the traces of the chosen one.
-// Its data is the JSON in #data (browser.py). All text goes in as text, never as markup.
+// The trace browser: a list of questions to search, filter and sort, and the traces of the selected question.
+// Its data is the JSON in #data (browser.py). All text is inserted as text nodes, never as markup.
 "use strict";
 const questions = JSON.parse(document.getElementById("data").textContent);
 const byId = new Map(questions.map((question) => [question.id, question]));
 const [search, filter, sort, list, detail, count] =
   ["search", "filter", "sort", "list", "detail", "count"].map((id) => document.getElementById(id));
 
-// A page opened as index.html#question=ID shows that question.
+// index.html#question=ID opens the page at that question.
 const linked = new URLSearchParams(location.hash.slice(1)).get("question");
 let chosen = linked;
 
@@ -29,10 +29,10 @@ const share = (row) => (row.num_answers ? row.num_correct / row.num_answers : 0)
 const number = (value, digits) => (value === null ? "–" : value.toFixed(digits).replace("-", "−"));
 
 function element(tag, className, ...children) {
-  const made = document.createElement(tag);
-  made.className = className;
-  made.append(...children);
-  return made;
+  const node = document.createElement(tag);
+  node.className = className;
+  node.append(...children);
+  return node;
 }
 
 function matches(question) {
@@ -42,8 +42,8 @@ function matches(question) {
 }
 
 function showList() {
-  const found = questions.filter(matches).sort(SORTS[sort.value]);
-  list.replaceChildren(...found.map((question) => {
+  const listed = questions.filter(matches).sort(SORTS[sort.value]);
+  list.replaceChildren(...listed.map((question) => {
     const numbers = `ESS ${number(question.ess, 1)} · ${question.num_correct} of ${question.num_answers} correct`;
     const button = element("button", "question", element("span", "name", question.id),
       element("span", "excerpt", question.question.slice(0, 90)), element("span", "numbers", numbers));
@@ -51,8 +51,8 @@ function showList() {
     button.onclick = () => choose(question.id);
     return button;
   }));
-  count.textContent = `${found.length} of ${questions.length} are in the list.`;
-  if (found.length && !found.some((question) => question.id === chosen)) choose(found[0].id);
+  count.textContent = `${listed.length} of ${questions.length} questions listed.`;
+  if (listed.length && !listed.some((question) => question.id === chosen)) choose(listed[0].id);
   else mark();
 }
 

@@ -1,7 +1,7 @@
-"""`megavar show`: prints a file of records, or the file and parts of a stage's folder, for a person at a terminal.
+"""`megavar show`: pretty-prints records from a file or a stage's folder.
 
-The type of record is told by the columns. Questions and traces, whose texts are long, are blocks with every field;
-answers, scores and weights are rows of a table for each question, without what its head or its text says, and seeds.
+The record type is inferred from the columns. Questions and traces have long texts and are printed as blocks with all
+fields. Other records are printed as one table per question, without ids of the question, answer tokens and seeds.
 """
 
 from collections import defaultdict
@@ -25,7 +25,7 @@ from megavar.data.questions import read_questions
 from megavar.records import Answer, Bound, Question, Score, Trace, Weight, identity, read_records
 
 RECORD_TYPES: tuple[type[Any], ...] = (Trace, Answer, Score, Weight, Bound)
-_MOST_IDS = 8
+_MAX_IDS = 8
 _NOT_IN_TABLES = ("question_id", "round", "answer_ids", "seed")
 
 
@@ -33,11 +33,11 @@ def show(path: Path, limit: int, question_id: str | None, model: Path | None, co
     """Print the first `limit` records of a file or a stage's folder.
 
     Args:
-        question_id: only its records, all of them.
-        model: a folder whose tokenizer turns ids into text; without one, ids are counted and the ends shown.
+        question_id: print all records of this question instead.
+        model: Hugging Face folder whose tokenizer decodes token ids; None prints their number and the first and last.
 
     Raises:
-        ValueError: if the path holds no records of ours, or none of that question.
+        ValueError: if the path contains no records, or none of that question.
     """
     if limit < 0:
         raise ValueError(f"--limit {limit} is negative; give the number of records to print.")
@@ -47,8 +47,8 @@ def show(path: Path, limit: int, question_id: str | None, model: Path | None, co
     for record in records:
         groups[_question_of(record)].append(record)
     if question_id is not None and question_id not in groups:
-        some = ", ".join(list(groups)[:3])
-        raise ValueError(f"{path} has no record of question {question_id!r}; it has those of {some}, ...")
+        examples = ", ".join(list(groups)[:3])
+        raise ValueError(f"{path} has no record of question {question_id!r}; it has records of {examples}, ...")
     chosen = records[:limit] if question_id is None else groups[question_id]
     kind = type(records[0]).__name__ if records else ""
     console.print(Text(f"{path}: {len(records)} {kind} records of {len(groups)} questions", "bold"))
@@ -61,25 +61,27 @@ def show(path: Path, limit: int, question_id: str | None, model: Path | None, co
 
 
 def read_any(path: Path) -> list[Any]:
-    """The records of a Parquet or JSONL file, or of a stage's folder: data.parquet and the parts not merged yet.
+    """Read the records of a Parquet or JSONL file, or of a stage's folder: data.parquet and unmerged part files.
 
     Raises:
-        ValueError: if there is nothing there, or it is not ours.
+        ValueError: if the path does not exist or contains no records of a known type.
     """
     if path.is_dir():
         files = sorted(path.glob("data.parquet")) + sorted(path.glob("part-*.parquet"))
         if not files:
-            inside = sorted({str(file.parent.relative_to(path)) for file in path.rglob("*.parquet")})
+            subfolders = sorted({str(file.parent.relative_to(path)) for file in path.rglob("*.parquet")})
             advice = (
-                f"its folders with records are {', '.join(inside)}" if inside else "give a stage's folder or a file"
+                f"its folders with records are {', '.join(subfolders)}"
+                if subfolders
+                else "give a stage's folder or a file"
             )
-            raise ValueError(f"{path} holds no data.parquet and no part-*.parquet; {advice}.")
+            raise ValueError(f"{path} contains neither data.parquet nor part-*.parquet; {advice}.")
         records = {identity(record): record for file in files for record in _read_file(file)}
         return [records[key] for key in sorted(records)]
     if not path.exists():
         raise ValueError(f"No file or folder {path}; give a file of records, a stage's folder or a question file.")
-    found = _read_file(path)
-    return found if found and isinstance(found[0], Question) else sorted(found, key=identity)
+    rows = _read_file(path)
+    return rows if rows and isinstance(rows[0], Question) else sorted(rows, key=identity)
 
 
 def _read_file(file: Path) -> list[Any]:
@@ -95,8 +97,8 @@ def _read_file(file: Path) -> list[Any]:
     if {"id", "question", "answer"} <= set(columns):
         return list(read_questions(file))
     raise ValueError(
-        f"{file} has columns {columns}, which are those of no record; give a file of questions, traces, answers, "
-        "scores, weights or bounds."
+        f"{file} has columns {columns}, which match no record type; give a file of questions, traces, answers, scores, "
+        "weights or bounds."
     )
 
 
@@ -104,24 +106,24 @@ def _table(records: Sequence[Any]) -> Table:
     names = [item.name for item in fields(records[0]) if item.name not in _NOT_IN_TABLES]
     table = Table(box=SIMPLE_HEAD)
     for name in names:
-        table.add_column(name.replace("_", "\n"), overflow="fold")  # names as narrow as their values
+        table.add_column(name.replace("_", "\n"), overflow="fold")  # header no wider than the values
     for record in records:
         table.add_row(*(Text(_cell(getattr(record, name), None).strip()) for name in names))
     return table
 
 
 def _blocks(records: Iterable[Any], decode: Decoder | None) -> list[Text]:
-    found = []
+    blocks = []
     for record in records:
         for item in fields(record):
             value = _cell(getattr(record, item.name), decode).rstrip("\n")
-            found.append(Text.assemble((f"{item.name}:", "cyan"), "\n" if "\n" in value else " ", value))
-        found.append(Text())
-    return found
+            blocks.append(Text.assemble((f"{item.name}:", "cyan"), "\n" if "\n" in value else " ", value))
+        blocks.append(Text())
+    return blocks
 
 
 def _cell(value: Any, decode: Decoder | None) -> str:
-    """One value: log-probs as their sum and number, ids as text or as number and ends, the rest as it is."""
+    """Format a value: log-probs as sum and count; ids decoded, or as count with the first and last; others by str."""
     if value is None:
         return "–"
     if isinstance(value, float):
@@ -132,7 +134,7 @@ def _cell(value: Any, decode: Decoder | None) -> str:
         return f"Σ {value.sum():.3f} of {len(value)}"
     if decode is not None:
         return decode(value)
-    ends = " ".join(map(str, value)) if len(value) <= _MOST_IDS else f"{' '.join(map(str, value[:4]))} … {value[-1]}"
+    ends = " ".join(map(str, value)) if len(value) <= _MAX_IDS else f"{' '.join(map(str, value[:4]))} … {value[-1]}"
     return f"{len(value)} ids: {ends}"
 
 

@@ -1,4 +1,4 @@
-"""The table a run ends with: accuracy before and after, what was sampled, how the weights spread, time a stage."""
+"""Summary table at the end of a run: accuracy before and after, sampling statistics, ESS, seconds per stage."""
 
 import json
 from collections import Counter
@@ -7,30 +7,30 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megavar.records import Answer, Trace, TraceFinish, read_records, write_aside
+from megavar.records import Answer, Trace, TraceFinish, atomic_write, read_records
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
 from megavar.runs.metrics import Metrics
 
 
 def summarize(run: Run) -> dict[str, Any]:
-    """The run's results up to this round as one JSON-able dictionary; traces are those of this round.
+    """Results of the run up to this round as a JSON-serialisable dictionary; sampling statistics are of this round.
 
     Raises:
-        ValueError: if the metrics of `weigh` are missing.
+        ValueError: if metrics.jsonl has no row of `weigh` for this round.
     """
     traces = read_records(run.round / "traces" / "data.parquet", Trace)
     answers = read_records(run.round / "verified" / "data.parquet", Answer)
     finishes = Counter(trace.finish for trace in traces)
     names = [f"pi_{index}" for index in range(run.round_index + 1)]
     models = {name: run.folder / "eval" / f"{name}.json" for name in names}
-    weighed = {row["step"]: row for row in Metrics.read(run.folder) if row["stage"] == "weigh"}
-    if run.round_index not in weighed:
+    weigh_rows = {row["step"]: row for row in Metrics.read(run.folder) if row["stage"] == "weigh"}
+    if run.round_index not in weigh_rows:
         raise ValueError(
-            f"{run.folder}/metrics.jsonl has no row of weigh in round {run.round_index}; restore it, or remove the "
-            f"entry {run.entry('weigh')} of manifest.json and run that stage again."
+            f"{run.folder}/metrics.jsonl has no row of stage weigh in round {run.round_index}; restore the file, or "
+            f"remove the entry {run.entry('weigh')} from manifest.json and rerun the stage."
         )
-    weigh = weighed[run.round_index]
+    weigh = weigh_rows[run.round_index]
     return {
         "accuracy": {name: json.loads(file.read_text()) for name, file in models.items() if file.exists()},
         "ess": weigh["ess"],
@@ -50,37 +50,37 @@ def summarize(run: Run) -> dict[str, Any]:
     }
 
 
-def summary_rows(found: dict[str, Any]) -> list[list[tuple[str, str]]]:
-    """What `summarize` found as sections of (label, value)."""
+def summary_rows(summary: dict[str, Any]) -> list[list[tuple[str, str]]]:
+    """Format the result of `summarize` as sections of (label, value)."""
     accuracy = [
         (f"pass@{row['k']} {'before' if name == 'pi_0' else 'after'} ({name})", f"{row['mean']:.3f}  {interval(row)}")
-        for name, rows in found["accuracy"].items()
+        for name, rows in summary["accuracy"].items()
         for row in rows
     ]
     sampled = [
-        ("questions with weight", f"{found['questions_with_weight']} of {found['questions']}"),
-        ("traces sampled / truncated", f"{found['traces_sampled']} / {found['traces_truncated']}"),
-        ("answers sampled / correct", f"{found['answers_sampled']} / {found['answers_correct']}"),
-        ("effective sample size", f"{found['ess']:.2f} of {found['num_traces']} traces a question"),
+        ("questions with weight", f"{summary['questions_with_weight']} of {summary['questions']}"),
+        ("traces sampled / truncated", f"{summary['traces_sampled']} / {summary['traces_truncated']}"),
+        ("answers sampled / correct", f"{summary['answers_sampled']} / {summary['answers_correct']}"),
+        ("effective sample size", f"{summary['ess']:.2f} of {summary['num_traces']} traces per question"),
     ]
-    seconds = {**found["seconds"], "all stages": sum(found["seconds"].values())}
+    seconds = {**summary["seconds"], "all stages": sum(summary["seconds"].values())}
     return [accuracy, sampled, [(f"{stage}, seconds", f"{value:.0f}") for stage, value in seconds.items()]]
 
 
 def interval(row: dict[str, float]) -> str:
-    """A bootstrap interval in brackets."""
+    """Format a bootstrap interval: [low, high]."""
     return f"[{row['low']:.3f}, {row['high']:.3f}]"
 
 
 def print_summary(run: Run) -> None:
-    """Print the table and write it to report/summary.json."""
-    found = summarize(run)
+    """Print the summary table and write the summary to report/summary.json."""
+    summary = summarize(run)
     file = run.folder / "report" / "summary.json"
     file.parent.mkdir(exist_ok=True)
-    with write_aside(file) as aside:
-        aside.write_text(json.dumps(found, indent=2) + "\n")
+    with atomic_write(file) as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
     table = Table("", "", title=f"{run.config.name}: {run.folder}", show_header=False)
-    for section in summary_rows(found):
+    for section in summary_rows(summary):
         for row in section:
             table.add_row(*row)
         table.add_section()

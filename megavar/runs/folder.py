@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megavar.config.load import save_config
 from megavar.config.schema import RunConfig
-from megavar.records import Question, write_aside
+from megavar.records import Question, atomic_write
 
 
 @dataclass(frozen=True)
@@ -83,5 +83,5 @@ class Run:
     def open(self) -> None:
         """Create the folder and write the resolved configuration into it; rank 0 only."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with write_aside(self.folder / "config.yaml") as aside:
-            save_config(self.config, aside)
+        with atomic_write(self.folder / "config.yaml") as temporary:
+            save_config(self.config, temporary)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megavar.config.schema import LoggingConfig
-from megavar.records import write_aside
+from megavar.records import atomic_write
 
 
 class Metrics:
@@ -38,8 +38,8 @@ class Metrics:
     def drop(self, stage: str, steps: Container[int]) -> None:
         """Forget a stage's rows of these steps, which are about to be done again."""
         rows = [row for row in self.read(self.file.parent) if row["stage"] != stage or row["step"] not in steps]
-        with write_aside(self.file) as aside:
-            aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with atomic_write(self.file) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def log(self, stage: str, step: int, values: dict[str, float]) -> None:
         """Write one row."""

@@ -29,15 +29,15 @@ def test_jsonl_and_parquet_give_the_same_questions(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([GOOD, "{broken"], r"line 2: broken JSON"),
-        ([GOOD, GOOD], r"line 2: id 'a' is already on line 1"),
+        ([GOOD, "{broken"], r"line 2: invalid JSON"),
+        ([GOOD, GOOD], r"line 2: id 'a' was already on line 1"),
         ([{"question": "x", "answer": "1"}], r"line 1: field 'id' is missing"),
         ([{**GOOD, "answer": ""}], r"line 1: field 'answer' is empty"),
         ([{**GOOD, "id": "  "}], r"line 1: field 'id' is empty"),
         ([{**GOOD, "answer": 2}], r"line 1: field 'answer' must be a string, got 2"),
         ([{**GOOD, "hint": "x"}], r"line 1: unknown field 'hint'"),
-        (["[1]"], r"line 1: expected an object"),
-        ([], r"holds no questions"),
+        (["[1]"], r"line 1: expected a JSON object"),
+        ([], r"contains no questions"),
     ],
 )
 def test_bad_files_are_refused_by_line_and_field(tmp_path, rows, message):
@@ -55,7 +55,7 @@ def test_a_line_that_is_not_utf8_is_named_and_a_byte_order_mark_is_not_text(tmp_
     file.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n")
     assert read_questions(file) == [Question("a", "1+1", "2")]
     file.write_bytes(line + b"\n" + line.replace(b'"a"', b'"\xff"'))
-    with pytest.raises(ValueError, match=r"q\.jsonl, line 2: broken JSON"):
+    with pytest.raises(ValueError, match=r"q\.jsonl, line 2: invalid JSON"):
         read_questions(file)
 
 

@@ -85,13 +85,19 @@ def test_control_tokens_in_what_users_wrote_are_refused(token, name, render):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"policy": "{question} ({answer})"}, r"templates\.policy=.* inserts \['answer', 'question'\]; it must insert"),
-        ({"policy": "Solve."}, r"templates\.policy=.* inserts \[\]; it must insert \['question'\]"),
-        ({"policy": "{quesion}"}, r"templates\.policy=.* inserts \['quesion'\]"),
-        ({"policy": "{question} as \\boxed{}"}, r"templates\.policy=.* inserts \['', 'question'\].*brace.*twice"),
-        ({"policy": "{question} {"}, r"templates\.policy=.*brace.*twice"),
-        ({"posterior": "{answer}"}, r"templates\.posterior=.* must insert \['question'\]"),
-        ({"solution": "It is so."}, r"templates\.solution=.* must insert \['answer'\]"),
+        (
+            {"policy": "{question} ({answer})"},
+            r"templates\.policy=.* has the placeholders \['answer', 'question'\]; it must have",
+        ),
+        ({"policy": "Solve."}, r"templates\.policy=.* has the placeholders \[\]; it must have \['question'\]"),
+        ({"policy": "{quesion}"}, r"templates\.policy=.* has the placeholders \['quesion'\]"),
+        (
+            {"policy": "{question} as \\boxed{}"},
+            r"templates\.policy=.* has the placeholders \['', 'question'\].*Double literal braces",
+        ),
+        ({"policy": "{question} {"}, r"templates\.policy=.*double literal braces"),
+        ({"posterior": "{answer}"}, r"templates\.posterior=.* must have \['question'\]"),
+        ({"solution": "It is so."}, r"templates\.solution=.* must have \['answer'\]"),
     ],
 )
 def test_templates_that_leak_lose_or_misname_a_field_are_refused(change, message):
@@ -108,5 +114,5 @@ def test_a_tokenizer_without_chat_template_is_refused(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(ValueError, match="needs a chat template and an eos token"):
         Templates(tmp_path, CONFIG)

@@ -119,7 +119,7 @@ def policy(questions=(QUESTION,), traces=None, answers=None, weights=None):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ({"weights": [weight(5, 1.0)]}, "trace 5 of question 'q' has a weight but is not among the sampled"),
+        ({"weights": [weight(5, 1.0)]}, "trace 5 of question 'q' has a weight, but is not among the sampled"),
         ({"weights": [replace(weight(0, 1.0), round=2)]}, "trace 0 of question 'q'.*not among.*round 2"),
         ({"weights": [weight(0, 1.0), weight(0, 0.5)]}, "trace 0 of question 'q' occurs twice"),
         ({"weights": [weight(0, 0.0)]}, "no trace has weight"),

@@ -69,14 +69,14 @@ def test_many_subsets_are_drawn_without_bias():
     random = np.random.default_rng(1)
     log_weights = random.normal(size=16)
     every = [effective_sample_size(np.exp(log_weights[list(chosen)])) for chosen in combinations(range(16), 4)]
-    drawn = np.concatenate([curves.subset_sizes(log_weights, 4, random) for _ in range(50)])
+    drawn = np.concatenate([curves.subset_ess(log_weights, 4, random) for _ in range(50)])
     assert len(drawn) == 50 * 128 and drawn.mean() == pytest.approx(np.mean(every), abs=4 * np.std(every) / 80)
 
 
 def test_weights_too_small_for_floats_still_have_a_size():
-    sizes = curves.subset_sizes(np.array([-2000.0, -2000.0, -np.inf]), 2, np.random.default_rng(0))
+    sizes = curves.subset_ess(np.array([-2000.0, -2000.0, -np.inf]), 2, np.random.default_rng(0))
     assert sizes.tolist() == [2.0, 1.0, 1.0]
-    assert curves.subset_sizes(np.full(2, -np.inf), 2, np.random.default_rng(0)).tolist() == [0.0]
+    assert curves.subset_ess(np.full(2, -np.inf), 2, np.random.default_rng(0)).tolist() == [0.0]
 
 
 @pytest.mark.parametrize(("largest", "expected"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])

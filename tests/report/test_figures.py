@@ -61,6 +61,6 @@ def test_densities_count_every_finite_row_and_say_so_when_there_is_none():
 
 
 def test_questions_without_weights_are_the_bar_at_zero():
-    (plot,) = figures.size_histogram(np.array([0.0, 0.0, 1.0, 4.0]), 4).axes
+    (plot,) = figures.ess_histogram(np.array([0.0, 0.0, 1.0, 4.0]), 4).axes
     bars = {round(bar.get_x() + bar.get_width() / 2, 6): bar.get_height() for bar in plot.patches if bar.get_height()}
     assert bars == {0.0: 2, 1.0: 1, 4.0: 1}

@@ -16,9 +16,9 @@ from megavar.config.load import load_config
 from megavar.config.schema import ObjectiveConfig
 from megavar.data.decode import open_decoder
 from megavar.records import Question, Score, read_records
-from megavar.report.browser import MOST_CHARACTERS, shorten, spread
-from megavar.report.finished import FinishedRun, labels, open_run
+from megavar.report.browser import MAX_CHARACTERS, shorten, spread
 from megavar.report.page import write_page
+from megavar.report.run_view import RunView, labels, open_run
 from megavar.stages.weigh import weigh_traces
 
 VOID = {"meta", "img", "br", "input"}
@@ -123,9 +123,9 @@ def test_a_gold_trace_is_shown_by_the_question_s_own_text(run):
 
 
 def test_long_texts_keep_their_ends_and_many_questions_are_spread():
-    text = "a" * MOST_CHARACTERS + "z" * 10
-    assert shorten(text[:MOST_CHARACTERS]) == text[:MOST_CHARACTERS]
-    assert "[… 10 characters left out …]" in shorten(text)
+    text = "a" * MAX_CHARACTERS + "z" * 10
+    assert shorten(text[:MAX_CHARACTERS]) == text[:MAX_CHARACTERS]
+    assert "[… 10 characters omitted …]" in shorten(text)
     assert shorten(text).startswith("aaa") and shorten(text).endswith("zzz")
     questions = [Question(str(index), "x", "1") for index in range(10)]
     assert [row.id for row in spread(questions, 4)] == ["0", "3", "6", "9"]
@@ -139,7 +139,7 @@ def test_runs_named_after_the_first_are_compared(run, tmp_path):
     cells = page.texts["td"]
     at = cells.index("sft_only")
     assert cells[at : at + 3] == ["sft_only", "pi_0", "1"] and cells[at + 3].startswith("0.250")
-    assert any("Beside it in the curves: sft_only" in text for text in page.texts["p"])
+    assert any("Compared with: sft_only" in text for text in page.texts["p"])
     assert not (other.folder / "report").exists()
 
 
@@ -170,24 +170,25 @@ def test_a_run_without_weights_is_refused_by_the_first_missing_stage(tmp_path, f
 def test_missing_stages_are_those_of_the_run(tmp_path, settings, made, missing):
     run = make_run(tmp_path, stages=tuple(made))
     config = load_config(tmp_path / "run.yaml", settings.split())
-    found = FinishedRun(run.folder, config).unfinished()
+    found = RunView(run.folder, config).unfinished()
     assert found[: len(missing)] == missing and "eval_02" not in found
     if made == ["sft"]:
         with pytest.raises(ValueError, match=f"stage {missing[0]} is not finished"):
-            FinishedRun(run.folder, config).round_folder()
+            RunView(run.folder, config).round_folder()
 
 
 def test_files_that_are_gone_and_folders_of_something_else_are_named(run, tmp_path):
     (run.round / "scores" / "data.parquet").unlink()
-    with pytest.raises(ValueError, match=r"no round_\* folder holds traces, verified, scores, weights"):
+    with pytest.raises(ValueError, match=r"no round_\* folder contains traces, verified, scores, weights"):
         write_page([run.folder])
-    with pytest.raises(ValueError, match=r"is not the folder of a run: it has no config\.yaml"):
+    with pytest.raises(ValueError, match=r"is not a run folder: it has no config\.yaml"):
         write_page([tmp_path])
 
 
 def test_lost_metrics_are_said(run):
     (run.folder / "metrics.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"small/metrics\.jsonl has no row of weigh in round 1; .* entry weigh of"):
+    message = r"small/metrics\.jsonl has no row of stage weigh in round 1; .* entry weigh from"
+    with pytest.raises(ValueError, match=message):
         write_page([run.folder])
 
 

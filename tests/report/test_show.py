@@ -89,8 +89,11 @@ def test_questions_are_shown_from_either_format_and_an_empty_file_is_no_error(tm
     [
         (lambda file: None, "No file or folder"),
         (lambda file: file.write_bytes(b"text"), "is neither a Parquet file nor a .jsonl file of questions"),
-        (lambda file: pq.write_table(pa.table({"a": [1]}), file), "has columns ['a'], which are those of no record"),
-        (lambda file: file.mkdir(), "holds no data.parquet and no part-*.parquet; give a stage's folder or a file"),
+        (lambda file: pq.write_table(pa.table({"a": [1]}), file), "has columns ['a'], which match no record type"),
+        (
+            lambda file: file.mkdir(),
+            "contains neither data.parquet nor part-*.parquet; give a stage's folder or a file",
+        ),
     ],
 )
 def test_a_missing_or_foreign_file_is_named(tmp_path, capsys, make, message):
@@ -107,7 +110,7 @@ def test_a_folder_of_stages_names_them(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--question", "odd"], "no record of question 'odd'; it has those of cut, easy, hard"),
+        (["--question", "odd"], "no record of question 'odd'; it has records of cut, easy, hard"),
         (["--limit", "-1"], "--limit -1 is negative"),
         (["--model", "/nowhere"], "/nowhere has no tokenizer.json"),
     ],

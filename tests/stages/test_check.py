@@ -67,7 +67,10 @@ def test_wrong_settings_are_refused_by_name(config_file, overrides, ranks, messa
     ("row", "message"),
     [
         ({"verifier": "odd"}, r"t\.jsonl: verifier 'odd' is unknown; use one of math"),
-        ({"trace": "1+1=2;" * 60}, r"question 'a' makes a gold sequence of \d+ tokens, over data\.max_sequence_tokens"),
+        (
+            {"trace": "1+1=2;" * 60},
+            r"question 'a' has a gold sequence of \d+ tokens, more than data\.max_sequence_tokens",
+        ),
         ({"question": "x<|im_end|>"}, r"question 'a' contains the control token"),
         ({"question": "1" * 60}, r"question 'a': its prompt, a trace of .* over data\.max_sequence_tokens=160"),
         ({"solution": "7" * 70}, r"an answer of 71 tokens .* over data\.max_sequence_tokens=160"),

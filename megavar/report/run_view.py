@@ -1,6 +1,6 @@
-"""Read-only view of a run's folder: its settings, its last complete round, its evaluated models.
+"""Read-only view of a run folder: its configuration, last complete round and evaluated models.
 
-Nothing here needs torch, and nothing is written. Which stages a figure needs is decided here, once.
+Writes nothing and needs no torch. Which outputs a report needs is defined here only.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ _ROUND_RECORDS = ("traces", "verified", "scores", "weights")
 
 @dataclass(frozen=True)
 class Round:
-    """The records of one round, in the order of their identities."""
+    """The records of one round, sorted by identity."""
 
     folder: Path
     questions: list[Question]
@@ -34,76 +34,80 @@ class Round:
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """Read-only view of a run's folder."""
+class RunView:
+    """Read-only view of a run folder."""
 
     folder: Path
     config: RunConfig
 
     @property
     def run(self) -> Run:
-        """The run in its last round with weights; it is where it lies now, not where it was made."""
+        """The run in its last round with weights, at its current path (it may have been moved)."""
         config = replace(self.config, runs_dir=str(self.folder.parent), name=self.folder.name)
         return Run(config, round_index=max(1, len(self.rounds())))
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """All rows of metrics.jsonl."""
+        """Rows of metrics.jsonl."""
         return Metrics.read(self.folder)
 
     @property
     def stages(self) -> list[str]:
-        """The run's stages of all rounds, in order."""
+        """Stages of all rounds, in order, as named in the manifest."""
         return [run.entry(stage.name) for stage, run in stages_of(self.config)]
 
     def unfinished(self) -> list[str]:
-        """Those that are not finished."""
+        """Stages that are not finished, in order."""
         entries = Manifest(self.folder).entries()
         return [name for name in self.stages if entries.get(name, {}).get("status") != "finished"]
 
     def evaluated(self) -> dict[str, list[Answer]]:
-        """The verified answers of every evaluated policy, pi_0 first."""
+        """Model -> verified answers to the held-out questions, for every evaluated policy; pi_0 first."""
         files = {file.parents[1].name: file for file in self.folder.glob("eval/*/verified/data.parquet")}
         order = sorted(files, key=lambda name: (len(name), name))
         return {name: read_records(files[name], Answer) for name in order}
 
     def eval_questions(self) -> list[Question]:
-        """The held-out questions; they must lie where the run found them."""
+        """The held-out questions, from `data.eval`.
+
+        Raises:
+            ValueError: if the file was moved or changed to an invalid one.
+        """
         assert self.config.data.eval is not None, "a model was evaluated without data.eval"
         return _questions(self.config.data.eval, "data.eval")
 
     def rounds(self) -> list[Path]:
-        """The folders of the rounds whose traces have weights, in order."""
+        """Folders of the rounds that finished `weigh`, in order."""
         entries = Manifest(self.folder).entries()
-        found = []
+        folders = []
         for index, folder in enumerate(sorted(self.folder.glob("round_*")), start=1):
-            weighed = entries.get(Run(self.config, index).entry("weigh"), {}).get("status") == "finished"
-            if weighed and all((folder / name / "data.parquet").is_file() for name in _ROUND_RECORDS):
-                found.append(folder)
-        return found
+            finished = entries.get(Run(self.config, index).entry("weigh"), {}).get("status") == "finished"
+            if finished and all((folder / name / "data.parquet").is_file() for name in _ROUND_RECORDS):
+                folders.append(folder)
+        return folders
 
     def round_folder(self) -> Path:
-        """The last round with weights.
+        """Folder of the last round that finished `weigh`.
 
         Raises:
-            ValueError: naming the first stage that is missing.
+            ValueError: if there is none, naming the first unfinished stage.
         """
-        found = self.rounds()
-        if found:
-            return found[-1]
+        folders = self.rounds()
+        if folders:
+            return folders[-1]
         for stage in self.stages[: self.stages.index("weigh") + 1]:
             Manifest(self.folder).digest(stage)
         raise ValueError(
-            f"{self.folder}: every stage up to weigh is finished, but no round_* folder holds "
-            f"{', '.join(_ROUND_RECORDS)}; restore the files, or remove the stages' entries in manifest.json "
-            "and run them again."
+            f"{self.folder}: all stages up to weigh are finished, but no round_* folder contains "
+            f"{', '.join(_ROUND_RECORDS)}; restore the files, or remove the stages' entries from manifest.json and "
+            "rerun them."
         )
 
     def last_round(self) -> Round:
-        """The records of the last round with weights.
+        """Read the records of the last round that finished `weigh`.
 
         Raises:
-            ValueError: if no round has weights yet, or the questions are not where the run found them.
+            ValueError: if there is none, or the question file was moved.
         """
         folder = self.round_folder()
 
@@ -120,19 +124,19 @@ class FinishedRun:
         )
 
 
-def open_run(folder: Path) -> FinishedRun:
-    """Open a run's folder.
+def open_run(folder: Path) -> RunView:
+    """Open a run folder.
 
     Raises:
-        ValueError: if it is not the folder of a run.
+        ValueError: if it has no config.yaml.
     """
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} is not the folder of a run: it has no config.yaml; give one such as runs/demo.")
-    return FinishedRun(folder.resolve(), load_config(folder / "config.yaml", []))
+        raise ValueError(f"{folder} is not a run folder: it has no config.yaml; give a folder such as runs/demo.")
+    return RunView(folder.resolve(), load_config(folder / "config.yaml", []))
 
 
-def labels(runs: Sequence[FinishedRun]) -> dict[str, FinishedRun]:
-    """Runs by what figures call them: the folder's name, or its path where two have the same name."""
+def labels(runs: Sequence[RunView]) -> dict[str, RunView]:
+    """Runs by their label in figures: the folder's name, or its path if several runs have that name."""
     names = Counter(run.folder.name for run in {run.folder: run for run in runs}.values())
     return {run.folder.name if names[run.folder.name] == 1 else str(run.folder): run for run in runs}
 
@@ -141,4 +145,4 @@ def _questions(file: str, key: str) -> list[Question]:
     try:
         return read_questions(Path(file))
     except ValueError as error:
-        raise ValueError(f"{key}: {error} A relative path is read from the folder the run was started in.") from error
+        raise ValueError(f"{key}: {error} Relative paths start at the folder the run was started in.") from error
