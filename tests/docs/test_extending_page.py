@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_run import round_records
+from helpers.small_run import round_records
 
 from megavar.config.load import load_config
 from megavar.config.schema import VerifyConfig

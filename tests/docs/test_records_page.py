@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from small_run import make_run, write_eval
+from helpers.small_run import make_run, write_eval
 
 from megavar.records import Answer, Bound, Question, Score, Trace, Weight, schema_of
 from megavar.report.page import write_page
