@@ -42,6 +42,8 @@ def _launch(config_file: Path, overrides: list[str], stage: str) -> None:
     config = load_config(config_file, overrides)
     show_logs(config.logging.level)
     all_ranks = stage == "run" or find_stage(config, stage)[0].all_ranks
+    if not (all_ranks or is_rank_zero()):
+        return  # a stage of one process, started on several ranks
     ranks = world_size() if all_ranks else None
     if is_rank_zero():
         from megavar.stages.check import check_run

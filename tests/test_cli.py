@@ -91,3 +91,11 @@ def test_a_good_stage_prints_only_our_lines_and_debug_brings_those_of_libraries_
     quiet = printed("quiet", "info")
     assert len(quiet) == len(ours) and all(line.startswith(start) for line, start in zip(quiet, ours, strict=True))
     assert any("Falling back" in line for line in printed("loud", "debug"))
+
+
+def test_a_stage_of_one_process_runs_once_however_many_ranks_torchrun_starts(tmp_path):
+    (tmp_path / "run.yaml").write_text(f"name: a\nruns_dir: {tmp_path}\nmodel: {BASE}\ndata: {{train: none.jsonl}}\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "megavar", "weigh", "--config", f"{tmp_path}/run.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.count("error: No question file none.jsonl") == 1

@@ -10,6 +10,7 @@ import pytest
 
 from megavar.records import (
     Answer,
+    AnswerFinish,
     RecordWriter,
     Score,
     Trace,
@@ -116,3 +117,17 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_a_living_one_
     with atomic_write(file) as aside:
         aside.write_text("whole")
     assert file.read_text() == "whole" and sorted(tmp_path.iterdir()) == sorted([file, living])
+
+
+def test_a_value_that_an_enum_does_not_have_is_refused_with_the_file(tmp_path):
+    row = Answer("a", 0, 0, 1, np.zeros(0, np.int32), "t", "stopped", 0)
+    write_records(tmp_path / "a.parquet", [row], Answer)
+    with pytest.raises(ValueError, match=r"a\.parquet contains the AnswerFinish 'stopped', expected one of stop, "):
+        read_records(tmp_path / "a.parquet", Answer)
+
+
+def test_enum_columns_are_strings_and_come_back_as_members(tmp_path):
+    row = Answer("a", 0, 0, 1, np.zeros(0, np.int32), "t", AnswerFinish.STOP, 0)
+    write_records(tmp_path / "a.parquet", [row], Answer)
+    assert read_records(tmp_path / "a.parquet", Answer)[0].finish is AnswerFinish.STOP
+    assert str(schema_of(Answer).field("finish").type) == "string"

@@ -121,3 +121,39 @@ def test_training_flops_equal_those_that_torch_counts_in_transformers(tmp_path, 
         model(torch.arange(length)[None]).logits.sum().backward()
     all_pairs = 6.0 * dims.num_layers * dims.query_size * length**2
     assert dims.training_flops([length], length) + all_pairs == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": None}, r"config\.json has hidden_size=None, expected a value of type int"),
+        ({"num_hidden_layers": "4"}, r"num_hidden_layers='4', expected a value of type int"),
+        ({"num_key_value_heads": 0}, r"num_key_value_heads=0, expected at least 1"),
+        ({"tie_word_embeddings": "no"}, r"tie_word_embeddings='no', expected a value of type bool"),
+        ({"rope_parameters": {"rope_type": "default"}}, r"no rope_theta"),
+    ],
+)
+def test_a_size_is_never_guessed(folder, tmp_path, changes, message):
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match=message):
+        read_dims(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\ud800"])
+def test_a_config_that_is_no_object_is_refused_by_name(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match=r"config\.json (cannot be read|contains)"):
+        read_dims(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
+def test_what_a_config_leaves_out_has_transformers_default(tmp_path, family):
+    model = save_tiny_model(tmp_path, family, tied=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("tie_word_embeddings", "use_sliding_window", "hidden_act", "attention_bias", "norm_topk_prob"):
+        config.pop(key, None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    dims, defaults = read_dims(tmp_path), type(model.config).from_pretrained(tmp_path)
+    assert dims.tied_embeddings == defaults.tie_word_embeddings
+    assert dims.normalise_routing == getattr(defaults, "norm_topk_prob", False)
