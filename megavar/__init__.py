@@ -1,6 +1,6 @@
 """Variational training of reasoning language models on Megatron-Core.
 
-The flow of one round, a stage a line (`stages/pipeline.py` wires them):
+The flow of one round, a stage a line (declared in `runs/plan.py`, executed by `stages/NAME.py`):
 
     sft        base, gold traces                -> pi_0
     rollouts   pi_0                             -> weighted traces for the posterior (posterior.source: rollout)
