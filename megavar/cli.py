@@ -114,6 +114,8 @@ def reported(work: Callable[[], None]) -> int:
         return 2
     except (Exception, KeyboardInterrupt) as error:
         traceback.print_exception(error)
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not have been imported
+            print("error: out of GPU memory; see docs/troubleshooting.md#out-of-memory", flush=True)
         return 1
     return 0
 

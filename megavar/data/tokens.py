@@ -120,7 +120,10 @@ def _with_trace(questions: Sequence[Question]) -> list[Question]:
 def _with_weight(weights: Iterable[Weight]) -> list[Weight]:
     kept = [weight for weight in by_trace(weights).values() if float(weight.weight) != 0]
     if not kept:
-        raise ValueError("no trace has weight: no closed trace has a correct answer; sample more, or train longer.")
+        raise ValueError(
+            "no trace has weight: no closed trace has a correct answer; sample more, or train longer "
+            "(docs/troubleshooting.md#no-trace-has-weight)."
+        )
     return kept
 
 

@@ -162,7 +162,7 @@ class SGLangEngine:
         self._warned_of_seeds = True
         logger.warning(
             "SGLang server %s runs without deterministic inference: seeds are recorded but NOT replayable. "
-            "Set rollout.deterministic=true if samples must repeat.",
+            "Set rollout.deterministic=true if samples must repeat (docs/troubleshooting.md#seeds-are-not-replayable).",
             worker.url,
         )
 
@@ -260,7 +260,10 @@ class SGLangEngine:
                 else:
                     self._workers.succeeded(worker)
                     return generations
-        raise RolloutError(f"gave up after {self._max_retries + 1} tries; the last: {last_fault}") from last_fault
+        raise RolloutError(
+            f"gave up after {self._max_retries + 1} tries; the last: {last_fault} "
+            "(docs/troubleshooting.md#requests-fail)"
+        ) from last_fault
 
     def _check_request(self, request: GenerateRequest) -> None:
         if self._vocab_size is None:

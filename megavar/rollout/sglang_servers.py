@@ -51,7 +51,9 @@ class ServerDied(RolloutError):
     """A server process ended before it was healthy."""
 
     def __init__(self, message: str, log_tail: str) -> None:
-        super().__init__(f"{message} The end of its log:\n{log_tail}")
+        super().__init__(
+            f"{message} See docs/troubleshooting.md#server-does-not-start. The end of its log:\n{log_tail}"
+        )
         self.port_taken = "already in use" in log_tail.lower()
 
 

@@ -1,6 +1,7 @@
 """Samples traces from q and answers from the policy, from SGLang servers to disk; only what is missing is requested."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from megavar.rollout.requests import run_requests
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
 from megavar.stages.run_files import round_questions, sampler_folder, templates
+
+logger = logging.getLogger(__name__)
 
 Key = tuple[str, int]
 
@@ -51,6 +54,14 @@ def _sample(run: Run, service: RolloutService) -> None:
         return await sample_answers(engine, sampled, questions, num_answers, sampling, folder)
 
     sampled = service.run(sampler_folder(run), traces)
+    num_closed = sum(trace.finish == TraceFinish.CLOSED for trace in sampled)
+    if num_closed < len(sampled) / 2:
+        logger.warning(
+            "sample: only %d of %d traces are closed; the others get no answers and no weight "
+            "(docs/troubleshooting.md#no-closed-traces).",
+            num_closed,
+            len(sampled),
+        )
     service.run(run.reference, answers)
 
 

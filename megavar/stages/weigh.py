@@ -1,12 +1,13 @@
 """Turns scores into weights, question by question, and returns statistics of them."""
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from megavar.config.schema import ObjectiveConfig
+from megavar.config.schema import ObjectiveConfig, RunConfig
 from megavar.joins import answers_by_trace, count_correct
 from megavar.objectives import get_objective
 from megavar.objectives.bounds import question_bounds
@@ -16,6 +17,12 @@ from megavar.records import Answer, Bound, Score, Trace, TraceFinish, Weight, We
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
 from megavar.stages.run_files import log_values, read_output
+
+logger = logging.getLogger(__name__)
+
+LOW_ESS = 1.2
+LARGE_DIFFERENCE_NATS = {"fp32": 0.01, "bf16": 1.0}
+"""Of one token: the largest of a whole round is far above the mean, most of all where engines round to bf16."""
 
 
 def execute(run: Run, service: RolloutService) -> None:
@@ -27,9 +34,28 @@ def execute(run: Run, service: RolloutService) -> None:
         values = weigh_traces(traces, scores, objective.name, objective, run.round / "weights")
         if run.config.score.temperature == run.config.sample.temperature:
             values["largest_engine_difference"] = engine_difference(traces, scores)
+        _warn(values, run.config)
         log_values(run, "weigh", {run.round_index: values})
 
     on_rank_zero(work)
+
+
+def _warn(values: dict[str, float], config: RunConfig) -> None:
+    """Say what a run should not go on with unseen."""
+    if 0 < values["ess"] < LOW_ESS and config.num_traces > 1:
+        logger.warning(
+            "weigh: the effective sample size is %.2f of %d traces: one trace a question decides "
+            "(docs/troubleshooting.md#ess-near-1).",
+            values["ess"],
+            config.num_traces,
+        )
+    difference = values.get("largest_engine_difference", 0.0)
+    if difference > LARGE_DIFFERENCE_NATS[config.precision.dtype]:
+        logger.warning(
+            "weigh: log-probs of serving and training engine differ by up to %.3g nats "
+            "(docs/troubleshooting.md#large-engine-difference).",
+            difference,
+        )
 
 
 def weigh_traces(

@@ -117,9 +117,11 @@ def train_model(
         }
         # Reported before it is saved: a step that a checkpoint holds is never taken again, so its row must be there.
         report(step + 1, num_steps, metrics)
+        clock.lap()
+        checkpoint_seconds = 0.0
         if (step + 1) % train.save_interval == 0 or step + 1 == num_steps:
             save_checkpoint(folder, step + 1, chunks, optimizer, scheduler, train.keep_checkpoints, model)
-        checkpoint_seconds = clock.lap()
+            checkpoint_seconds = clock.lap()
 
 
 class _Clock:
