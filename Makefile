@@ -1,5 +1,5 @@
 # make demo   environments, then one round on two CPU cores
-# make test   environments, then the test suite
+# make test   environments, then the tests; make test-all also runs the slow ones
 # make check  formatting, lint and types
 # make evidence  all methods over three seeds on two tasks (nearly 3 hours; resumable)
 
@@ -16,12 +16,15 @@ export OMP_NUM_THREADS ?= 1
 install_torch = $(1)/pip install --quiet --retries 0 --index-url $(TORCH_INDEX) "$(TORCH)" 2>/dev/null || \
 	$(1)/pip install --quiet "$(TORCH)"
 
-.PHONY: demo test check evidence sglang clean
+.PHONY: demo test test-all check evidence sglang clean
 
 demo: $(VENV)/.done $(SGLANG)/.done
 	$(BIN)/python examples/pretrain_variational.py $(DEMO_FLAGS)
 
 test: $(VENV)/.done $(SGLANG)/.done
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.done $(SGLANG)/.done
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.done

@@ -11,10 +11,15 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megavar.ranks import RankZeroError, is_rank_zero
+
+if TYPE_CHECKING:
+    from megavar.config.schema import ParallelConfig, RunConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,24 +53,36 @@ def _launch(config_file: Path, overrides: list[str], stage: str) -> None:
     if is_rank_zero():
         from megavar.stages.check import check_run
 
-        check_run(config, ranks)
-    if all_ranks:
-        from megavar.training import parallel
-
-        parallel.start(config.parallel)  # the other ranks wait here until rank 0 has checked
-    from megavar.stages import runner
-
+        check_run(config, ranks)  # the other ranks wait for rank 0 where they join the process group
     if stage == "run":
-        runner.run_pipeline(config)
-        if is_rank_zero():
-            from megavar.report.summary import print_summary
-            from megavar.runs.folder import Run
+        run_all_stages(config)
+        return
+    from megavar.stages.runner import run_stage
 
+    with _process_group(config.parallel) if all_ranks else nullcontext():
+        run_stage(config, stage)
+
+
+def run_all_stages(config: "RunConfig") -> None:
+    """Run a checked configuration on all ranks of this torchrun, then print the table of results."""
+    from megavar.report.summary import print_summary
+    from megavar.runs.folder import Run
+    from megavar.stages.runner import run_pipeline
+
+    with _process_group(config.parallel):
+        run_pipeline(config)
+        if is_rank_zero():
             print_summary(Run(config, config.rounds))
-    else:
-        runner.run_stage(config, stage)
-    if all_ranks:
-        parallel.stop()
+
+
+@contextmanager
+def _process_group(config: "ParallelConfig") -> Iterator[None]:
+    """Left in order only if nothing failed: the other ranks of a failed one do not answer."""
+    from megavar.training import parallel
+
+    parallel.start(config)
+    yield
+    parallel.stop()
 
 
 def world_size() -> int:

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megavar.cli import launch, reported, show_logs
+from megavar.cli import launch, reported, run_all_stages, show_logs
 from megavar.config.load import load_config
 from megavar.config.schema import ParallelConfig, RunConfig
 from megavar.ranks import environment_without_torchrun, is_rank_zero
 from megavar.rollout.sglang_servers import visible_gpus
+from megavar.stages.check import check_run
 
 MISTAKE = 2
 """Exit code of a user's mistake, which rank 0 has reported."""
@@ -33,36 +34,41 @@ def run_on_enough_ranks(config_file: Path, overrides: list[str], command: Sequen
     code = reported(lambda: configs.append(load_config(config_file, overrides)))
     if code:
         return code
-    layout = configs[0].parallel
-    if int(os.environ.get("WORLD_SIZE", "0")) >= layout.ranks_per_replica:
+    (config,) = configs
+    if int(os.environ.get("WORLD_SIZE", "0")) >= config.parallel.ranks_per_replica:
         return launch(config_file, overrides, "run")
-    code = reported(lambda: _check_machine(layout, command))
+    show_logs(config.logging.level)
+    forks = not visible_gpus()
+    code = reported(lambda: _check(config, command, forks))
     if code or not is_rank_zero():
         return code
-    num_ranks, started = layout.ranks_per_replica, os.environ.get("WORLD_SIZE", "none")
+    layout, num_ranks = config.parallel, config.parallel.ranks_per_replica
     sizes = f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context}"
+    started = os.environ.get("WORLD_SIZE", "none")
     print(f"{sizes} needs {num_ranks} ranks, torchrun started {started}: starting {num_ranks} here", flush=True)
-    show_logs(configs[0].logging.level)
-    if visible_gpus():
-        return start_ranks(num_ranks, sys.executable, "-u", *command)
-    _import_engine()
-    return start_ranks(num_ranks, _run_all_stages, config_file, overrides)
+    if forks:
+        return start_ranks(num_ranks, _run_forked, config)
+    return start_ranks(num_ranks, sys.executable, "-u", *command)
 
 
-def _import_engine() -> None:
-    """Import what every rank needs before they are forked, which otherwise is most of the time to the first step.
+def _check(config: RunConfig, command: Sequence[str], forks: bool) -> None:
+    """Refuse what is wrong with the run, and import what forked ranks share: most of the time to the first step.
 
-    Not where there are GPUs: a process that has looked for them cannot use them after a fork.
+    A rank that is not forked checks and imports by itself: where there are GPUs, a process that has looked for them
+    cannot use them after a fork.
     """
-    importlib.import_module("megavar.training.loop")
+    _check_machine(config.parallel, command)
+    if forks and is_rank_zero():
+        check_run(config, config.parallel.ranks_per_replica)
+        importlib.import_module("megavar.training.loop")
 
 
-def _run_all_stages(config_file: Path, overrides: list[str]) -> None:
+def _run_forked(config: RunConfig) -> None:
     # A forked rank has the agent's handlers, which would end it with a traceback.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
-    code = launch(config_file, overrides, "run")
+    code = reported(lambda: run_all_stages(config))
     if code:
         sys.exit(code)
 

@@ -16,7 +16,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.fixture
 def config_file(tmp_path):
-    """A run whose only mistake needs the tokenizer to be seen, so that every rank has started by then."""
+    """A run whose only mistake needs the tokenizer to be seen."""
     row = {"id": "a", "question": "1+1" * 60, "answer": "2", "trace": "1+1=2;"}
     (tmp_path / "t.jsonl").write_text(json.dumps(row))
     (tmp_path / "run.yaml").write_text(
@@ -36,16 +36,29 @@ def start(*command: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize("under_torchrun", [False, True])
-def test_too_few_ranks_start_the_others_here_and_a_mistake_is_the_last_line(config_file, under_torchrun):
+def test_a_mistake_is_one_line_before_ranks_are_started(config_file, under_torchrun):
     command = [*TORCHRUN, SCRIPT] if under_torchrun else [sys.executable, SCRIPT]
     done = start(*command, "--config", str(config_file), "--tp", "2")
-    started = "1" if under_torchrun else "none"
-    says = f"tensor 2 x pipeline 1 x context 1 needs 2 ranks, torchrun started {started}: starting 2 here"
-    mistake = "error: question 'a' makes a gold sequence of "
     lines = done.stdout.splitlines()
-    assert lines[0] == says and lines[1].startswith(mistake) and done.stdout.count("error: ") == 1
+    assert lines[0].startswith("error: question 'a' has a gold sequence of ") and done.stdout.count("error: ") == 1
     # Where torchrun was started by somebody else, its own report follows and its exit code is 1.
-    assert (len(lines) == 2, done.returncode) == ((False, 1) if under_torchrun else (True, 2))
+    assert (len(lines) == 1, done.returncode) == ((False, 1) if under_torchrun else (True, 2))
+
+
+@pytest.mark.parametrize("under_torchrun", [False, True])
+def test_too_few_ranks_start_the_others_here_and_a_failed_stage_is_the_last_line(config_file, under_torchrun):
+    """The stage before the one that samples runs on all ranks; then there is no server at the given URL."""
+    text = config_file.read_text().replace("fp32}", "fp32}\nsft: {num_steps: 1}\nposterior: {train: {num_steps: 1}}")
+    config_file.write_text(text)
+    (config_file.parent / "t.jsonl").write_text('{"id": "a", "question": "1+1", "answer": "2", "trace": "1+1=2;"}')
+    command = [*TORCHRUN, SCRIPT] if under_torchrun else [sys.executable, SCRIPT]
+    done = start(*command, "--config", str(config_file), "--tp", "2")
+    started, lines = "1" if under_torchrun else "none", done.stdout.splitlines()
+    assert lines[0] == f"tensor 2 x pipeline 1 x context 1 needs 2 ranks, torchrun started {started}: starting 2 here"
+    entries = json.loads((config_file.parent / "runs" / "a" / "manifest.json").read_text())
+    assert entries["posterior"]["status"] == "finished" and entries["sample"]["status"] == "begun"
+    failure = [index for index, line in enumerate(lines) if "is an SGLang server running there?" in line]
+    assert failure and done.returncode == 1 and (under_torchrun or failure[-1] == len(lines) - 1)
 
 
 def test_more_than_one_node_is_told_the_exact_command(config_file):
