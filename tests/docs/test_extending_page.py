@@ -84,7 +84,7 @@ def test_the_objective_weighs_from_outside(outside, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(outside)
     config = load(tmp_path, "objective.name=hard_first:OBJECTIVE", "objective.ratio=none", "sample.sampler=policy")
     assert check_objective(config.objective, config.sample).compares_answers
-    with pytest.raises(ValueError, match="compares a question's answers"):
+    with pytest.raises(ValueError, match="compares several answers of a question"):
         check_objective(config.objective, load(tmp_path, "sample.num_traces=1", "sample.num_answers=1").sample)
     traces, _, scores = round_records()
     equal = [Score(*(s.question_id, s.trace_index, 1, s.logp_policy, s.logp_policy, s.logp_answer),
@@ -104,7 +104,7 @@ def test_the_verifier_judges_in_the_pool_from_outside(outside, tmp_path, monkeyp
     questions = read_questions(outside / "questions.jsonl")
     texts = ["So it is\nGray", "grey \n", "blue", ""]
     answers = [Answer("sky", 0, i, 1, np.array([i], np.int32), text, "stop", i) for i, text in enumerate(texts)]
-    with pytest.raises(ValueError, match=r"list it in verify\.plugins if you trust it"):
+    with pytest.raises(ValueError, match=r"if you trust the code: verify\.plugins"):
         get_verifier(questions[0].verifier)
     config = VerifyConfig(num_workers=1, plugins=["any_of:verify"])
     verified = verify_answers(questions, answers, config, 0.0, tmp_path)
