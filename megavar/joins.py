@@ -6,6 +6,9 @@ from typing import TypeVar
 
 from megavar.records import Answer, Score, Trace, Weight
 
+OUTPUTS_DO_NOT_MATCH = "docs/troubleshooting.md#outputs-do-not-match"
+"""Where messages about records that do not join point to."""
+
 Key = tuple[str, int]
 """(question id, trace index)."""
 Row = TypeVar("Row", Trace, Score, Weight)
@@ -22,7 +25,8 @@ def by_trace(rows: Iterable[Row]) -> dict[Key, Row]:
         key = (row.question_id, row.trace_index)
         if key in row_of:
             raise ValueError(
-                f"trace {key[1]} of question {key[0]!r} occurs twice; remove the stage's folder and rerun it."
+                f"trace {key[1]} of question {key[0]!r} occurs twice; remove the stage's folder and "
+                f"rerun it ({OUTPUTS_DO_NOT_MATCH})."
             )
         row_of[key] = row
     return row_of
@@ -40,7 +44,7 @@ def answers_by_trace(answers: Iterable[Answer]) -> dict[Key, list[Answer]]:
         if group and group[-1].answer_index == answer.answer_index:
             raise ValueError(
                 f"answer {answer.answer_index} of trace {answer.trace_index} of question {answer.question_id!r} occurs "
-                "twice; remove the stage's folder and rerun it."
+                f"twice; remove the stage's folder and rerun it ({OUTPUTS_DO_NOT_MATCH})."
             )
         group.append(answer)
     return answers_of

@@ -64,7 +64,10 @@ class Workers:
             while worker is None:
                 if all(worker.dead for worker in self.all):
                     errors = "; ".join(f"{worker.url}: {worker.last_error}" for worker in self.all)
-                    raise NoWorkerLeft(f"none of the {len(self.all)} SGLang servers answers any more: {errors}")
+                    raise NoWorkerLeft(
+                        f"none of the {len(self.all)} SGLang servers answers any more: {errors} "
+                        "(docs/troubleshooting.md#requests-fail)"
+                    )
                 await self._changed.wait()
                 worker = self._choose(num_samples)
             worker.samples_in_flight += num_samples

@@ -9,7 +9,7 @@ import numpy as np
 from megavar.checkpoints.convert import Model
 from megavar.config.schema import ParallelConfig, PrecisionConfig, ScoreConfig
 from megavar.data.templates import Templates
-from megavar.joins import answers_by_trace, by_trace, count_correct
+from megavar.joins import OUTPUTS_DO_NOT_MATCH, answers_by_trace, by_trace, count_correct
 from megavar.progress import ProgressLine
 from megavar.ranks import barrier, from_rank_zero, is_rank_zero
 from megavar.records import Answer, LogProbs, Question, RecordWriter, Score, Trace, TraceFinish, TrainSequence
@@ -159,6 +159,6 @@ def _without_existing(traces: Sequence[Trace], writer: RecordWriter) -> list[Tra
         if row is not None and (row.round, len(row.logp_policy)) != (trace.round, len(trace.trace_ids)):
             raise ValueError(
                 f"an existing score of trace {trace.trace_index} of question {trace.question_id!r} is of another "
-                f"trace; remove {writer.folder} and run `megavar score` again."
+                f"trace; remove {writer.folder} and run `megavar score` again ({OUTPUTS_DO_NOT_MATCH})."
             )
     return [trace for trace in traces if (trace.question_id, trace.trace_index) not in existing]

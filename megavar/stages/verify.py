@@ -1,5 +1,7 @@
 """Gives every sampled answer its verdict, in worker processes that can be killed."""
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megavar.config.schema import VerifyConfig
+from megavar.joins import OUTPUTS_DO_NOT_MATCH
 from megavar.progress import ProgressLine
 from megavar.ranks import on_rank_zero
 from megavar.records import Answer, Question, RecordWriter, Verdict, identity
@@ -15,6 +18,11 @@ from megavar.runs.folder import Run
 from megavar.stages.run_files import read_output, round_questions
 from megavar.verifiers import get_verifier
 from megavar.verifiers.pool import VerifyJob, verify_all
+
+logger = logging.getLogger(__name__)
+
+MOST_UNJUDGED = 0.02
+"""Share of answers with an error or time-out as verdict above which a run is warned."""
 
 
 def execute(run: Run, service: RolloutService) -> None:
@@ -57,7 +65,25 @@ def verify_answers(
         finally:
             writer.flush()
     writer.finish()
-    return list(writer.existing())
+    results: list[Answer] = writer.existing()
+    _warn_of_errors(results)
+    return results
+
+
+def _warn_of_errors(results: Sequence[Answer]) -> None:
+    """An answer without a judgement counts as wrong: many of them bias the accuracy without a trace in any curve."""
+    judged = (Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER)
+    others = Counter(str(answer.verdict) for answer in results if answer.verdict not in judged)
+    if others.total() > MOST_UNJUDGED * len(results):
+        verdict, count = others.most_common(1)[0]
+        logger.warning(
+            "verify: %d of %d answers have no judgement and count as wrong, %d of them %r "
+            "(docs/troubleshooting.md#verdicts-are-errors-or-time-outs).",
+            others.total(),
+            len(results),
+            count,
+            verdict,
+        )
 
 
 def _job(answer: Answer, question_of: dict[str, Question], plugins: Sequence[str]) -> VerifyJob:
@@ -72,7 +98,10 @@ def _refuse_others(verified: Sequence[Answer], answers: Sequence[Answer], folder
     sampled = {identity(answer): answer.answer_ids for answer in answers}
     for row in verified:
         if identity(row) not in sampled or not np.array_equal(row.answer_ids, sampled[identity(row)]):
-            raise ValueError(f"{folder} has a verdict of {_name(row)}, which is not what was sampled; remove {folder}.")
+            raise ValueError(
+                f"{folder} has a verdict of {_name(row)}, which is not what was sampled; remove {folder} "
+                f"({OUTPUTS_DO_NOT_MATCH})."
+            )
 
 
 def _name(answer: Answer) -> str:

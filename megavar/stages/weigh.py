@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megavar.config.schema import ObjectiveConfig, RunConfig
-from megavar.joins import answers_by_trace, count_correct
+from megavar.joins import OUTPUTS_DO_NOT_MATCH, answers_by_trace, count_correct
 from megavar.objectives import get_objective
 from megavar.objectives.bounds import question_bounds
 from megavar.objectives.importance import effective_sample_size
@@ -73,7 +73,10 @@ def weigh_traces(
     scored = {(score.question_id, score.trace_index) for score in scores}
     if scored != finish_of.keys() or len(scored) != len(scores):
         differing = sorted(scored ^ finish_of.keys())
-        raise ValueError(f"scores and traces differ in {differing[:3] or 'duplicate rows'}; run `megavar score` again.")
+        raise ValueError(
+            f"scores and traces differ in {differing[:3] or 'duplicate rows'}; run `megavar score` again "
+            f"({OUTPUTS_DO_NOT_MATCH})."
+        )
     weigh = get_objective(objective).weigh
     weights: list[Weight] = []
     sizes: list[float] = []

@@ -52,6 +52,7 @@ def save_checkpoint(
     state = _model_state(chunks)
     state["optimizer"] = optimizer.sharded_state_dict(state, metadata=_SHARDING)
     state["scheduler"] = scheduler.state_dict()
+    state["distributed_optimizer"] = _is_distributed(optimizer)
     _queue_results_in_this_process()
     dist_checkpointing.save(state, str(aside), content_metadata=_SHARDING)
     barrier()
@@ -66,7 +67,17 @@ def save_checkpoint(
 
 
 def load_checkpoint(checkpoint: Path, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any) -> None:
-    """Restore weights, optimizer and schedule, on this parallel layout or another one."""
+    """Restore weights, optimizer and schedule, on this parallel layout or another one.
+
+    Raises:
+        ValueError: if it was saved with the other kind of optimizer, whose state cannot be read into this one.
+    """
+    saved = dist_checkpointing.load_common_state_dict(str(checkpoint)).get("distributed_optimizer")
+    if saved not in (None, _is_distributed(optimizer)):
+        raise ValueError(
+            f"{checkpoint} was saved with distributed_optimizer={saved}, now it is {not saved}; set it back, or remove "
+            f"{checkpoint.parent} to train from the start."
+        )
     wanted = _model_state(chunks)
     wanted["optimizer"] = optimizer.sharded_state_dict(wanted, is_loading=True, metadata=_SHARDING)
     state: dict[str, Any] = dist_checkpointing.load(wanted, str(checkpoint))
@@ -76,6 +87,10 @@ def load_checkpoint(checkpoint: Path, chunks: list[torch.nn.Module], optimizer: 
         assert not differing, f"checkpoint and model differ in {differing}"
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
+
+
+def _is_distributed(optimizer: Any) -> bool:
+    return bool(optimizer.config.use_distributed_optimizer)
 
 
 def _queue_results_in_this_process() -> None:
