@@ -115,5 +115,5 @@ def test_sizes_are_read(written, size):
 def test_what_is_no_size_is_refused(written):
     import argparse
 
-    with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
         tool.size_in_bytes(written)
