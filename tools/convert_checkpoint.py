@@ -68,17 +68,16 @@ def verify(chosen: argparse.Namespace) -> int:
     text = chosen.logits.read_text(encoding="utf-8") if chosen.logits is not None else None
     first, second = Model(chosen.a, chosen.hf_template), Model(chosen.b, chosen.hf_template)
     with ProgressLine("verify") as line:
-        found = list(differences(first, second, in_megabytes(line)))
-    for text in found[:SHOWN_DIFFERENCES]:
-        print(text)
-    if found:
-        print(
-            f"{len(found)} differences between {chosen.a} and {chosen.b}; {min(len(found), SHOWN_DIFFERENCES)} shown."
-        )
+        unequal = list(differences(first, second, in_megabytes(line)))
+    shown = unequal[:SHOWN_DIFFERENCES]
+    for difference in shown:
+        print(difference)
+    if unequal:
+        print(f"{len(unequal)} differences between {chosen.a} and {chosen.b}; {len(shown)} shown.")
     else:
         print(f"{chosen.a} and {chosen.b} are equal: every key, shape, dtype and bit.")
     if text is None:
-        return 1 if found else 0
+        return 1 if unequal else 0
     from megavar.training.text_logps import text_logps
 
     logps, others = text_logps(first, text), text_logps(second, text)
@@ -87,7 +86,7 @@ def verify(chosen: argparse.Namespace) -> int:
         return 1
     largest = (logps - others).abs().max().item()
     print(f"log-probs of {len(logps)} tokens: largest difference {largest:.2e}, tolerance {chosen.tolerance:.0e}")
-    return 1 if found or not largest <= chosen.tolerance else 0
+    return 1 if unequal or not largest <= chosen.tolerance else 0
 
 
 def inspect(chosen: argparse.Namespace) -> int:
