@@ -1,14 +1,14 @@
-"""Compares the methods on equal terms: `make evidence`. Same questions, base, seeds and optimizer steps; resumable.
+"""Controlled comparison of the methods (`make evidence`): same questions, base model, seeds and optimizer steps.
 
     python examples/evidence.py [--tasks chains unknown] [--seeds 1 2 3] [--methods iwae rft ...]
 
-For each task and seed the run `iwae` is the paper's method, on the first 8 of 16 traces a question. The others start
-from what they share with another run (files are linked, manifest entries copied, and the pipeline itself checks that
-the settings agree), so that methods differ in what they are about and in nothing else. Every policy takes the same
-number of steps of the same batch; `more_sft` and `rft_more_steps` also those of the models that they do without.
-Two runs go on at a time, each a single rank with one of two servers, which are started once; what a run prints goes to
-runs/evidence/logs. Results go to runs/evidence/results.json after each run, and a run whose result is there, made with
-the same settings, is not run again.
+For each task and seed, the run `iwae` is the paper's method with the first 8 of 16 traces per question. Other runs
+reuse stages of a run with the same settings (files are hard-linked, manifest entries copied, and the pipeline checks
+that the settings agree), so methods differ only in the settings compared. All policies train for the same number of
+steps and batch size; `more_sft` and `rft_more_steps` also train for the steps of the models that they do not need.
+Two runs execute concurrently, each a single rank with one of two servers, which are started once. Their output goes to
+runs/evidence/logs. Results are written to runs/evidence/results.json after each run, so the command is resumable: a run
+whose result is there with the same settings is skipped.
 """
 
 import argparse
@@ -34,7 +34,7 @@ CONFIG = ROOT / "conf/demo.yaml"
 RUNS = Path("runs/evidence")
 RESULTS = RUNS / "results.json"
 ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-"""What torchrun would say to its only rank."""
+"""The environment that torchrun would set for a single rank."""
 STEPS = {
     "chains": {"sft": 52, "posterior.train": 52, "policy.train": 64},
     "unknown": {"sft": 80, "posterior.train": 100, "policy.train": 120},
@@ -52,23 +52,23 @@ OUTPUTS = {
     "export": [],
     "eval": ["eval"],
 }
-"""What a stage leaves in the run's folder, in the order of the stages."""
+"""Stage -> its outputs in the run folder, in the order of the stages."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """Settings of a run, and the run it shares its stages with up to and including `until`."""
+    """Settings of a method, and the method whose stages, up to and including `until`, its run reuses."""
 
     overrides: tuple[str, ...] = ()
     shared_with: str | None = None
     until: str | None = None
     takes_steps: tuple[str, ...] = ()
-    """The first of these trains for as many optimizer steps as others take for all of them together."""
+    """Training stages; the first one trains for the total optimizer steps of all of them."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run to do."""
+    """One run."""
 
     task: str
     method: str
@@ -104,7 +104,7 @@ METHODS = {
 
 
 def make_data(task: str) -> None:
-    """Generate the task's questions."""
+    """Generate the questions of a task if they do not exist."""
     folder = RUNS / f"{task}_data"
     if not (folder / "train.jsonl").exists():
         command = [sys.executable, str(ROOT / "examples/data/generate.py"), "--task", task, "--out", str(folder)]
@@ -112,30 +112,34 @@ def make_data(task: str) -> None:
 
 
 def share(source: Path, target: Path, until: str) -> None:
-    """Begin `target` with what `source` has finished up to a stage: files linked, manifest and metrics copied."""
+    """Initialise the run `target` with the stages of `source` up to `until`, unless it has a manifest.
+
+    Hard-links the outputs and copies the entries of manifest and metrics.
+    """
     if (target / "manifest.json").exists():
         return
-    aside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     stages = list(OUTPUTS)[: list(OUTPUTS).index(until) + 1]
     for folder in (folder for stage in stages for folder in OUTPUTS[stage]):
         if (source / folder).exists():
-            shutil.copytree(source / folder, aside / folder, copy_function=os.link)
+            shutil.copytree(source / folder, partial / folder, copy_function=os.link)
     if "export" in stages:
-        (aside / "hf").symlink_to("round_01/policy/hf")
+        (partial / "hf").symlink_to("round_01/policy/hf")
     entries = json.loads((source / "manifest.json").read_text())
-    (aside / "manifest.json").write_text(json.dumps({key: entries[key] for key in entries if key in stages}, indent=2))
+    reused = {key: entries[key] for key in entries if key in stages}
+    (partial / "manifest.json").write_text(json.dumps(reused, indent=2))
     rows = (source / "metrics.jsonl").read_text().splitlines()
     kept = [row for row in rows if json.loads(row)["stage"] in stages]
-    (aside / "metrics.jsonl").write_text("".join(row + "\n" for row in kept))
-    os.replace(aside, target)
+    (partial / "metrics.jsonl").write_text("".join(row + "\n" for row in kept))
+    os.replace(partial, target)
 
 
 def settings(task: str, seed: int, name: str) -> list[str]:
-    """A run's settings over those of the demo."""
+    """Configuration overrides of a run, relative to conf/demo.yaml."""
     method, data = METHODS[name], RUNS / f"{task}_data"
-    found = [
+    overrides = [
         f"runs_dir={RUNS / task}",
         f"name={name}_{seed}",
         f"seed={seed}",
@@ -151,29 +155,32 @@ def settings(task: str, seed: int, name: str) -> list[str]:
         *method.overrides,
     ]
     if method.takes_steps:
-        found.append(f"{method.takes_steps[0]}.num_steps={sum(STEPS[task][stage] for stage in method.takes_steps)}")
+        overrides.append(f"{method.takes_steps[0]}.num_steps={sum(STEPS[task][stage] for stage in method.takes_steps)}")
     if method.until is not None:
-        found.append("eval.models=[policy]")  # pi_0 is that of the run it shares with
-    return found
+        overrides.append("eval.models=[policy]")  # pi_0 is evaluated by the run whose stages are reused
+    return overrides
 
 
 def collapsed(folder: Path) -> bool:
-    """Whether a run ended because no trace of its last round has weight: that is a result, too."""
+    """Whether a run failed because no trace of its last round has weight, which is a valid result."""
     file = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    weighed = [row["questions_with_weight"] for row in rows if row["stage"] == "weigh"]
-    return bool(weighed) and weighed[-1] == 0
+    counts = [row["questions_with_weight"] for row in rows if row["stage"] == "weigh"]
+    return bool(counts) and counts[-1] == 0
 
 
 async def run(task: str, seed: int, name: str, url: str) -> Path:
-    """Run one method to its end, and what it shares with before it; finished stages are skipped.
+    """Run one method, after the method whose stages it reuses; finished stages are skipped.
+
+    Args:
+        url: of the server to use.
 
     Raises:
-        RunFailed: naming the log.
+        RunFailed: naming the log file.
     """
     method, overrides, target = METHODS[name], settings(task, seed, name), RUNS / task / f"{name}_{seed}"
     done, made_by = target / "done", json.dumps(overrides)
-    if done.exists() and done.read_text() == made_by:  # else the run itself says what differs
+    if done.exists() and done.read_text() == made_by:  # otherwise the run itself reports the differing setting
         return target
     if method.shared_with is not None and method.until is not None:
         share(await run(task, seed, method.shared_with, url), target, method.until)
@@ -186,11 +193,15 @@ async def run(task: str, seed: int, name: str, url: str) -> Path:
 
 
 class RunFailed(Exception):
-    """A run ended with an error."""
+    """A run failed; the message is the path of its log file."""
 
 
 async def launch(stage: str, overrides: list[str], log: Path) -> None:
-    """One command of megavar as a single rank, which ends with this process however that ends."""
+    """Run one megavar command as a single rank; a watchdog kills it if this process dies.
+
+    Raises:
+        RunFailed: if it exits with an error.
+    """
     command = [sys.executable, "-m", "megavar", stage, "--config", str(CONFIG), *overrides]
     guarded = [sys.executable, "-I", "-S", watchdog.__file__, str(os.getpid()), *command]
     environment = {**os.environ, **ONE_RANK, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -204,9 +215,9 @@ async def launch(stage: str, overrides: list[str], log: Path) -> None:
 
 
 def result(folder: Path, held_out: list[Question]) -> dict[str, object]:
-    """What a run measured: accuracy of every policy, tokens and seconds a stage, what traces and weights were like.
+    """Results of a run: accuracy of every policy, tokens and seconds per stage, statistics of traces and weights.
 
-    A run that collapsed has a last stage without seconds.
+    The last stage of a collapsed run has no seconds.
     """
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     tokens: dict[str, float] = {}
@@ -225,7 +236,7 @@ def result(folder: Path, held_out: list[Question]) -> dict[str, object]:
 
 
 def correct(verified: Path, questions: list[Question]) -> str:
-    """How many of each question's samples are correct, a digit a question; a truncated trace has no answer."""
+    """Number of correct samples per question, one digit each; a truncated trace has no answer and counts as wrong."""
     counts = dict.fromkeys((question.id for question in questions), 0)
     for answer in read_records(verified / "data.parquet", Answer):
         counts[answer.question_id] += bool(answer.correct)
@@ -233,14 +244,14 @@ def correct(verified: Path, questions: list[Question]) -> str:
 
 
 def traces(folder: Path) -> dict[str, float]:
-    """What a round's sampled traces were like."""
-    drawn = read_records(folder / "traces" / "data.parquet", Trace)
+    """Statistics of a round's sampled traces and their answers."""
+    sampled = read_records(folder / "traces" / "data.parquet", Trace)
     answers = read_records(folder / "verified" / "data.parquet", Answer)
-    distinct = {(trace.question_id, trace.trace_ids.tobytes()) for trace in drawn}
+    distinct = {(trace.question_id, trace.trace_ids.tobytes()) for trace in sampled}
     return {
-        "traces": len(drawn),
-        "tokens": sum(len(trace.trace_ids) for trace in drawn),
-        "truncated": sum(trace.finish != "closed" for trace in drawn),
+        "traces": len(sampled),
+        "tokens": sum(len(trace.trace_ids) for trace in sampled),
+        "truncated": sum(trace.finish != "closed" for trace in sampled),
         "distinct": len(distinct),
         "answers": len(answers),
         "correct_answers": sum(bool(answer.correct) for answer in answers),
@@ -248,12 +259,12 @@ def traces(folder: Path) -> dict[str, float]:
 
 
 async def serve(jobs: list[Job]) -> list[str]:
-    """Do the jobs, one at a time on each server; each run loads its weights into it in place. Returns what failed."""
+    """Execute the jobs, one at a time per server; runs load weights into it in place. Returns logs of failed runs."""
     config = load_config(CONFIG, [])
     async with ManagedServers(config.rollout, Path(config.model), RUNS / "servers") as servers:
         external = replace(config.rollout, mode="external", urls=servers.urls)
         async with open_engine(external, Path(config.model), RUNS) as engine:
-            await engine.load_weights(Path(config.model))  # marks them as ours: a run may replace what they serve
+            await engine.load_weights(Path(config.model))  # marks the servers as ours: runs may replace their weights
         waiting, failed = list(jobs), list[str]()
         with ProgressLine("evidence") as line:
             await asyncio.gather(*(work(url, waiting, failed, len(jobs), line) for url in servers.urls))
@@ -261,11 +272,11 @@ async def serve(jobs: list[Job]) -> list[str]:
 
 
 BUSY: set[tuple[str, int]] = set()
-"""Tasks and seeds of which a run goes on: another run of the same may share its stages, and waits."""
+"""Tasks and seeds with a running job. Others of the same task and seed wait, since they may reuse its stages."""
 
 
 async def work(url: str, waiting: list[Job], failed: list[str], num_jobs: int, line: ProgressLine) -> None:
-    """Take one job after the other that can be begun, and keep its result, until none is left."""
+    """Worker of one server: repeatedly take a job that can start, run it and store its result, until none is left."""
     while waiting:
         job = next((job for job in waiting if (job.task, job.seed) not in BUSY), None)
         if job is None:
@@ -283,29 +294,29 @@ async def work(url: str, waiting: list[Job], failed: list[str], num_jobs: int, l
             else:
                 failed.append(str(error))
         BUSY.remove((job.task, job.seed))
-        line.update(num_jobs - len(waiting) - len(BUSY), num_jobs, f"runs, {job.task} {job.method} {job.seed} is done")
+        line.update(num_jobs - len(waiting) - len(BUSY), num_jobs, f"runs, finished {job.task} {job.method} {job.seed}")
 
 
 def known_results() -> dict[str, dict[str, dict[str, dict[str, object]]]]:
-    """Task -> method -> seed -> result."""
-    found: dict[str, dict[str, dict[str, dict[str, object]]]] = (
+    """Task -> method -> seed -> stored result."""
+    results: dict[str, dict[str, dict[str, dict[str, object]]]] = (
         json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     )
-    return found
+    return results
 
 
 def keep(job: Job, folder: Path) -> None:
-    """Add a run's result to those known."""
+    """Store the result of a run in results.json."""
     known = known_results()
     of_method = known.setdefault(job.task, {}).setdefault(job.method, {})
-    found = result(folder, read_questions(RUNS / f"{job.task}_data" / "eval.jsonl"))
-    of_method[str(job.seed)] = {"settings": settings(job.task, job.seed, job.method), **found}
+    measured = result(folder, read_questions(RUNS / f"{job.task}_data" / "eval.jsonl"))
+    of_method[str(job.seed)] = {"settings": settings(job.task, job.seed, job.method), **measured}
     with atomic_write(RESULTS) as temporary:
         temporary.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def main() -> None:
-    """Run what is asked for, method by method over the seeds, and keep the results."""
+    """Run the selected methods, tasks and seeds and store their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=("chains", "unknown"), default=["chains", "unknown"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
@@ -321,7 +332,7 @@ def main() -> None:
     ]
     failed = asyncio.run(serve(jobs)) if jobs else []
     if failed:
-        sys.exit(f"ended with an error; see {', '.join(failed)}")
+        sys.exit(f"error: {len(failed)} runs failed; see {', '.join(failed)}")
     print(f"{RESULTS}: {len(jobs)} runs added")
 
 

@@ -1,9 +1,9 @@
-"""Prints the tables of `docs/evidence.md` and draws its figures, from what `make evidence` measured.
+"""Prints the tables and plots the figures of `docs/evidence.md` from the results of `make evidence`.
 
     python examples/evidence_page.py [--results docs/evidence/results.json] [--figures docs/evidence]
 
-Intervals are 95 % bootstrap intervals over the held-out questions, of the mean over the seeds. A method is compared
-with `iwae` on the same questions and seeds.
+Intervals are 95 % bootstrap intervals over the held-out questions, for the mean over seeds. Differences are to `iwae`
+on the same questions and seeds.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 NUM_SAMPLES = 4
-"""Of a held-out question."""
+"""Per held-out question."""
 NUM_BOOTSTRAP = 2000
 BASELINE = "iwae"
 TITLES = {"chains": "chains", "unknown": "unknowns"}
@@ -41,62 +41,64 @@ NAMES = {
 }
 NUM_TRACES = {"k1": 1, "k2": 2, "k4": 4, BASELINE: 8, "k16": 16}
 BY_DIFFICULTY = (BASELINE, "ratio_sequence", "no_hint", "rft", "grpo", "more_sft")
-FEWEST_QUESTIONS = 20
-"""Of all seeds, that a mean by difficulty is given for."""
+MIN_QUESTIONS = 20
+"""Minimum number of questions, over all seeds, for a mean by difficulty."""
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#6b5b4b")
 
 Counts = NDArray[np.float64]
-"""[seeds, questions] correct samples."""
+"""[seeds, questions] or [questions] number of correct samples, or a rate computed from it."""
 Results = Mapping[str, Mapping[str, Any]]
-"""Method -> seed -> what `examples/evidence.py` kept of the run."""
+"""Method -> seed -> result of `examples/evidence.py`."""
 
 
 def read_counts(results: Results, method: str, policy: str | None = None) -> dict[str, Counts]:
-    """Seed -> correct samples of every held-out question, [questions], of a method's last policy or of the named one.
+    """Seed -> [questions] correct samples of a method's policy.
 
-    `pi_0` is that of the run `iwae`. A run that collapsed before its last round has no last policy.
+    Args:
+        policy: name such as `pi_1`; None: the policy of the last round, which a collapsed run does not have. The method
+            `pi_0` is `pi_0` of the run `iwae`.
     """
     if method == "pi_0":
         method, policy = BASELINE, "pi_0"
-    found = {}
+    counts_of = {}
     for seed, result in sorted(results.get(method, {}).items()):
         counts = result["correct"]
         name = policy or f"pi_{len(result['traces'])}"
         if name in counts:
-            found[seed] = np.array(list(counts[name]), float)
-    return found
+            counts_of[seed] = np.array(list(counts[name]), float)
+    return counts_of
 
 
 def pass_at_1(counts: Counts) -> Counts:
-    """Share of correct samples of each question."""
+    """Fraction of correct samples per question."""
     return counts / NUM_SAMPLES
 
 
 def pass_at_4(counts: Counts) -> Counts:
-    """Whether a question has a correct sample."""
+    """1 for a question with a correct sample, else 0."""
     return (counts > 0).astype(float)
 
 
 def interval(rates: Counts) -> tuple[float, float, float]:
-    """Mean of [seeds, questions] rates, and the ends of its bootstrap interval over questions."""
+    """Mean of [seeds, questions] rates and the bounds of its bootstrap interval over questions."""
     per_question = rates.mean(0)
-    drawn = np.random.default_rng(0).integers(0, len(per_question), (NUM_BOOTSTRAP, len(per_question)))
-    low, high = np.quantile(per_question[drawn].mean(1), (0.025, 0.975))
+    resampled = np.random.default_rng(0).integers(0, len(per_question), (NUM_BOOTSTRAP, len(per_question)))
+    low, high = np.quantile(per_question[resampled].mean(1), (0.025, 0.975))
     return float(per_question.mean()), float(low), float(high)
 
 
 def difference(results: Results, method: str, measure: Callable[[Counts], Counts]) -> str:
-    """Mean difference to the baseline on the same questions and seeds, with its interval."""
-    own, other = read_counts(results, method), read_counts(results, BASELINE)
-    seeds = sorted(own.keys() & other.keys())
+    """Mean difference to the baseline on the same questions and seeds, with its interval, as text."""
+    counts, baseline = read_counts(results, method), read_counts(results, BASELINE)
+    seeds = sorted(counts.keys() & baseline.keys())
     if method == BASELINE or not seeds:
         return ""
-    mean, low, high = interval(np.array([measure(own[seed]) - measure(other[seed]) for seed in seeds]))
+    mean, low, high = interval(np.array([measure(counts[seed]) - measure(baseline[seed]) for seed in seeds]))
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def accuracy_table(results: Results) -> list[str]:
-    """One row a method: accuracy over the seeds, seed by seed, against the baseline, and what it took."""
+    """Markdown table with one row per method: accuracy over seeds and per seed, difference to the baseline, tokens."""
     rows = [
         "| method | pass@1 | of each seed | against IWAE | pass@4 | trained tokens | sampled tokens |",
         "|---|---|---|---|---|---|---|",
@@ -117,19 +119,19 @@ def accuracy_table(results: Results) -> list[str]:
 
 
 def cost(results: Results, method: str) -> list[str]:
-    """Tokens trained on in all stages, and tokens of sampled traces and rollouts, those for evaluation left out."""
+    """Trained tokens of all stages, and sampled tokens of traces and rollouts (not of evaluation), as text."""
     runs = list(results[BASELINE if method == "pi_0" else method].values())
     if method == "pi_0":
         trained, sampled = [run["target_tokens"]["sft"] for run in runs], [0]
     else:
         trained = [sum(run["target_tokens"].values()) for run in runs]
         parts = [[*run["traces"].values(), *run["rollouts"].values()] for run in runs]
-        sampled = [sum(part["tokens"] for part in drawn) for drawn in parts]
+        sampled = [sum(part["tokens"] for part in run_parts) for run_parts in parts]
     return [f"{np.mean(tokens) / 1000:.0f} k" for tokens in (trained, sampled)]
 
 
 def rounds_table(results: Results) -> list[str]:
-    """Accuracy after each round, and what the traces of q were like."""
+    """Markdown table of accuracy after each round and statistics of the traces of q."""
     rows = [
         "| | round | seeds | pass@1 | truncated traces | distinct traces | tokens a trace | correct answers | ESS "
         "| KL(q‖π) |",
@@ -144,17 +146,18 @@ def rounds_table(results: Results) -> list[str]:
             mean, low, high = (
                 interval(np.array([pass_at_1(row) for row in counts.values()])) if counts else [np.nan] * 3
             )
-            drawn = [run["traces"][f"round_{index:02d}"] for run in runs]
+            traces = [run["traces"][f"round_{index:02d}"] for run in runs]
             weigh = [run["weigh"][str(index)] for run in runs]
-            kls = [row["kl_posterior_policy"] for row in weigh if "kl_posterior_policy" in row]  # none if all were cut
-            lost = "" if len(counts) == len(runs) else f" of {len(counts)}"
+            # Absent if all traces were truncated.
+            kls = [row["kl_posterior_policy"] for row in weigh if "kl_posterior_policy" in row]
+            partial = "" if len(counts) == len(runs) else f" of {len(counts)}"
             figures = [
                 f"{len(runs)}",
-                f"{mean:.3f} [{low:.3f}, {high:.3f}]{lost}" if counts else "collapsed",
-                f"{np.mean([row['truncated'] / row['traces'] for row in drawn]):.3f}",
-                f"{np.mean([row['distinct'] / row['traces'] for row in drawn]):.3f}",
-                f"{np.mean([row['tokens'] / row['traces'] for row in drawn]):.1f}",
-                f"{np.mean([row['correct_answers'] / max(row['answers'], 1) for row in drawn]):.3f}",
+                f"{mean:.3f} [{low:.3f}, {high:.3f}]{partial}" if counts else "collapsed",
+                f"{np.mean([row['truncated'] / row['traces'] for row in traces]):.3f}",
+                f"{np.mean([row['distinct'] / row['traces'] for row in traces]):.3f}",
+                f"{np.mean([row['tokens'] / row['traces'] for row in traces]):.1f}",
+                f"{np.mean([row['correct_answers'] / max(row['answers'], 1) for row in traces]):.3f}",
                 f"{np.mean([row['ess'] for row in weigh]):.2f}",
                 f"{np.mean(kls):.2f}" if kls else "–",
             ]
@@ -163,45 +166,45 @@ def rounds_table(results: Results) -> list[str]:
 
 
 def difficulty_table(results: Results) -> list[str]:
-    """Accuracy by how many of pi_0's four samples were correct on the question, at the same seed."""
+    """Markdown table of accuracy by the number of pi_0's correct samples on the question, at the same seed."""
     rows = [
         f"| π₀ correct | {' | '.join(f'{count} of {NUM_SAMPLES}' for count in range(NUM_SAMPLES + 1))} |",
         "|---" * (NUM_SAMPLES + 2) + "|",
     ]
     first = read_counts(results, "pi_0")
-    every = np.concatenate([first[seed] for seed in first])
-    rows.append(f"| questions | {' | '.join(str(int((every == c).sum())) for c in range(NUM_SAMPLES + 1))} |")
+    num_correct = np.concatenate([first[seed] for seed in first])
+    rows.append(f"| questions | {' | '.join(str(int((num_correct == c).sum())) for c in range(NUM_SAMPLES + 1))} |")
     for method, means in by_difficulty(results).items():
         rows.append(f"| {NAMES[method]} | {' | '.join('' if np.isnan(mean) else f'{mean:.3f}' for mean in means)} |")
     return rows
 
 
 def by_difficulty(results: Results) -> dict[str, list[float]]:
-    """Method -> pass@1 on the questions of each number of correct samples of pi_0; NaN where there are too few."""
-    first, found = read_counts(results, "pi_0"), {}
+    """Method -> pass@1 by the number of pi_0's correct samples (0 to 4); NaN if there are too few questions."""
+    first, means_of = read_counts(results, "pi_0"), {}
     for method in BY_DIFFICULTY:
         counts = read_counts(results, method)
         seeds = sorted(counts.keys() & first.keys())
         if seeds:
             bins = np.concatenate([first[seed] for seed in seeds])
             rates = np.concatenate([pass_at_1(counts[seed]) for seed in seeds])
-            found[method] = [
-                float(rates[bins == count].mean()) if (bins == count).sum() >= FEWEST_QUESTIONS else np.nan
+            means_of[method] = [
+                float(rates[bins == count].mean()) if (bins == count).sum() >= MIN_QUESTIONS else np.nan
                 for count in range(NUM_SAMPLES + 1)
             ]
-    return found
+    return means_of
 
 
 def draw_methods(results: Results) -> Figure:
-    """Accuracy of every method, with its interval and its seeds."""
+    """Plot accuracy of every method with its interval, and of each seed."""
     shown = [method for method in NAMES if read_counts(results, method)]
     figure = Figure(figsize=(7, 0.32 * len(shown) + 1), layout="constrained")
     plot = figure.subplots()
-    for place, method in enumerate(reversed(shown)):
+    for row_index, method in enumerate(reversed(shown)):
         rates = np.array([pass_at_1(row) for row in read_counts(results, method).values()])
         mean, low, high = interval(rates)
-        plot.errorbar([mean], [place], xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color=COLOURS[0])
-        plot.plot(rates.mean(1), [place] * len(rates), "|", color=COLOURS[1], markersize=9)
+        plot.errorbar([mean], [row_index], xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color=COLOURS[0])
+        plot.plot(rates.mean(1), [row_index] * len(rates), "|", color=COLOURS[1], markersize=9)
     plot.set_yticks(range(len(shown)), [NAMES[method].replace("`", "") for method in reversed(shown)])
     plot.set_xlabel("pass@1: mean over seeds with interval, and each seed")
     plot.grid(alpha=0.3)
@@ -209,7 +212,7 @@ def draw_methods(results: Results) -> Figure:
 
 
 def draw_numbers(results: Results) -> Figure:
-    """Accuracy against the traces that are weighed, and against rounds."""
+    """Plot accuracy against the number of traces K, and against rounds."""
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     numbers = {k: read_counts(results, method) for method, k in NUM_TRACES.items()}
@@ -230,7 +233,7 @@ def draw_numbers(results: Results) -> Figure:
 
 
 def draw_line(plot: Any, counts_at: Mapping[int, Mapping[str, Counts]], label: str, colour: str) -> None:
-    """Means with intervals at each number."""
+    """Plot means with intervals against the keys of `counts_at`."""
     points = [
         (number, *interval(np.array([pass_at_1(row) for row in counts.values()])))
         for number, counts in counts_at.items()
@@ -241,7 +244,7 @@ def draw_line(plot: Any, counts_at: Mapping[int, Mapping[str, Counts]], label: s
 
 
 def draw_difficulty(results: Results) -> Figure:
-    """Accuracy against pi_0's on the same questions."""
+    """Plot accuracy against the number of pi_0's correct samples on the same questions."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     plot = figure.subplots()
     for colour, (method, means) in zip(COLOURS, by_difficulty(results).items(), strict=False):
@@ -268,7 +271,7 @@ FIGURES: dict[str, Callable[[Results], Figure]] = {
 
 
 def main() -> None:
-    """Print the tables, draw the figures."""
+    """Print the tables and save the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("docs/evidence/results.json"))
     parser.add_argument("--figures", type=Path, default=Path("docs/evidence"))

@@ -1,9 +1,9 @@
-"""Speed and memory of converting a model of Qwen3-4B's sizes (8 GB), against `cp` of the same files in the same run.
+"""Benchmarks conversion of a model with the sizes of Qwen3-4B (8 GB) against `cp` of the same files.
 
     python tools/bench_convert.py [--folder DIR] [--layers N]
 
-Both sides end when their files are on disk (fsync), and read a source that was just written or read. Memory is the peak
-of a process that converts, over that of one that only imports the same modules. What the bench writes, it removes.
+Both include fsync and read files that were just written or read (warm page cache). Memory is the peak RSS of a process
+that converts, minus that of a process that only imports the same modules. All output is removed at the end.
 """
 
 import argparse
@@ -48,14 +48,14 @@ started = time.perf_counter()
 if direction == "to-megatron":
     to_megatron(source, target, None, False)
 elif direction == "to-hf":
-    assert to_hugging_face(source, target, None, MAX_SHARD_BYTES, False).same_as_source, "the way back is not exact"
+    assert to_hugging_face(source, target, None, MAX_SHARD_BYTES, False).same_as_source, "the round trip is not exact"
 seconds = time.perf_counter() - started
 print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
 """
 
 
 def make_model(folder: Path, num_layers: int) -> int:
-    """Write a folder of random bfloat16 weights; returns its bytes."""
+    """Write a Hugging Face folder with random bfloat16 weights; returns the size of its tensors in bytes."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**SIZES, "num_hidden_layers": num_layers}))
     dims, random = read_dims(folder), torch.Generator().manual_seed(0)
@@ -72,7 +72,7 @@ def make_model(folder: Path, num_layers: int) -> int:
 
 
 def copy(source: Path, target: Path) -> float:
-    """Seconds of `cp` and of putting its files on disk."""
+    """Seconds of `cp -r` and fsync of its files."""
     os.sync()
     started = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
@@ -81,7 +81,7 @@ def copy(source: Path, target: Path) -> float:
 
 
 def convert(direction: str, *paths: Path) -> tuple[float, int]:
-    """Seconds and peak resident bytes of one conversion in a process of its own."""
+    """Seconds and peak RSS in bytes of one conversion in a separate process."""
     os.sync()
     command = [sys.executable, "-W", "ignore", "-c", CONVERT, direction, *map(str, paths)]
     seconds, peak = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
@@ -89,17 +89,17 @@ def convert(direction: str, *paths: Path) -> tuple[float, int]:
 
 
 def main() -> None:
-    """Run both directions and their baselines; print figures and ratios."""
+    """Run both directions and their baselines; print throughput, ratio and memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to write, on a real disk"
+        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to write; on a physical disk"
     )
-    parser.add_argument("--layers", type=int, default=36, help="fewer make a smaller model")
+    parser.add_argument("--layers", type=int, default=36, help="number of layers; fewer for a smaller model")
     chosen = parser.parse_args()
     needed, free = 3.3 * (0.8e9 + 0.21e9 * chosen.layers), shutil.disk_usage(chosen.folder).free
     if free < needed:
         sys.exit(
-            f"{chosen.folder} has {free / 1e9:.0f} GB free, {needed / 1e9:.0f} GB are needed; name another --folder."
+            f"{chosen.folder} has {free / 1e9:.0f} GB free, {needed / 1e9:.0f} GB are needed; pass another --folder."
         )
     with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
         folder = Path(name)

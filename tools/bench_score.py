@@ -1,9 +1,9 @@
-"""Memory and speed of scoring, against transformers with a full float32 log_softmax, in one run.
+"""Benchmarks scoring (memory, throughput) against transformers with a full float32 log_softmax.
 
     python tools/bench_score.py
 
-Both score the same sequences of 300 to 1,500 tokens under the same 4-layer Qwen3 of hidden size 1,024 and vocabulary
-151,936 in float32, each in a process of its own. Ratios are ours / transformers.
+Both score the same sequences of 300 to 1,500 tokens with the same 4-layer Qwen3 (hidden size 1,024, vocabulary
+151,936, float32), each in a separate process. Ratios are megavar / transformers.
 """
 
 import argparse
@@ -26,7 +26,7 @@ MICROBATCH_TOKENS = 2048
 
 
 def make_model(folder: Path) -> None:
-    """The model both sides load."""
+    """Save the model that both sides load."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -44,7 +44,7 @@ def make_model(folder: Path) -> None:
 
 
 def make_sequences(count: int) -> list[TrainSequence]:
-    """Sequences of 300 to 1,500 tokens, the first 100 of them prompt; the longest length is always among them."""
+    """Sequences of 300 to 1,500 tokens with 100 prompt tokens each; one has the maximum length."""
     random = np.random.default_rng(0)
     lengths = [1500, *random.integers(300, 1501, count - 1)]
     ids = [random.integers(0, VOCAB_SIZE, length).astype(np.int32) for length in lengths]
@@ -52,22 +52,22 @@ def make_sequences(count: int) -> list[TrainSequence]:
 
 
 def score_with_transformers(model_folder: Path, sequences: list[TrainSequence]) -> tuple[list[np.ndarray], float]:
-    """Log-probs of the targets and the seconds they took, one sequence at a time."""
+    """Score one sequence at a time; returns [target tokens] log-probs per sequence, and seconds."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    started, found = time.perf_counter(), []
+    started, logps_of_targets = time.perf_counter(), []
     with torch.no_grad():
         for sequence in sequences:
             ids = torch.from_numpy(np.concatenate([sequence.prompt_ids, sequence.target_ids])).long()
             logps = model(input_ids=ids[None]).logits[0].float().log_softmax(-1)[:-1]
             chosen = logps.gather(1, ids[1:, None]).squeeze(1)[len(sequence.prompt_ids) - 1 :]
-            found.append(chosen.numpy().copy())
-    return found, time.perf_counter() - started
+            logps_of_targets.append(chosen.numpy().copy())
+    return logps_of_targets, time.perf_counter() - started
 
 
 def score_with_megavar(model_folder: Path, sequences: list[TrainSequence]) -> tuple[list[np.ndarray], float]:
-    """The same by the training engine on one rank."""
+    """Score with the training engine on one rank; returns the same."""
     from megavar.checkpoints.convert import Model
     from megavar.config.schema import ParallelConfig, PrecisionConfig
     from megavar.training import parallel
@@ -76,33 +76,33 @@ def score_with_megavar(model_folder: Path, sequences: list[TrainSequence]) -> tu
     parallel.start_alone()
     scorer = Scorer(Model(model_folder), ParallelConfig(), PrecisionConfig(dtype="fp32"))
     started = time.perf_counter()
-    found = scorer.score(sequences, 1.0, MICROBATCH_TOKENS)
+    logps = scorer.score(sequences, 1.0, MICROBATCH_TOKENS)
     seconds = time.perf_counter() - started
     parallel.stop()
-    assert found is not None
-    return list(found), seconds
+    assert logps is not None
+    return list(logps), seconds
 
 
 SIDES = {"transformers": score_with_transformers, "megavar": score_with_megavar}
 
 
 def run_side(side: str, folder: Path, count: int) -> None:
-    """Measure one side in this process and leave its numbers in `folder`."""
+    """Measure one side in this process and write log-probs and metrics to `folder`."""
     sequences = make_sequences(count)
-    found, seconds = SIDES[side](folder / "model", sequences)
-    np.savez(folder / f"{side}.npz", *found)
-    measured = {
+    logps, seconds = SIDES[side](folder / "model", sequences)
+    np.savez(folder / f"{side}.npz", *logps)
+    metrics = {
         "seconds": seconds,
         "tokens": sum(sequence.num_tokens for sequence in sequences),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    (folder / f"{side}.json").write_text(json.dumps(measured))
+    (folder / f"{side}.json").write_text(json.dumps(metrics))
 
 
 def main() -> None:
-    """Run both sides and print their figures and ratios."""
+    """Run both sides; print throughput, peak memory, ratios and the largest difference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=12, help="sequences")
+    parser.add_argument("--count", type=int, default=12, help="number of sequences")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()

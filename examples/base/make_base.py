@@ -1,12 +1,12 @@
-"""Makes the demo's base model: a small real Qwen3 and its tokenizer, pre-trained on CPU with plain transformers.
+"""Pre-trains the demo's base model, a small Qwen3 with its tokenizer, on CPU with plain transformers.
 
     python examples/base/make_base.py --out examples/base/qwen3-tiny
 
-The corpus is endless and drawn from a seed. Most documents are raw text in the notation of the demo task: chains of
-one to four operations, worked without a slip. The rest are chats about strings of digits, none of them a question of
-the task, and strings of arbitrary characters, so that the chat and thinking markers and other bytes have trained
-embeddings. The base model can thus do the arithmetic and has not been asked the task's questions. A held-out chain
-can occur in the raw text by chance: there are 270,000 chains of three operations, and 8,100,000 of four.
+The corpus is an infinite stream generated from a seed. Most documents are raw text in the notation of the demo task:
+chains of one to four operations, worked out without errors. The rest are chats about strings of digits, none of them a
+question of the task, and random characters, so that the chat markers, thinking markers and other bytes get trained
+embeddings. So the base model can do the arithmetic but has never seen the task's questions. A held-out chain can occur
+in the raw text by chance: there are 270,000 chains of three operations and 8,100,000 of four.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 VOCAB_SIZE = 512
-"""Rows of the embedding: a little more than the tokenizer has entries, and a multiple of 8."""
+"""Rows of the embedding: at least the tokenizer's size, and a multiple of 8."""
 MAX_TOKENS = 4096
 ROPE_THETA = 1e6
 END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
-# A LaTeX command, a word with the space before it, one digit, white space, one other character.
+# A LaTeX command, a word with its leading space, one digit, white space, or one other character.
 PIECES = r"\\\p{L}+\{?| ?\p{L}+|\p{N}|\s+|[^\s\p{L}\p{N}]"
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -52,7 +52,7 @@ with torch {torch} and transformers {transformers} on CPU, one thread. SHA-256 o
 
 
 def worked_chain(rng: random.Random) -> str:
-    """A chain of one to four operations, as raw text: a line for it and for what each step leaves of it."""
+    """A chain of one to four operations as raw text: the chain, then the remaining chain after each step, by line."""
     value, steps = rng.randrange(10), [(rng.choice("+-*"), rng.randrange(10)) for _ in range(rng.randint(1, 4))]
     lines = ""
     for done in range(len(steps) + 1):
@@ -65,7 +65,7 @@ def worked_chain(rng: random.Random) -> str:
 
 
 def chat(rng: random.Random) -> str:
-    """A turn about a string of digits, with thought and, sometimes, a hint."""
+    """A one-turn chat about a string of digits, with a thinking trace and sometimes a hint."""
     digits = [str(rng.randrange(10)) for _ in range(rng.randint(2, 6))]
     task, answer = rng.choice(
         [
@@ -85,12 +85,12 @@ def chat(rng: random.Random) -> str:
 
 
 def arbitrary_text(rng: random.Random) -> str:
-    """Characters of one, two and three bytes."""
+    """Random characters of one to three UTF-8 bytes."""
     return "".join(chr(rng.choice((rng.randrange(0x21, 0x250), rng.randrange(0x400, 0xD800)))) for _ in range(8))
 
 
 def corpus(seed: int) -> Iterator[str]:
-    """Documents without end."""
+    """Infinite stream of documents."""
     rng = random.Random(seed)
     while True:
         kind = rng.choices((worked_chain, chat, arbitrary_text), (80, 18, 2))[0]
@@ -98,7 +98,7 @@ def corpus(seed: int) -> Iterator[str]:
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text encodes, words are single tokens, and so is each digit."""
+    """Byte-level BPE: encodes any text; common words and single digits are one token each."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -114,7 +114,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator(texts, trainer)
     backend.add_special_tokens([END_OF_TURN, END_OF_TEXT, "<|im_start|>"])
-    # As in Qwen3, the markers of thought are single tokens that decoding keeps.
+    # As in Qwen3, the thinking markers are single tokens that decoding keeps (not special tokens).
     backend.add_tokens(["<think>", "</think>"])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -125,12 +125,12 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     if len(tokenizer) > VOCAB_SIZE:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} entries, over VOCAB_SIZE={VOCAB_SIZE}; raise that.")
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, more than VOCAB_SIZE={VOCAB_SIZE}; raise it.")
     return tokenizer
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3 of about one million random weights, float32."""
+    """A randomly initialised Qwen3 with about one million parameters, float32."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
@@ -154,17 +154,17 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalL
 def batches_of_rows(
     tokenizer: PreTrainedTokenizerFast, seed: int, num_rows: int, row_tokens: int
 ) -> Iterator[torch.Tensor]:
-    """Batches [rows, tokens] int64 of documents, one after another with the end-of-text token between."""
-    documents, held = corpus(seed), list[int]()
+    """Infinite stream of [rows, tokens] int64 batches of concatenated documents, each followed by the end of text."""
+    documents, buffer = corpus(seed), list[int]()
     while True:
-        while len(held) < num_rows * row_tokens:
-            held += [*tokenizer(next(documents))["input_ids"], tokenizer.pad_token_id]
-        batch, held = held[: num_rows * row_tokens], held[num_rows * row_tokens :]
+        while len(buffer) < num_rows * row_tokens:
+            buffer += [*tokenizer(next(documents))["input_ids"], tokenizer.pad_token_id]
+        batch, buffer = buffer[: num_rows * row_tokens], buffer[num_rows * row_tokens :]
         yield torch.tensor(batch).view(num_rows, row_tokens)
 
 
 def make_optimizers(model: Qwen3ForCausalLM, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices (at this size it needs less than half the steps), AdamW for the rest."""
+    """Muon for the layers' weight matrices (needs less than half the steps at this size), AdamW for the rest."""
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     ids = {id(weight) for weight in matrices}
     rest = [weight for weight in model.parameters() if id(weight) not in ids]
@@ -175,7 +175,7 @@ def make_optimizers(model: Qwen3ForCausalLM, learning_rate: float) -> list[torch
 
 
 def pretrain(model: Qwen3ForCausalLM, batches: Iterator[torch.Tensor], num_steps: int, learning_rate: float) -> None:
-    """Train in place, with a linear warm-up and a linear decay to zero."""
+    """Train `model` in place, with linear warmup and linear decay to zero."""
     optimizers = make_optimizers(model, learning_rate)
     warmup = max(1, num_steps // 20)
     schedules = [
@@ -200,14 +200,14 @@ def pretrain(model: Qwen3ForCausalLM, batches: Iterator[torch.Tensor], num_steps
 
 
 def write_folder(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, command: str) -> None:
-    """Write a Hugging Face folder that both transformers 4 and 5 load, and a README on how it was made."""
+    """Write a Hugging Face folder that transformers 4 and 5 can load, and a README with the command that made it."""
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=0.7, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # transformers 5 writes names that transformers 4 does not know: without these it would find no tokenizer
-    # class, and run with its default rotary base, 10000.
+    # transformers 5 saves keys that transformers 4 does not read: without these additions, version 4 finds no
+    # tokenizer class and uses its default RoPE base, 10000.
     for name, addition in (
         ("config.json", {"rope_theta": ROPE_THETA}),
         ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"}),
@@ -228,7 +228,7 @@ def write_folder(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, fo
 
 
 def main() -> None:
-    """Read the flags, pre-train, write the folder."""
+    """Parse the flags, pre-train, write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=1)
@@ -236,8 +236,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     chosen = parser.parse_args()
     if chosen.num_steps < 2:
-        parser.error(f"--num-steps={chosen.num_steps} is too small; give at least 2.")
-    torch.set_num_threads(1)  # another number may change the last bits
+        parser.error(f"--num-steps={chosen.num_steps} is too small; use at least 2.")
+    torch.set_num_threads(1)  # another number of threads can change the last bits of the weights
     tokenizer = make_tokenizer(chosen.seed)
     model = make_model(tokenizer, chosen.seed)
     print(f"{len(tokenizer)} tokens, {model.num_parameters():,} parameters")

@@ -56,6 +56,7 @@ def test_a_flipped_weight_is_found_by_bits_and_by_log_probs(run, tmp_path, text)
     save_file(tensors, tmp_path / "back" / "model.safetensors", metadata={"format": "pt"})
     code, printed = run("verify", tmp_path / "m", tmp_path / "back")
     assert code == 1 and "model.layers.1.self_attn.o_proj.weight: 1 of 32768 values differ, first at [3, 4]" in printed
+    assert "log-probs" not in printed  # no text was given
     code, printed = run("verify", tmp_path / "m", tmp_path / "back", "--logits", text, "--tolerance", "2e-5")
     assert code == 1 and float(printed.split("largest difference ")[1].split(",")[0]) > 2e-5
 
@@ -115,5 +116,5 @@ def test_sizes_are_read(written, size):
 def test_what_is_no_size_is_refused(written):
     import argparse
 
-    with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
         tool.size_in_bytes(written)
