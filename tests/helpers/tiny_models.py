@@ -1,5 +1,6 @@
 """Tiny random Qwen models and sequences that tests of the engine share."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,28 @@ def random_sequences(count: int, seed: int = 3, longest: int = 40) -> list[Train
         weight = 0.0 if index == 1 else float(random.uniform(0.1, 2.0))
         sequences.append(TrainSequence(ids[:prompt], ids[prompt:], weight))
     return sequences
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What transformers computes of sequences."""
+
+    logps: list[torch.Tensor]
+    """Of each sequence's targets."""
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    """Of the weighted loss."""
+
+
+def reference_gradients(model: PreTrainedModel, sequences: list[TrainSequence], normalizer: float) -> Reference:
+    """Log-probs, and the loss -sum(weight x log-prob) / normalizer with its gradients."""
+    model.zero_grad()
+    logps = [reference_logps(model, sequence) for sequence in sequences]
+    weighted = [sequence.weight * found.sum() for sequence, found in zip(sequences, logps, strict=True)]
+    loss = -torch.stack(weighted).sum() / normalizer
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return Reference([found.detach() for found in logps], loss.item(), gradients)
 
 
 def reference_logps(model: PreTrainedModel, sequence: TrainSequence, temperature: float = 1.0) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """What the rollout tests serve, and how."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from megavar.config.schema import RolloutConfig
 from megavar.rollout.sglang_client import SGLangEngine
+from megavar.rollout.sglang_servers import ManagedServers
 
 ROOT = Path(__file__).parents[2]
 CONFIG = RolloutConfig(
@@ -18,6 +20,15 @@ CONFIG = RolloutConfig(
     request_timeout_seconds=60.0,
     start_timeout_seconds=300.0,
 )
+
+
+@dataclass
+class Managed:
+    """A server that was started while its first port was taken."""
+
+    servers: ManagedServers
+    taken_port: int
+    free_port: int
 
 
 def write_model(folder: Path, seed: int, vocab_size: int = 512) -> Path:

@@ -1,15 +1,15 @@
 """Real SGLang servers on CPU over tiny random Qwen3 models, started once for the folder."""
 
 import asyncio
+import socket
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.tiny_serving import CONFIG, write_model
+from helpers.tiny_serving import CONFIG, Managed, write_model
 
-from megavar.config.schema import RolloutConfig
-from megavar.rollout.sglang_servers import ManagedServers, check_interpreter, group_exists
+from megavar.rollout import sglang_servers
+from megavar.rollout.sglang_servers import ManagedServers, check_interpreter, free_port, group_exists
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,30 +41,21 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def managed(runner: asyncio.Runner, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ManagedServers]:
-    """A server without deterministic inference, on `model`."""
-    yield from start(runner, CONFIG, model, tmp_path_factory.mktemp("server"))
-
-
-@pytest.fixture(scope="session")
-def server(managed: ManagedServers) -> str:
-    """URL of `managed`."""
-    return managed.urls[0]
-
-
-@pytest.fixture(scope="session")
-def seeded_server(runner: asyncio.Runner, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a server with deterministic inference, on `model`."""
-    config = replace(CONFIG, deterministic=True)
-    for servers in start(runner, config, model, tmp_path_factory.mktemp("seeded_server")):
-        yield servers.urls[0]
-
-
-def start(runner: asyncio.Runner, config: RolloutConfig, model: Path, log_dir: Path) -> Iterator[ManagedServers]:
-    """Managed servers until the session ends, when nothing of them may be left."""
-    servers = ManagedServers(config, model, log_dir)
-    runner.run(servers.__aenter__())
-    yield servers
+def managed(runner: asyncio.Runner, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
+    """A server without deterministic inference, on `model`, until the session ends; nothing of it may be left then."""
+    servers = ManagedServers(CONFIG, model, tmp_path_factory.mktemp("server"))
+    with socket.create_server(("127.0.0.1", 0)) as somebody, pytest.MonkeyPatch.context() as patch:
+        ports = [free_port(), somebody.getsockname()[1]]
+        started = Managed(servers, taken_port=ports[1], free_port=ports[0])
+        patch.setattr(sglang_servers, "free_port", ports.pop)
+        runner.run(servers.__aenter__())
+    yield started
     groups = [server.pid for server in servers.servers]
     runner.run(servers.stop())
     assert not any(group_exists(group) for group in groups)
+
+
+@pytest.fixture(scope="session")
+def server(managed: Managed) -> str:
+    """URL of `managed`."""
+    return managed.servers.urls[0]

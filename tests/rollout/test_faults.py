@@ -14,6 +14,7 @@ from megavar.rollout.requests import RequestsFailed, Throughput, run_requests
 from megavar.rollout.sglang_client import SGLangEngine
 from megavar.rollout.sglang_servers import free_port
 
+pytestmark = pytest.mark.sglang
 REQUEST = GenerateRequest([40, 41, 42], max_tokens=8, temperature=0.0)
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from megavar.rollout.engine import GenerateRequest, Generation, RequestRejected
 
+pytestmark = pytest.mark.sglang
 PROMPT = [40, 41, 42, 60, 61]
 GREEDY = GenerateRequest(PROMPT, max_tokens=16, temperature=0.0)
 SAMPLED = GenerateRequest(PROMPT, max_tokens=16, temperature=0.7, seed=11)
@@ -129,27 +130,6 @@ def test_a_token_outside_the_vocabulary_is_refused_before_it_kills_the_server(
 def test_a_rejected_request_shows_the_message_of_the_server(runner: asyncio.Runner, server: str, model: Path) -> None:
     with pytest.raises(RequestRejected, match=r"HTTP 400.*context length"):
         generate(runner, server, model, replace(GREEDY, max_tokens=10_000))
-
-
-def test_seeds_repeat_with_deterministic_inference(runner: asyncio.Runner, seeded_server: str, model: Path) -> None:
-    request = replace(SAMPLED, num_samples=4)
-
-    async def run() -> list[list[Generation]]:
-        async with client(seeded_server, deterministic=True) as engine:
-            await engine.check_model(model)
-            first = await engine.generate(request)
-            again = await engine.generate(request)
-            # Among others, in another batch; and one sample asked for on its own.
-            crowd = await asyncio.gather(*(engine.generate(replace(request, seed=seed)) for seed in (11, 12, 13)))
-            alone = await engine.generate(replace(request, seed=first[2].seed, num_samples=1))
-            return [first, again, *crowd, alone]
-
-    first, again, crowded, other, _, alone = [
-        [generation.ids.tolist() for generation in generations] for generations in runner.run(run())
-    ]
-    assert first == again == crowded
-    assert alone == [first[2]]
-    assert len({tuple(ids) for ids in first + other}) == 8
 
 
 def test_one_warning_says_that_seeds_are_not_replayable(

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,14 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers.tiny_serving import CONFIG
+from helpers.tiny_serving import CONFIG, Managed, client
 
 from megavar.rollout import sglang_servers as servers_module
 from megavar.rollout.engine import GenerateRequest, Generation, RolloutError
 from megavar.rollout.requests import run_requests
 from megavar.rollout.sglang_client import SGLangEngine
-from megavar.rollout.sglang_servers import ManagedServers, check_interpreter, device_slices, free_port, open_engine
+from megavar.rollout.sglang_servers import ManagedServers, check_interpreter, device_slices, open_engine
 
+pytestmark = pytest.mark.sglang
 GREEDY = GenerateRequest([40, 41, 42], max_tokens=64, temperature=0.0)
 
 
@@ -42,18 +42,18 @@ def wait_until_gone(group: int, seconds: float) -> list[psutil.Process]:
 
 
 def test_a_killed_server_is_restarted_with_the_loaded_weights_and_all_requests_finish(
-    runner: asyncio.Runner, managed: ManagedServers, model: Path, other_model: Path
+    runner: asyncio.Runner, managed: Managed, model: Path, other_model: Path
 ) -> None:
     results: dict[int, list[Generation]] = {}
 
     async def run() -> tuple[list[int], list[int]]:
         async with SGLangEngine(
-            managed.urls,
+            managed.servers.urls,
             concurrency=8,
             request_timeout_seconds=60,
             max_retries=2,
             deterministic=False,
-            restart=managed.restart,
+            restart=managed.servers.restart,
         ) as engine:
             await engine.check_model(model)
             [first] = await engine.generate(GREEDY)
@@ -63,7 +63,7 @@ def test_a_killed_server_is_restarted_with_the_loaded_weights_and_all_requests_f
             def on_result(key: int, generations: list[Generation]) -> None:
                 results[key] = generations
                 if len(results) == 10:
-                    os.killpg(managed.servers[0].pid, signal.SIGKILL)
+                    os.killpg(managed.servers.servers[0].pid, signal.SIGKILL)
 
             requests = [(key, GREEDY) for key in range(60)]
             await run_requests(engine, requests, on_result, description="killed", show_progress=False)
@@ -72,12 +72,11 @@ def test_a_killed_server_is_restarted_with_the_loaded_weights_and_all_requests_f
 
     first, second = runner.run(run())
     assert first != second
-    assert managed.servers[0].num_restarts == 1
+    assert managed.servers.servers[0].num_restarts == 1
     assert [generations[0].ids.tolist() for generations in results.values()] == [second] * 60
 
 
-def test_no_server_outlives_a_killed_parent(model: Path, tmp_path: Path) -> None:
-    script = """
+PARENT = """
 import asyncio, json, sys
 from pathlib import Path
 from megavar.config.schema import RolloutConfig
@@ -86,22 +85,50 @@ from megavar.rollout.sglang_servers import ManagedServers
 async def main():
     servers = ManagedServers(RolloutConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]))
     async with servers:
-        print(servers.servers[0].pid, flush=True)
+        print(servers.servers[0].pid, servers.urls[0], flush=True)
         await asyncio.sleep(600)
 
 asyncio.run(main())
 """
+
+
+def test_a_deterministic_server_repeats_seeds_and_does_not_outlive_its_killed_parent(
+    runner: asyncio.Runner, model: Path, tmp_path: Path
+) -> None:
+    config = json.dumps(asdict(replace(CONFIG, deterministic=True)))
     parent = subprocess.Popen(
-        [sys.executable, "-c", script, json.dumps(asdict(CONFIG)), str(model), str(tmp_path)], stdout=subprocess.PIPE
+        [sys.executable, "-c", PARENT, config, str(model), str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
     try:
         assert parent.stdout is not None
-        group = int(parent.stdout.readline())
-        assert len(processes_of_group(group)) >= 4  # guard, HTTP server, scheduler, detokenizer
+        group, url = parent.stdout.readline().split()
+        assert len(processes_of_group(int(group))) >= 4  # guard, HTTP server, scheduler, detokenizer
+        check_seeds(runner.run(sample_with_seeds(url, model)))
     finally:
         parent.kill()
         parent.wait()
-    assert not wait_until_gone(group, seconds=15)
+    assert not wait_until_gone(int(group), seconds=15)
+
+
+async def sample_with_seeds(url: str, model: Path) -> list[list[Generation]]:
+    request = replace(GREEDY, max_tokens=16, temperature=0.7, seed=11, num_samples=4)
+    async with client(url, deterministic=True) as engine:
+        await engine.check_model(model)
+        first = await engine.generate(request)
+        again = await engine.generate(request)
+        # Among others, in another batch; and one sample asked for on its own.
+        crowd = await asyncio.gather(*(engine.generate(replace(request, seed=seed)) for seed in (11, 12, 13)))
+        alone = await engine.generate(replace(request, seed=first[2].seed, num_samples=1))
+        return [first, again, *crowd, alone]
+
+
+def check_seeds(samples: list[list[Generation]]) -> None:
+    first, again, crowded, other, _, alone = [
+        [generation.ids.tolist() for generation in generations] for generations in samples
+    ]
+    assert first == again == crowded
+    assert alone == [first[2]]
+    assert len({tuple(ids) for ids in first + other}) == 8
 
 
 def test_a_server_that_dies_at_start_is_reported_with_the_end_of_its_log(
@@ -117,19 +144,9 @@ def test_a_server_that_dies_at_start_is_reported_with_the_end_of_its_log(
         runner.run(run())
 
 
-def test_a_port_taken_meanwhile_is_exchanged(
-    runner: asyncio.Runner, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as somebody:
-        ports = [free_port(), somebody.getsockname()[1]]
-        monkeypatch.setattr(servers_module, "free_port", ports.pop)
-        last = ports[0]
-
-        async def run() -> None:
-            async with ManagedServers(CONFIG, model, tmp_path) as servers:
-                assert servers.urls == [f"http://127.0.0.1:{last}"]
-
-        runner.run(run())
+def test_a_port_taken_meanwhile_is_exchanged(managed: Managed) -> None:
+    assert managed.servers.urls == [f"http://127.0.0.1:{managed.free_port}"]
+    assert str(managed.taken_port) in managed.servers.servers[0].log.read_text()
 
 
 def test_missing_pieces_are_reported_before_anything_starts(model: Path, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_models import random_sequences, reference_logps, save_tiny_model
+from helpers.engine_cases import run_cases
+from helpers.ranks import run_ranks
+from helpers.tiny_models import random_sequences, reference_gradients, save_tiny_model
 
 from megavar.checkpoints.convert import MAX_SHARD_BYTES, Model, differences, to_hugging_face, to_megatron
 
@@ -59,30 +61,62 @@ SCORED = (
 TRAINED = ("tp1_pp1_ep1", "tp2_pp2_ep2", "tp1_pp2_vpp2_ep2", "tp1_pp1_ep2")
 
 
-def fits(model: str, grid: dict) -> bool:
-    family, _, changes = MODELS[model]
-    large = grid["tensor"] * grid["pipeline"] > 4  # on sixteen processes: only where most can go wrong
+def is_large(grid: str) -> bool:
+    """Of more than four ranks, that is of sixteen."""
+    return GRIDS[grid]["tensor"] * GRIDS[grid]["pipeline"] > 4
+
+
+def fits(model: str, name: str) -> bool:
+    (family, _, changes), grid = MODELS[model], GRIDS[name]
     return (
         (grid["expert"] == 1 or family == "qwen3_moe")
         and (changes != ONE_GROUP or grid["tensor"] == 1)
         and (changes != RAW_ROUTING or grid["tensor"] == grid["pipeline"] == 1)
-        and (not large or model == "qwen3-True" or (model == "qwen3_moe-True" and grid["tensor"] == grid["pipeline"]))
+        # Only where most can go wrong:
+        and (not is_large(name) or model == "qwen3-True" or (model == "qwen3_moe-True" and name.startswith("tp4_pp4")))
     )
 
 
-PAIRS = [(model, name) for model in MODELS for name, grid in GRIDS.items() if fits(model, grid)]
+PAIRS = [(model, name) for model in MODELS for name in GRIDS if fits(model, name)]
+
+
+def with_marks(pairs: list[tuple[str, str]]) -> list:
+    return [pytest.param(*pair, marks=[pytest.mark.slow] if is_large(pair[1]) else []) for pair in pairs]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, launch_engine):
-    """What four ranks, or sixteen where the grid needs them, compute from the checkpoints; transformers' models."""
-    root, references, cases = tmp_path_factory.mktemp("grids"), {}, []
+def models(tmp_path_factory):
+    """Folder with every model, converted too, and what transformers computes with each."""
+    root, references = tmp_path_factory.mktemp("grids"), {}
     for model, (family, tied, changes) in MODELS.items():
-        references[model] = save_tiny_model(root / model, family, tied, **changes)
+        reference = save_tiny_model(root / model, family, tied, **changes)
+        references[model] = reference_gradients(reference, SEQUENCES, NORMALIZER)
         to_megatron(root / model, root / f"{model}.megatron", None, False)
-    for name, grid in GRIDS.items():
-        for model in (model for model in MODELS if (model, name) in PAIRS):
-            common = {"grid": grid, "model": str(root / f"{model}.megatron"), "microbatch_tokens": 64}
+    return root, references
+
+
+@pytest.fixture(scope="module")
+def on_4_ranks(models):
+    run_ranks(4, run_cases, cases_of(models[0], large=False), SEQUENCES)
+
+
+@pytest.fixture(scope="module")
+def on_16_ranks(models):
+    run_ranks(16, run_cases, cases_of(models[0], large=True), SEQUENCES)
+
+
+@pytest.fixture
+def results(request, models, grid):
+    """The folder of `models` with what the ranks of a grid compute from the checkpoints."""
+    request.getfixturevalue("on_16_ranks" if is_large(grid) else "on_4_ranks")
+    return models
+
+
+def cases_of(root: Path, large: bool) -> list[dict]:
+    cases = []
+    for name in (name for name in GRIDS if is_large(name) == large):
+        for model in (model for model in MODELS if fits(model, name)):
+            common = {"grid": GRIDS[name], "model": str(root / f"{model}.megatron"), "microbatch_tokens": 64}
             cases.append({**common, "kind": "reload", "out": str(root / f"reload-{model}-{name}")})
             if name in SCORED:
                 cases.append({**common, "kind": "score", "out": str(root / f"score-{model}-{name}")})
@@ -90,25 +124,21 @@ def results(tmp_path_factory, launch_engine):
                 out = str(root / f"gradient-{model}-{name}")
                 cases.append({**common, "kind": "gradient", "normalizer": NORMALIZER, "out": out})
                 cases.append({**common, "kind": "train", "train": TRAIN, "out": str(root / f"train-{model}-{name}")})
-    for ranks in (4, 16):
-        fitting = [case for case in cases if (case["grid"]["tensor"] * case["grid"]["pipeline"] > 4) == (ranks == 16)]
-        launch_engine(fitting, SEQUENCES, ranks)
-    return root, references
+    return cases
 
 
-@pytest.mark.parametrize(("model", "grid"), PAIRS)
+@pytest.mark.parametrize(("model", "grid"), with_marks(PAIRS))
 def test_the_bits_come_back_from_every_grid(results, tmp_path, model, grid):
     root, _ = results
     to_hugging_face(root / f"reload-{model}-{grid}", tmp_path / "back", root / model, MAX_SHARD_BYTES, False)
     assert list(differences(Model(root / model), Model(tmp_path / "back"))) == []
 
 
-@pytest.mark.parametrize(("model", "grid"), [pair for pair in PAIRS if pair[1] in SCORED])
+@pytest.mark.parametrize(("model", "grid"), with_marks([pair for pair in PAIRS if pair[1] in SCORED]))
 def test_log_probs_of_a_converted_checkpoint_equal_transformers(results, model, grid):
     root, references = results
     found = pickle.loads((root / f"score-{model}-{grid}").read_bytes())
-    for sequence, logps in zip(SEQUENCES, found, strict=True):
-        expected = reference_logps(references[model], sequence).detach()
+    for expected, logps in zip(references[model].logps, found, strict=True):
         assert (torch.from_numpy(logps) - expected).abs().max() <= TOLERANCE
 
 
@@ -116,20 +146,15 @@ def test_log_probs_of_a_converted_checkpoint_equal_transformers(results, model, 
 @pytest.mark.parametrize("model", ["qwen3_moe-True", "qwen3_moe-False"])
 def test_gradients_of_a_mixture_equal_transformers(results, model, grid):
     root, references = results
-    reference = references[model]
-    reference.zero_grad()
-    loss = -sum((s.weight * reference_logps(reference, s)).sum() for s in SEQUENCES) / NORMALIZER
-    loss.backward()
     folder = root / f"gradient-{model}-{grid}"
-    assert json.loads((folder / "loss.json").read_text()) == pytest.approx(loss.item(), rel=TOLERANCE)
+    assert json.loads((folder / "loss.json").read_text()) == pytest.approx(references[model].loss, rel=TOLERANCE)
     found = Model(Path(folder))
     gradients = {
         name: tensor
         for operator, index in found.pieces()
         for (name, _), tensor in zip(found.infos(operator, index), found.tensors(operator, index), strict=True)
     }
-    for name, parameter in reference.named_parameters():
-        expected = parameter.grad
+    for name, expected in references[model].gradients.items():
         if name.endswith("experts.gate_up_proj"):  # transformers holds the experts of a layer in one tensor
             experts = [f"{name.removesuffix('.gate_up_proj')}.{expert}" for expert in range(4)]
             parts = [gradients[f"{expert}.{part}_proj.weight"] for expert in experts for part in ("gate", "up")]

@@ -1,14 +1,20 @@
 """The engine against transformers: log-probs, gradients and AdamW steps at every split of the same work."""
 
 import json
+import math
 import pickle
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_models import random_sequences, reference_logps, save_tiny_model
+from helpers.engine_cases import run_cases
+from helpers.ranks import run_ranks
+from helpers.tiny_models import random_sequences, reference_gradients, reference_logps, save_tiny_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megavar.packing import data_order
 
 TOLERANCE = 2e-5
 PARAMETER_TOLERANCE = 1e-5
@@ -52,7 +58,12 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(models, launch_engine):
+def references(models):
+    return {name: reference_gradients(model, SEQUENCES, NORMALIZER) for name, model in models[1].items()}
+
+
+@pytest.fixture(scope="module")
+def results(models):
     """Folder with what every grid computed: scores and gradients for every model, one training run a grid."""
     root, _ = models
     for ranks in (1, 4):
@@ -69,7 +80,7 @@ def results(models, launch_engine):
             train = {**TRAIN, "microbatch_tokens": common["microbatch_tokens"]}
             out = str(root / f"train-{grid_name}")
             cases.append({"kind": "train", "model": str(root / "qwen3-tied"), "out": out, "train": train, "grid": grid})
-        launch_engine(cases, SEQUENCES, ranks)
+        run_ranks(ranks, run_cases, cases, SEQUENCES)
     return root
 
 
@@ -79,48 +90,38 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: name_of(*model))
-def test_logps_equal_transformers(models, results, model, grid):
+def test_logps_equal_transformers(references, results, model, grid):
     name = name_of(*model)
     found = pickle.loads((results / f"score-{name}-{grid}").read_bytes())
-    for sequence, logps in zip(SEQUENCES, found, strict=True):
-        expected = reference_logps(models[1][name], sequence).detach()
+    for expected, logps in zip(references[name].logps, found, strict=True):
         assert (torch.from_numpy(logps) - expected).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: name_of(*model))
-def test_gradients_of_the_weighted_loss_equal_transformers(models, results, model, grid):
+def test_gradients_of_the_weighted_loss_equal_transformers(references, results, model, grid):
     name = name_of(*model)
-    reference = models[1][name]
-    reference.zero_grad()
-    loss = -sum((s.weight * reference_logps(reference, s)).sum() for s in SEQUENCES) / NORMALIZER
-    loss.backward()
     folder = results / f"gradient-{name}-{grid}"
-    assert json.loads((folder / "loss.json").read_text()) == pytest.approx(loss.item(), rel=TOLERANCE)
+    assert json.loads((folder / "loss.json").read_text()) == pytest.approx(references[name].loss, rel=TOLERANCE)
     found = load_tensors(folder)
-    for key, parameter in reference.named_parameters():
-        difference = (found[key] - parameter.grad).abs().max() / parameter.grad.abs().max()
+    for key, gradient in references[name].gradients.items():
+        difference = (found[key] - gradient).abs().max() / gradient.abs().max()
         assert difference <= TOLERANCE, key
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_parameters_after_three_adamw_steps_are_the_same_at_every_split(models, results, grid):
-    expected, losses = adamw_reference(models[0])
+def test_parameters_after_three_adamw_steps_are_the_same_at_every_split(adamw, results, grid):
+    expected, losses = adamw
     found = load_tensors(results / f"train-{grid}" / "hf")
     assert json.loads((results / f"train-{grid}" / "losses.json").read_text()) == pytest.approx(losses, rel=TOLERANCE)
     for key, tensor in expected.items():
         assert (found[key] - tensor).abs().max() <= PARAMETER_TOLERANCE, key
 
 
-def adamw_reference(root: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
+@pytest.fixture(scope="module")
+def adamw(models) -> tuple[dict[str, torch.Tensor], list[float]]:
     """The same training by transformers and torch's AdamW: no weight decay on vectors, warm-up, cosine, clipping."""
-    import math
-
-    from transformers import AutoModelForCausalLM
-
-    from megavar.packing import data_order
-
-    model = AutoModelForCausalLM.from_pretrained(root / "qwen3-tied", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(models[0] / "qwen3-tied", dtype=torch.float32)
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -142,7 +143,7 @@ def adamw_reference(root: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
     return {key: parameter.detach() for key, parameter in model.named_parameters()}, losses
 
 
-def test_resume_at_the_same_split_repeats_the_losses_exactly(models, launch_engine, tmp_path):
+def test_resume_at_the_same_split_repeats_the_losses_exactly(models, tmp_path):
     """Over six steps with warm-up and decay: an off-by-one of the schedule would show in the fifth."""
     case = {
         "kind": "train",
@@ -151,34 +152,35 @@ def test_resume_at_the_same_split_repeats_the_losses_exactly(models, launch_engi
         "train": {**TRAIN, "epochs": 2.0},
     }
     straight, resumed = {**case, "out": str(tmp_path / "straight")}, {**case, "out": str(tmp_path / "resumed")}
-    launch_engine([straight, {**resumed, "stop_after": 3}], SEQUENCES, 4)
-    launch_engine([resumed], SEQUENCES, 4)
+    run_ranks(4, run_cases, [straight, {**resumed, "stop_after": 3}], SEQUENCES)
+    run_ranks(4, run_cases, [resumed], SEQUENCES)
     losses = [json.loads((tmp_path / name / "losses.json").read_text()) for name in ("straight", "resumed")]
     assert len(losses[0]) == 6 and losses[1] == losses[0][2:]
     left, right = load_tensors(tmp_path / "straight" / "hf"), load_tensors(tmp_path / "resumed" / "hf")
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
-def test_resume_at_another_split_continues_the_training(results, models, launch_engine):
+def test_resume_at_another_split_continues_the_training(results, models):
     train = {**TRAIN, "microbatch_tokens": 64}
     case = {"kind": "train", "model": str(models[0] / "qwen3-tied"), "train": train, "out": str(results / "moved")}
-    launch_engine([{**case, "grid": GRIDS["tp2_pp2"][1], "stop_after": 3}], SEQUENCES, 4)
-    launch_engine([{**case, "grid": {"pipeline": 2}}], SEQUENCES, 2)
+    run_ranks(4, run_cases, [{**case, "grid": GRIDS["tp2_pp2"][1], "stop_after": 3}], SEQUENCES)
+    run_ranks(2, run_cases, [{**case, "grid": {"pipeline": 2}}], SEQUENCES)
     moved, whole = load_tensors(results / "moved" / "hf"), load_tensors(results / "train-tp1" / "hf")
     for key, tensor in whole.items():
         assert (moved[key] - tensor).abs().max() <= PARAMETER_TOLERANCE, key
 
 
-def test_recomputation_temperature_and_packing_order_change_nothing_else(models, launch_engine):
+def test_recomputation_temperature_and_packing_order_change_nothing_else(models, results):
     root, references = models
     case = {"grid": {}, "model": str(root / "qwen3-untied"), "microbatch_tokens": 100, "normalizer": NORMALIZER}
     outs = {how: str(root / f"recompute-{how}") for how in ("none", "selective", "full")}
     reversed_sequences = SEQUENCES[::-1]
-    launch_engine(
+    run_ranks(
+        1,
+        run_cases,
         [{**case, "kind": "gradient", "recompute": how, "out": out} for how, out in outs.items()]
         + [{**case, "kind": "score", "temperature": 0.7, "out": str(root / "warm")}],
         reversed_sequences,
-        1,
     )
     gradients = {how: load_tensors(Path(out)) for how, out in outs.items()}
     forward = load_tensors(root / "gradient-qwen3-untied-tp1")
