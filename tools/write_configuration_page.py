@@ -1,9 +1,10 @@
-"""Writes docs/configuration.md from the schema: every key, its type, default and meaning, and the stages it affects.
+"""Generates docs/configuration.md from the schema: type, default and meaning of every key, and the stages it affects.
 
     python tools/write_configuration_page.py
 
-Which stages a key affects is measured: each key is changed in configurations that use every stage, and the settings
-that the stages of `megavar/runs/plan.py` record are compared with those before. A test keeps the page current.
+The stages that a key affects are determined empirically: each key is changed in configurations that together use all
+stages, and the settings that stages record (`megavar/runs/plan.py`) are compared before and after. A test keeps the
+page current.
 """
 
 import ast
@@ -24,7 +25,7 @@ from megavar.runs.manifest import Manifest
 from megavar.runs.plan import STAGES, stages_of
 
 Stages = dict[str, tuple[set[str], set[str]]]
-"""Key -> (stages whose settings change with it, stages that it adds or removes)."""
+"""Key -> (stages whose recorded settings change with it, stages that it adds or removes)."""
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration
 
@@ -46,13 +47,13 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"posterior.source": "gold"},
     {"sample.sampler": "policy"},
 )
-"""Settings that between them use every stage and every setting of a stage."""
-MOST_ROUNDS = 3
+"""Overrides of the configurations that together use all stages and all their settings."""
+MAX_ROUNDS = 3
 OTHER_FILE = "other.jsonl"
 
 
 def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
-    """(path, dataclass that holds it, field) of every key that is not a section."""
+    """Yield (dotted path, dataclass, field) of every key that is not a section."""
     for item in fields(section):
         value = getattr(section, item.name)
         if is_dataclass(value):
@@ -62,7 +63,7 @@ def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any
 
 
 def docstrings(holder: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, on one line."""
+    """Field name -> the docstring below it, joined to one line."""
     (definition,) = ast.parse(inspect.getsource(holder)).body
     assert isinstance(definition, ast.ClassDef)
     return {
@@ -75,7 +76,7 @@ def docstrings(holder: type) -> dict[str, str]:
 
 
 def with_value(config: RunConfig, path: str, value: Any) -> RunConfig:
-    """A copy of the configuration with one value changed."""
+    """Copy of the configuration with one value changed."""
     changed = copy.deepcopy(config)
     *sections, name = path.split(".")
     holder: Any = changed
@@ -86,7 +87,7 @@ def with_value(config: RunConfig, path: str, value: Any) -> RunConfig:
 
 
 def other_values(value: Any, item: Field[Any], folder: Path) -> list[Any]:
-    """Another value of the key, and null where that is its default."""
+    """Values that differ from the current one: a valid one, and None if that is the default."""
     return [_other_value(value, item, folder), *([None] if item.default is None and value is not None else [])]
 
 
@@ -105,22 +106,22 @@ def _other_value(value: Any, item: Field[Any], folder: Path) -> Any:
 
 
 def recorded(config: RunConfig) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Entry of the manifest -> its stage, and the settings it would be recorded with if all before it were finished."""
+    """Manifest entry -> (stage, settings it would record if all earlier stages were finished)."""
     manifest = Manifest(Run(config).folder)
     if not manifest.file.exists():
-        names = [Run(config, index).entry(stage.name) for index in range(1, MOST_ROUNDS + 1) for stage in STAGES]
+        names = [Run(config, index).entry(stage.name) for index in range(1, MAX_ROUNDS + 1) for stage in STAGES]
         manifest.file.parent.mkdir(parents=True)
         manifest.file.write_text(json.dumps({name: {"status": "finished", "digest": name} for name in names}))
     return {run.entry(stage.name): (stage.name, stage.settings(run)) for stage, run in stages_of(config)}
 
 
 def affected(folder: Path) -> Stages:
-    """The stages that each key affects, measured with files in `folder`."""
+    """Determine the stages that each key affects, using temporary files in `folder`."""
     for name in ("train.jsonl", "eval.jsonl", OTHER_FILE):
         (folder / name).write_text(name)
     found: Stages = {}
     for number, variant in enumerate(VARIANTS):
-        config = RunConfig(name="run", runs_dir=str(folder / str(number)), model="model", rounds=MOST_ROUNDS - 1)
+        config = RunConfig(name="run", runs_dir=str(folder / str(number)), model="model", rounds=MAX_ROUNDS - 1)
         config.data.train, config.data.eval = str(folder / "train.jsonl"), str(folder / "eval.jsonl")
         for path, value in variant.items():
             config = with_value(config, path, value)
@@ -138,7 +139,7 @@ def affected(folder: Path) -> Stages:
 
 
 def type_text(item: Field[Any]) -> str:
-    """A key's type, its choices or its least value."""
+    """Type, choices and minimum of a key, as Markdown."""
     if choices := item.metadata.get("choices"):
         return ", ".join(f"`{choice}`" for choice in choices)
     kinds = [kind for kind in get_args(item.type) or (item.type,) if kind is not NoneType]
@@ -150,12 +151,12 @@ def type_text(item: Field[Any]) -> str:
 
 
 def default_text(value: Any) -> str:
-    """A default as YAML reads it."""
+    """Default of a key in YAML syntax, as Markdown."""
     return "(required)" if value == "???" else f"`{json.dumps(value, ensure_ascii=False)}`".replace("|", "\\|")
 
 
 def stages_text(changes: set[str], adds: set[str]) -> str:
-    """The stages in their order."""
+    """Affected stages in their order, as Markdown."""
     parts = [
         prefix + ", ".join(stage.name for stage in STAGES if stage.name in names)
         for prefix, names in (("", changes), ("adds or removes ", adds - changes))
@@ -165,10 +166,10 @@ def stages_text(changes: set[str], adds: set[str]) -> str:
 
 
 def page_text(stages: Stages) -> str:
-    """The page.
+    """Render the page.
 
     Args:
-        stages: as `affected` measures them.
+        stages: from `affected`.
 
     Raises:
         ValueError: naming a key without a docstring.

@@ -37,7 +37,7 @@ class Templates:
             raise ValueError(f"{model} has no tokenizer.json; give the folder of a model with a fast tokenizer.")
         if self._tokenizer.chat_template is None or self._tokenizer.eos_token_id is None:
             raise ValueError(f"{model}: the tokenizer needs a chat template and an eos token; add them to its files.")
-        # Without transformers' wrapper around each call, which takes most of the time of short texts.
+        # The tokenizers backend, called directly: transformers' wrapper takes most of the time for short texts.
         self._encoder: Any = self._tokenizer.backend_tokenizer
         self._encoder.no_truncation()
         self._encoder.no_padding()
