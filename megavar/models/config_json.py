@@ -36,6 +36,12 @@ def read_dims(folder: Path) -> ModelDims:
     for key, value in {"use_sliding_window": False, "hidden_act": "silu", **family.required}.items():
         if config.get(key, value) not in (value, None):
             raise ValueError(f"{file} has {key}={config[key]!r}, which is not supported; only {value!r} is.")
+    layer_types, num_layers = config.get("layer_types"), config.get("num_hidden_layers")
+    if layer_types is not None and layer_types != ["full_attention"] * (num_layers if type(num_layers) is int else 0):
+        raise ValueError(
+            f"{file} has layer_types={layer_types!r:.200}, expected full_attention for each of num_hidden_layers="
+            f"{num_layers!r}; other attention is not supported."
+        )
     return _dims(model_type, family, config, file)
 
 

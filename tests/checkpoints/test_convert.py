@@ -259,7 +259,11 @@ BROKEN = {
         lambda f: edit_tensors(f, one_layer_of_half_precision),
         r"layers\.0\.input_layernorm\.weight is float32 and .*layers\.2\.input_layernorm\.weight is float16",
     ),
-    "layers": (lambda f: edit_config(f, num_hidden_layers=5), r"lacks model\.layers\.4\..*qwen3 with 5 layers"),
+    "layer types": (lambda f: edit_config(f, num_hidden_layers=5), r"layer_types=.* each of num_hidden_layers=5"),
+    "layers": (
+        lambda f: edit_config(f, num_hidden_layers=5, layer_types=None),
+        r"lacks model\.layers\.4\..*qwen3 with 5 layers",
+    ),
     "tied": (lambda f: edit_config(f, tie_word_embeddings=True), r"tie_word_embeddings=true, but lm_head\.weight"),
     "family": (
         lambda f: edit_config(f, model_type="llama"),

@@ -55,6 +55,10 @@ def test_the_rope_base_is_read_from_either_layout(folder, tmp_path, layout):
         ({"model_type": "llama"}, "model_type='llama'; supported are qwen2, qwen3"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "RoPE scaling 'yarn'"),
         ({"use_sliding_window": True}, "use_sliding_window"),
+        (
+            {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
+            "layer_types=.*other attention is not supported",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu', which is not supported"),
     ],
 )
@@ -127,7 +131,7 @@ def test_training_flops_equal_those_that_torch_counts_in_transformers(tmp_path, 
     ("changes", "message"),
     [
         ({"hidden_size": None}, r"config\.json has hidden_size=None, expected a value of type int"),
-        ({"num_hidden_layers": "4"}, r"num_hidden_layers='4', expected a value of type int"),
+        ({"num_hidden_layers": "4", "layer_types": None}, r"num_hidden_layers='4', expected a value of type int"),
         ({"num_key_value_heads": 0}, r"num_key_value_heads=0, expected at least 1"),
         ({"tie_word_embeddings": "no"}, r"tie_word_embeddings='no', expected a value of type bool"),
         ({"rope_parameters": {"rope_type": "default"}}, r"no rope_theta"),
