@@ -46,7 +46,7 @@ $(VENV)/.done: pyproject.toml
 	$(BIN)/pip install --quiet -e ".[dev]"
 	touch $@
 
-# SGLang pins other versions of torch and transformers than training: it has an environment of its own.
+# SGLang pins other versions of torch and transformers than training: it has a separate environment.
 $(SGLANG)/.done: requirements/sglang-cpu.txt requirements/sglang-cpu-nodeps.txt
 	$(PYTHON) -m venv $(SGLANG)
 	$(SGLANG)/bin/pip install --quiet --upgrade pip

@@ -38,15 +38,17 @@ def main() -> int:
     ]
     if chosen.sp:
         overrides.append("parallel.sequence=true")
-    if chosen.config.resolve() == DEMO and is_rank_zero():
+    overrides += chosen.overrides
+    if chosen.config.resolve() == DEMO and is_rank_zero() and not any(key.startswith("data.") for key in overrides):
         make_demo_questions()
-    return run_on_enough_ranks(chosen.config, overrides + chosen.overrides, sys.argv)
+    return run_on_enough_ranks(chosen.config, overrides, sys.argv)
 
 
 def make_demo_questions() -> None:
     """Generate the demo's questions where they are missing."""
-    train = Path(load_config(DEMO, []).data.train)
-    if not train.is_file():
+    data = load_config(DEMO, []).data
+    train, held_out = Path(data.train), Path(data.eval or data.train)
+    if not (train.is_file() and held_out.is_file()):
         generator = ROOT / "examples" / "data" / "generate.py"
         subprocess.run([sys.executable, str(generator), "--out", str(train.parent)], check=True)
 

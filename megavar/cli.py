@@ -16,10 +16,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megavar.ranks import RankZeroError, is_rank_zero
+from megavar.ranks import ExplainedFailure, RankZeroError, is_rank_zero, share_exit_code, wait_for_exit_code
 
 if TYPE_CHECKING:
     from megavar.config.schema import ParallelConfig, RunConfig
+    from megavar.runs.plan import Stage
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if given else 2
     if given[0] in LOOKING:
         return LOOKING[given[0]][1](given[1:])
+    if _stage_of(given[0]) is None and given[0] != "run" and "--config" not in given:
+        print(f"error: no command {given[0]!r}; `megavar --help` lists them", flush=True)
+        return 2
     parser = _stage_parser(given[0])
     chosen = parser.parse_intermixed_args(given[1:])
     return launch(chosen.config, chosen.overrides, given[0])
@@ -120,21 +126,33 @@ def show_logs(level: str) -> None:
 
 
 def reported(work: Callable[[], None]) -> int:
-    """Do the work and return the exit code; an error is printed once, a user's mistake as one line, on rank 0."""
+    """Do the work and return the exit code; an error that all ranks share is printed once, by rank 0.
+
+    A user's mistake (ValueError) and an explained failure are one line; anything else comes with its traceback.
+    """
     try:
         work()
     except RankZeroError:
-        return 1
-    except ValueError as error:
+        return wait_for_exit_code()
+    except (ValueError, FloatingPointError, ExplainedFailure) as error:
+        logger.debug("traceback of what follows:", exc_info=True)
         if is_rank_zero():
             print(f"error: {error}", flush=True)
-        return 2
-    except (Exception, KeyboardInterrupt) as error:
+        code = 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        if is_rank_zero():
+            print("interrupted; the same command resumes", flush=True)
+        code = 130
+    except Exception as error:
         traceback.print_exception(error)
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not have been imported
             print("error: out of GPU memory; see docs/troubleshooting.md#out-of-memory", flush=True)
-        return 1
-    return 0
+        code = 1
+    else:
+        return 0
+    if is_rank_zero():
+        share_exit_code(code)
+    return code
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -197,11 +215,15 @@ def _help() -> str:
     )
 
 
-def _stage_parser(command: str) -> argparse.ArgumentParser:
+def _stage_of(command: str) -> "Stage | None":
+    """The stage that a command such as `policy_02` names."""
     from megavar.runs.plan import STAGES
 
-    known = {stage.name: stage for stage in STAGES}
-    stage = known.get(re.sub(r"_\d+$", "", command))
+    return {stage.name: stage for stage in STAGES}.get(re.sub(r"_\d+$", "", command))
+
+
+def _stage_parser(command: str) -> argparse.ArgumentParser:
+    stage = _stage_of(command)
     if stage is None:
         description = "Run all stages that are not finished, in order, then print the table of results."
     else:

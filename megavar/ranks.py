@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 
 _WAIT_SECONDS = 2.0
 """Of one wait, in which a process does not see signals."""
+_REPORT_SECONDS = 60.0
+"""Limit of waiting for rank 0 to report an error."""
+_EXIT_CODE = "megavar/exit_code"
 _num_calls = 0
 
 Value = TypeVar("Value")
@@ -19,6 +22,10 @@ Value = TypeVar("Value")
 
 class RankZeroError(RuntimeError):
     """Raised on the other ranks when rank 0's work failed; rank 0 reports the cause."""
+
+
+class ExplainedFailure(RuntimeError):
+    """A failure that its message explains, so that it is reported as one line without a traceback."""
 
 
 def _distributed() -> Any:
@@ -78,6 +85,29 @@ def _has(store: Any, key: str) -> bool:
     except RuntimeError:
         return bool(store.check([key]))  # raises where it was not the time-out but the store that ended
     return True
+
+
+def share_exit_code(code: int) -> None:
+    """Rank 0, once it has reported an error and cleaned up: let the other ranks end too, with the same code."""
+    dist = _distributed()
+    if dist is not None:
+        dist.distributed_c10d._get_default_store().set(_EXIT_CODE, str(code))
+
+
+def wait_for_exit_code() -> int:
+    """The other ranks, after a `RankZeroError`: wait until rank 0 has reported it.
+
+    A rank that ends earlier makes torchrun terminate rank 0 while it still stops its servers, before it has said why.
+    """
+    dist = _distributed()
+    if dist is None:
+        return 1
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        store.wait([_EXIT_CODE], timedelta(seconds=_REPORT_SECONDS))
+        return int(store.get(_EXIT_CODE))
+    except RuntimeError:  # rank 0 is gone, or hangs
+        return 1
 
 
 def from_rank_zero(make: Callable[[], Value]) -> Value:

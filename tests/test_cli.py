@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,10 @@ def test_a_mistake_in_configuration_or_data_is_said_before_torch_is_imported(tmp
     if mistake != "no file":
         (tmp_path / "run.yaml").write_text(f"name: a\nmodel: {BASE}\ndata: {{train: t.jsonl}}\n{setting}\n")
     call = "main(['weigh', '--config', 'run.yaml'])"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = python(f"import sys; from megavar.cli import main; print({call}, 'torch' in sys.modules)", tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0  # seconds of CPU time
     message, result = done.stdout.splitlines()
     expected = {"no file": "No config file", "setting": "objective.name='odd'", "question": "unknown field 'odd'"}
     assert message.startswith("error: ") and expected[mistake] in message

@@ -5,6 +5,7 @@ from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from megavar.config.schema import RunConfig, validate
 
@@ -29,7 +30,7 @@ def load_config(file: Path, overrides: list[str]) -> RunConfig:
         if not isinstance(top, DictConfig):
             raise ValueError(f"{file} is not a mapping of keys to values.")
         included = [OmegaConf.load(file.parent / name) for name in top.pop("include", [])]
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), *included, top, OmegaConf.from_dotlist(overrides))
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), *included, top, *map(_override, overrides))
         missing = OmegaConf.missing_keys(merged)
         if missing:
             raise ValueError(
@@ -38,8 +39,19 @@ def load_config(file: Path, overrides: list[str]) -> RunConfig:
         config = cast(RunConfig, OmegaConf.to_object(merged))
     except (OmegaConfBaseException, OSError) as error:
         raise ValueError(f"{file}: {str(error).splitlines()[0]}") from error
+    except YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
     validate(config)
     return config
+
+
+def _override(item: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([item])
+    except YAMLError as error:
+        raise ValueError(
+            f"Override {item!r} has a value that is not valid YAML: {' '.join(str(error).split())}; quote the value."
+        ) from error
 
 
 def save_config(config: RunConfig, file: Path) -> None:

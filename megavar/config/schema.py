@@ -5,6 +5,7 @@ A run is one YAML file over these dataclasses (`load.py` reads it, `validate` ch
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
+from math import gcd
 from typing import Any
 
 
@@ -71,8 +72,13 @@ class ParallelConfig:
 
     @property
     def ranks_per_replica(self) -> int:
-        """The least number of ranks; a multiple of it adds data parallelism."""
+        """Ranks of one copy of the model; a multiple of it adds data parallelism."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def least_ranks(self) -> int:
+        """The fewest ranks of this layout: experts are spread over the ranks of a pipeline stage."""
+        return self.ranks_per_replica * self.expert // gcd(self.expert, self.tensor * self.context)
 
 
 @dataclass

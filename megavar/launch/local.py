@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import uuid
@@ -35,15 +36,18 @@ def run_on_enough_ranks(config_file: Path, overrides: list[str], command: Sequen
     if code:
         return code
     (config,) = configs
-    if int(os.environ.get("WORLD_SIZE", "0")) >= config.parallel.ranks_per_replica:
+    if int(os.environ.get("WORLD_SIZE", "0")) >= config.parallel.least_ranks:
         return launch(config_file, overrides, "run")
+    # As torchrun does for several ranks; before torch is imported, which reads it then.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     show_logs(config.logging.level)
     forks = not visible_gpus()
     code = reported(lambda: _check(config, command, forks))
     if code or not is_rank_zero():
         return code
-    layout, num_ranks = config.parallel, config.parallel.ranks_per_replica
+    layout, num_ranks = config.parallel, config.parallel.least_ranks
     sizes = f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context}"
+    sizes += f", expert {layout.expert}," if layout.expert > 1 else ""
     started = os.environ.get("WORLD_SIZE", "none")
     print(f"{sizes} needs {num_ranks} ranks, torchrun started {started}: starting {num_ranks} here", flush=True)
     if forks:
@@ -59,7 +63,7 @@ def _check(config: RunConfig, command: Sequence[str], forks: bool) -> None:
     """
     _check_machine(config.parallel, command)
     if forks and is_rank_zero():
-        check_run(config, config.parallel.ranks_per_replica)
+        check_run(config, config.parallel.least_ranks)
         importlib.import_module("megavar.training.loop")
 
 
@@ -79,13 +83,13 @@ def _check_machine(layout: ParallelConfig, command: Sequence[str]) -> None:
     Raises:
         ValueError: if there are several nodes, with the command that would do, or too few GPUs, with both numbers.
     """
-    needed, nodes = layout.ranks_per_replica, int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    needed, nodes = layout.least_ranks, int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     if nodes > 1:
         ranks_a_node = -(-needed // nodes)
         raise ValueError(
             f"the parallel layout needs {needed} ranks, {nodes} nodes started {os.environ['WORLD_SIZE']}; on every "
             f"node run torchrun --nnodes {nodes} --nproc-per-node {ranks_a_node} --rdzv-backend c10d --rdzv-endpoint "
-            f"{os.environ.get('MASTER_ADDR', 'HOST')}:29500 {' '.join(command)}"
+            f"{os.environ.get('MASTER_ADDR', 'HOST')}:29500 {shlex.join(command)}"
         )
     gpus = visible_gpus()
     if 0 < len(gpus) < needed:
@@ -98,7 +102,7 @@ def _check_machine(layout: ParallelConfig, command: Sequence[str]) -> None:
 def start_ranks(num_ranks: int, entrypoint: Callable[..., None] | str, *arguments: Any) -> int:
     """Run a function, or a program, on this many ranks under torchrun's agent in this process, until all have ended.
 
-    torchrun's own report of a failure is left out: the rank that failed has said why.
+    torchrun's own report of a failure is left out, but at logging.level=debug: the rank that failed has said why.
 
     Args:
         entrypoint: a function, whose ranks are forked from this process, or the path of a program.
@@ -113,9 +117,9 @@ def start_ranks(num_ranks: int, entrypoint: Callable[..., None] | str, *argument
     clean = environment_without_torchrun()
     for name in os.environ.keys() - clean.keys():
         del os.environ[name]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does for several ranks
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    if logging.getLogger("megavar").level > logging.DEBUG:
+        for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

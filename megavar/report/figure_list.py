@@ -89,9 +89,9 @@ def _against_num_traces(runs: Mapping[str, RunView], last_round: Round, passes: 
         "traces",
         "Accuracy against K",
         "Expected results with fewer traces, averaged over subsets of the sampled traces: the fraction of questions "
-        "with a correct trace among K, and the mean effective sample size (ESS) of the questions with weights. For "
-        "objectives other than iwae, rft and reinforce, ESS is reported at full K only. Final pass@1 is shown if runs "
-        "with different K are compared.",
+        "with a correct trace among K, and the mean effective sample size (ESS) of the questions with weights; at full "
+        "K only for objectives whose weights do not follow from log-weights. Final pass@1 is shown if runs with "
+        "different K are compared.",
         figures.trace_number_curves(fewer, finals),
     )
 

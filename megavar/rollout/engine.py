@@ -13,10 +13,12 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megavar.ranks import ExplainedFailure
+
 Finish = Literal["stop", "length", "abort"]
 
 
-class RolloutError(RuntimeError):
+class RolloutError(ExplainedFailure):
     """A request or a server failed in a way that trying again has not cured."""
 
 

@@ -19,7 +19,7 @@ Key = TypeVar("Key")
 
 @dataclass
 class Throughput:
-    """What a run of requests has done so far."""
+    """Totals of a run of requests."""
 
     num_requests: int = 0
     num_samples: int = 0

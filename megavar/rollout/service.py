@@ -32,7 +32,7 @@ class RolloutService:
         self._early: ManagedServers | None = None
         self._engine: SGLangEngine | None = None
         self._served: Path | None = None
-        self._loop = asyncio.Runner()
+        self._loop = asyncio.Runner()  # makes its event loop when first used
         self._open = AsyncExitStack()
 
     def start_early(self) -> None:

@@ -272,7 +272,7 @@ def bridge() -> None:
 
 
 if __name__ == "__main__":
-    # Python put this file's folder first, where sglang.py, our client, hides the package of that name.
+    # Python put this file's folder first, where requests.py, our client, would hide the package of that name.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != here]
 if __name__ in ("__main__", "__mp_main__"):  # the second is the name in spawned processes

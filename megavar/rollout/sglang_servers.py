@@ -79,7 +79,7 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Process id of the guard, which is the id of the server's process group too."""
+        """Process id of the watchdog, which is the id of the server's process group too."""
         assert self._process is not None, f"{self.name} was not started"
         return self._process.pid
 
@@ -220,7 +220,7 @@ class Server:
             return "".join(log.readlines()[-LOG_TAIL_LINES:])
 
     async def stop(self) -> None:
-        """End the server: SIGTERM through its guard, then SIGKILL for what is left of the process group."""
+        """End the server: SIGTERM through its watchdog, then SIGKILL for what is left of the process group."""
         if self._process is None:
             return
         group = self._process.pid

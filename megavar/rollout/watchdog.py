@@ -1,9 +1,9 @@
 """Run a server so that it cannot outlive the process that started it: `python watchdog.py PARENT_PID COMMAND …`.
 
 A trainer that is killed with SIGKILL cannot clean up, and a forgotten server keeps its devices. So each server is the
-child of this guard, which polls its own parent and kills the process group when the parent is gone. (Setting
+child of this watchdog, which polls its own parent and kills the process group when the parent is gone. (Setting
 PR_SET_PDEATHSIG from the trainer itself would tie the server to the *thread* that started it, see prctl(2), and running
-Python between fork and exec of a process with threads can deadlock; the guard has one thread.) Standard library
+Python between fork and exec of a process with threads can deadlock; the watchdog has one thread.) Standard library
 only: it is run by file path.
 """
 

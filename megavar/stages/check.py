@@ -112,9 +112,10 @@ def _check_gold_traces(questions: list[Question], file: str, setting: str) -> No
 
 
 def _check_servers(config: RunConfig) -> None:
-    from megavar.rollout.sglang_servers import check_interpreter
+    from megavar.rollout.sglang_servers import check_interpreter, device_slices, visible_gpus
 
     check_interpreter(config.rollout.python)
+    device_slices(visible_gpus(), config.rollout.num_servers, config.rollout.tensor_parallel_size)
 
 
 def _check_model(config: RunConfig, ranks: int | None) -> "ModelDims":

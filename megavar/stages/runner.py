@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from megavar.config.schema import RunConfig
-from megavar.ranks import barrier, is_rank_zero, on_rank_zero
+from megavar.ranks import barrier, from_rank_zero, is_rank_zero, on_rank_zero
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
@@ -40,14 +40,14 @@ def _run_stages(config: RunConfig, stages: list[tuple[Stage, Run]]) -> None:
 
     on_rank_zero(prepare)
     service = RolloutService(config.rollout, Run(config).base, Run(config).folder / "servers")
-    pending = [(stage, run) for stage, run in stages if not _is_finished(run, stage)]
+    pending = [(stage, run) for stage, run in stages if not _is_finished(run, stage)] if is_rank_zero() else []
     try:
         for stage, run in stages:
             if (stage, run) in pending:
                 pending.remove((stage, run))
-                if is_rank_zero() and pending and pending[0][0].serves:
+                if pending and pending[0][0].serves:
                     service.start_early()
-            run_once(run, stage.name, stage.settings(run), partial(_execute, run, stage, service))
+            run_once(run, stage.name, partial(stage.settings, run), partial(_execute, run, stage, service))
             service.end_stage()
             if not any(later.serves for later, _ in pending):
                 service.close()
@@ -60,23 +60,29 @@ def _is_finished(run: Run, stage: Stage) -> bool:
     return bool(entry.get("status") == "finished")
 
 
-def run_once(run: Run, name: str, settings: dict[str, Any], work: Callable[[], None]) -> None:
-    """Do a stage's work unless it is finished under these settings; every rank calls it."""
+def run_once(run: Run, name: str, settings_of: Callable[[], dict[str, Any]], work: Callable[[], None]) -> None:
+    """Do a stage's work unless it is finished under these settings; every rank calls it.
+
+    Args:
+        settings_of: called on rank 0, which alone reads the manifest.
+    """
     manifest, name = Manifest(run.folder), run.entry(name)
-    if manifest.check(name, settings):
-        if is_rank_zero():
+
+    def begin() -> bool:
+        settings = settings_of()
+        if manifest.check(name, settings):
             print(f"{name}: finished, skipped", flush=True)
-        return
-    barrier()
-    started = time.monotonic()
-    if is_rank_zero():
+            return False
         manifest.begin(name, settings)
-    barrier()
+        return True
+
+    if not from_rank_zero(begin):
+        return
+    started = time.monotonic()
     work()
     barrier()
     if is_rank_zero():
         manifest.finish(name, time.monotonic() - started)
-    barrier()
 
 
 def _execute(run: Run, stage: Stage, service: RolloutService) -> None:

@@ -86,3 +86,20 @@ def test_every_objective_has_a_configuration_that_any_run_can_include(tmp_path, 
         assert config.posterior.source == {"forward_kl": "rollout", "reverse_kl": "reverse_kl"}[file.stem]
     else:
         assert config.objective.name == file.stem
+
+
+def test_text_that_is_no_yaml_is_one_line_that_names_the_file_or_the_override(tmp_path):
+    with pytest.raises(ValueError, match=r"run\.yaml is not valid YAML: .*line 2") as error:
+        load(tmp_path, text="name: a\n  model: [b\n")
+    assert "\n" not in str(error.value)
+    with pytest.raises(
+        ValueError, match=r"Override 'templates\.system=\{a\} b: \{' has a value that is not valid YAML"
+    ):
+        load(tmp_path, "templates.system={a} b: {")
+
+
+def test_the_fewest_ranks_of_a_layout_hold_all_experts():
+    from megavar.config.schema import ParallelConfig
+
+    assert ParallelConfig(expert=2).least_ranks == 2 and ParallelConfig(tensor=2, expert=2).least_ranks == 2
+    assert ParallelConfig(tensor=2, pipeline=3, expert=4).least_ranks == 12

@@ -63,12 +63,13 @@ def test_too_few_ranks_start_the_others_here_and_a_failed_stage_is_the_last_line
 
 def test_more_than_one_node_is_told_the_exact_command(config_file):
     ranks = {"WORLD_SIZE": "2", "RANK": "0", "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "node-1"}
-    done = start(sys.executable, SCRIPT, "--config", str(config_file), "--tp", "4", "--pp", "2", **ranks)
+    arguments = ["--config", str(config_file), "--tp", "4", "--pp", "2", "templates.system=be brief"]
+    done = start(sys.executable, SCRIPT, *arguments, **ranks)
     assert done.returncode == 2
     assert done.stdout == (
         "error: the parallel layout needs 8 ranks, 2 nodes started 2; on every node run torchrun --nnodes 2 "
         "--nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint node-1:29500 "
-        f"{SCRIPT} --config {config_file} --tp 4 --pp 2\n"
+        f"{SCRIPT} --config {config_file} --tp 4 --pp 2 'templates.system=be brief'\n"
     )
 
 

@@ -26,10 +26,10 @@ def run(tmp_path):
 def test_a_finished_stage_is_skipped_and_an_interrupted_one_repeated(run):
     calls = []
     with pytest.raises(RuntimeError):
-        run_once(run, "sample", {"k": 1}, lambda: (_ for _ in ()).throw(RuntimeError))
+        run_once(run, "sample", lambda: {"k": 1}, lambda: (_ for _ in ()).throw(RuntimeError))
     assert Manifest(run.folder).entries()["sample"]["status"] == "begun"
     for _ in range(2):
-        run_once(run, "sample", {"k": 1}, lambda: calls.append(1))
+        run_once(run, "sample", lambda: {"k": 1}, lambda: calls.append(1))
     assert calls == [1]
 
 
@@ -40,9 +40,9 @@ def test_other_settings_are_refused_with_the_key_and_nothing_runs(run, finished)
             raise RuntimeError
 
     with contextlib.suppress(RuntimeError):
-        run_once(run, "sample", {"k": 1, "x": 0}, work)
+        run_once(run, "sample", lambda: {"k": 1, "x": 0}, work)
     with pytest.raises(ValueError, match=r"stage sample was (begun|finished) with k=1, now it is 2"):
-        run_once(run, "sample", {"k": 2, "x": 0}, lambda: pytest.fail("ran"))
+        run_once(run, "sample", lambda: {"k": 2, "x": 0}, lambda: pytest.fail("ran"))
 
 
 def test_a_stage_before_its_input_says_which_is_missing(run):
@@ -52,14 +52,14 @@ def test_a_stage_before_its_input_says_which_is_missing(run):
 
 def test_stages_downstream_of_a_rerun_one_are_refused(run):
     manifest = Manifest(run.folder)
-    run_once(run, "sample", {"k": 1}, lambda: None)
-    run_once(run, "verify", {"sample": manifest.digest("sample")}, lambda: None)
+    run_once(run, "sample", lambda: {"k": 1}, lambda: None)
+    run_once(run, "verify", lambda: {"sample": manifest.digest("sample")}, lambda: None)
     entries = manifest.entries()
     del entries["sample"]
     manifest.file.write_text(json.dumps(entries))
-    run_once(run, "sample", {"k": 1}, lambda: None)
+    run_once(run, "sample", lambda: {"k": 1}, lambda: None)
     with pytest.raises(ValueError, match="stage verify was finished with sample="):
-        run_once(run, "verify", {"sample": manifest.digest("sample")}, lambda: pytest.fail("ran"))
+        run_once(run, "verify", lambda: {"sample": manifest.digest("sample")}, lambda: pytest.fail("ran"))
 
 
 def test_intervals_and_microbatches_may_change_between_restarts():
