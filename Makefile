@@ -1,5 +1,7 @@
 # make demo   environments, then one round on two CPU cores
 # make test   environments, then the tests; make test-all also runs the slow ones
+# make test-newest  training, checkpoints and the main job on the newest megatron-core (SHORT=1: two tests of them)
+# make test-oldest  models, checkpoints, data and a training on the oldest transformers
 # make check  formatting, lint and types
 # make evidence  all methods over three seeds on two tasks (nearly 3 hours; resumable)
 
@@ -16,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 install_torch = $(1)/pip install --quiet --retries 0 --index-url $(TORCH_INDEX) "$(TORCH)" 2>/dev/null || \
 	$(1)/pip install --quiet "$(TORCH)"
 
-.PHONY: demo test test-all check evidence sglang clean
+.PHONY: demo test test-all test-newest test-oldest check evidence sglang clean
 
 demo: $(VENV)/.done $(SGLANG)/.done
 	$(BIN)/python examples/pretrain_variational.py $(DEMO_FLAGS)
@@ -26,6 +28,36 @@ test: $(VENV)/.done $(SGLANG)/.done
 
 test-all: $(VENV)/.done $(SGLANG)/.done
 	$(BIN)/python -m pytest
+
+# The ends of the ranges in pyproject.toml: pip picks neither of the two on Python 3.11. Each is installed into a folder
+# that Python searches before the environment's packages; tests/versions fails if it is not what the tests import.
+RELEASES := .releases
+MEGATRON ?= 0.19.2
+TRANSFORMERS ?= 4.57.1
+ADAMW := "tests/training/test_engine.py::test_parameters_after_three_adamw_steps_are_the_same_at_every_split[tp2_pp2]"
+ROUND_TRIP := "tests/checkpoints/test_convert.py::test_there_and_back_is_bit_exact[qwen3-True-plain]"
+test_release = PYTHONPATH=$(CURDIR)/$(RELEASES)/$(1)-$(2)$(addprefix :,$(PYTHONPATH)) \
+	RELEASE_UNDER_TEST=$(1)==$(2) $(BIN)/python -m pytest tests/versions
+
+test-newest: $(RELEASES)/megatron-core-$(MEGATRON)/.done $(if $(SHORT),,$(SGLANG)/.done)
+	$(call test_release,megatron-core,$(MEGATRON)) \
+		$(if $(SHORT),$(ROUND_TRIP) $(ADAMW),tests/training tests/checkpoints tests/integration)
+
+test-oldest: $(RELEASES)/transformers-$(TRANSFORMERS)/.done
+	$(call test_release,transformers,$(TRANSFORMERS)) tests/models tests/checkpoints tests/data $(ADAMW)
+
+# It declares Python 3.12, but its sources run on 3.11. triton, which it imports, must be for the Python that runs here.
+$(RELEASES)/megatron-core-%/.done: | $(VENV)/.done
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --target $(@D) --no-deps --ignore-requires-python --python-version 3.12 \
+		--only-binary=:all: megatron-core==$*
+	$(BIN)/pip install --quiet --target $(@D) --no-deps triton==3.7.0
+	touch $@
+
+$(RELEASES)/transformers-%/.done: | $(VENV)/.done
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --target $(@D) transformers==$*
+	touch $@
 
 check: $(VENV)/.done
 	$(BIN)/ruff format --check .
@@ -60,4 +92,4 @@ $(SGLANG)/.done: requirements/sglang-cpu.txt requirements/sglang-cpu-nodeps.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(SGLANG)
+	rm -rf $(VENV) $(SGLANG) $(RELEASES)

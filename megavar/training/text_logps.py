@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megavar.checkpoints.convert import Model
 from megavar.config.schema import ParallelConfig, PrecisionConfig
@@ -33,7 +33,12 @@ def text_logps(model: Model, text: str) -> Tensor:
 
 
 def _by_transformers(model: Model, ids: list[int]) -> Tensor:
-    network = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32, local_files_only=True).eval()
+    config = AutoConfig.from_pretrained(model.path, local_files_only=True)
+    # transformers 4 reads the RoPE base here only, and takes 10000 from a folder that transformers 5 has written.
+    config.rope_theta = model.dims.rope_base
+    network = AutoModelForCausalLM.from_pretrained(
+        model.path, config=config, dtype=torch.float32, local_files_only=True
+    ).eval()
     tokens = torch.tensor(ids)
     with torch.no_grad():
         logps = network(input_ids=tokens[None, :-1]).logits[0].log_softmax(-1)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -46,6 +47,18 @@ def test_there_and_back_and_verified_with_log_probs(run, tmp_path, text):
     assert code == 0 and "are equal: every key, shape, dtype and bit" in printed
     assert float(printed.split("largest difference ")[1].split(",")[0]) <= 2e-5  # Megatron's against transformers'
     assert len(list(back.glob("model-*-of-00005.safetensors"))) == 5
+
+
+@pytest.mark.parametrize("lacks", ["rope_theta", "rope_parameters"])
+def test_log_probs_equal_wherever_the_configuration_has_its_rope_base(run, tmp_path, text, lacks):
+    source = tmp_path / "source"
+    shutil.copytree(BASE, source)
+    config = json.loads((BASE / "config.json").read_text())
+    del config[lacks]
+    (source / "config.json").write_text(json.dumps(config))
+    run("to-megatron", "--hf", source, "--out", tmp_path / "m")
+    code, printed = run("verify", tmp_path / "m", source, "--logits", text)
+    assert code == 0 and float(printed.split("largest difference ")[1].split(",")[0]) <= 2e-5
 
 
 def test_a_flipped_weight_is_found_by_bits_and_by_log_probs(run, tmp_path, text):

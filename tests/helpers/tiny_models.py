@@ -34,7 +34,7 @@ def save_tiny_model(folder: Path, family: str, tied: bool, seed: int = 0, **chan
         "num_key_value_heads": 4,
         "max_position_embeddings": 512,
         "tie_word_embeddings": tied,
-        "rope_parameters": {"rope_theta": 1_000_000.0, "rope_type": "default"},
+        "rope_theta": 1_000_000.0,  # transformers 5 saves it in rope_parameters, 4 as it is
         **changes,
     }
     torch.manual_seed(seed)

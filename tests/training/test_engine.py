@@ -63,13 +63,18 @@ def references(models):
 
 
 @pytest.fixture(scope="module")
-def results(models):
-    """Folder with what every grid computed: scores and gradients for every model, one training run a grid."""
+def results(request, models):
+    """Folder with what every grid computed: scores and gradients for every model, one training run a grid.
+
+    Only the grids of the selected tests; a test without one compares with tp1.
+    """
     root, _ = models
+    tests = [item for item in request.session.items if item.module is request.module]
+    asked = {item.callspec.params.get("grid", "tp1") if hasattr(item, "callspec") else "tp1" for item in tests}
     for ranks in (1, 4):
         cases = []
         for grid_name, (grid_ranks, grid) in GRIDS.items():
-            if grid_ranks != ranks:
+            if grid_ranks != ranks or grid_name not in asked:
                 continue
             common = {"grid": grid, "microbatch_tokens": BUDGETS.get(grid_name, 64), "normalizer": NORMALIZER}
             for model in MODELS:
@@ -80,7 +85,8 @@ def results(models):
             train = {**TRAIN, "microbatch_tokens": common["microbatch_tokens"]}
             out = str(root / f"train-{grid_name}")
             cases.append({"kind": "train", "model": str(root / "qwen3-tied"), "out": out, "train": train, "grid": grid})
-        run_ranks(ranks, run_cases, cases, SEQUENCES)
+        if cases:
+            run_ranks(ranks, run_cases, cases, SEQUENCES)
     return root
 
 
