@@ -1,6 +1,7 @@
 """What the command line prints, and what it does not import."""
 
 import json
+import os
 import re
 import resource
 import subprocess
@@ -86,6 +87,7 @@ def test_a_good_stage_prints_only_our_lines_and_debug_brings_those_of_libraries_
         overrides = ["--config", f"{tmp_path}/run.yaml", f"name={name}", f"logging.level={level}"]
         done = subprocess.run(
             [*torchrun, "-m", "megavar", "sft", *overrides],
+            env={name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout

@@ -38,7 +38,8 @@ def test_ranks_wait_without_burning_a_core_and_fail_with_rank_zero(tmp_path):
     run_ranks(2, wait_then_fail, tmp_path)
     used, waited = map(float, (tmp_path / "times-False").read_text().split())
     assert waited >= 2.9 and used < 0.3
-    assert (tmp_path / "code-True").read_text() == "2" and (tmp_path / "code-False").read_text() == "1"
+    codes = {(tmp_path / f"code-{is_rank_zero}").read_text() for is_rank_zero in (True, False)}
+    assert codes == {"2"}  # whichever torchrun sees first says that it was a mistake
     assert (tmp_path / "printed").read_text() == "error: the servers are gone\n"
 
 
