@@ -8,9 +8,9 @@ import pytest
 from megavar.config.load import load_config
 from megavar.config.schema import LoggingConfig, TrainConfig
 from megavar.evaluation.pass_at_k import accuracy, pass_at_k
-from megavar.runs.metrics import Metrics
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest, flat
+from megavar.runs.metrics import Metrics
 from megavar.stages.runner import run_once
 from megavar.stages.sample import derive_seed
 
