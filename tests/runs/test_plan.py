@@ -59,6 +59,16 @@ def test_settings_of_what_is_not_made_yet_may_change(load):
     plan.check_outputs(load("policy.train.epochs=9", "eval.num_samples=9", "rounds=2", "sft.save_interval=3"))
 
 
+def test_a_finished_run_goes_on_with_the_rounds_that_are_added(load):
+    make(load(), "")
+    config = load("rounds=2")
+    plan.check_outputs(config)
+    manifest, names = Manifest(Run(config).folder), [run.entry(stage.name) for stage, run in plan.stages_of(config)]
+    assert [name for name in names if name not in manifest.entries()] == [
+        f"{stage}_02" for stage in ("sample", "verify", "score", "weigh", "policy", "export", "eval")
+    ]
+
+
 def test_a_run_whose_middle_is_to_be_rerun_goes_on(load):
     config = load()
     make(config, "eval")
