@@ -5,6 +5,7 @@ Libraries are imported when they are needed: a mistake in the configuration is r
 """
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -12,11 +13,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megavar.liveness import another_rank_ended, leave_other_ranks, watch_other_ranks
 from megavar.ranks import ExplainedFailure, RankZeroError, is_rank_zero, share_exit_code, wait_for_exit_code
+from megavar.rollout.watchdog import die_with_parent
+from megavar.stopping import Stopped, stopping_in_order
 
 if TYPE_CHECKING:
     from megavar.config.schema import ParallelConfig, RunConfig
@@ -24,9 +28,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+LOST_PEER_SECONDS = 5.0
+"""How long a rank that lost its connection to another one waits to hear whether that is dead."""
+_LOST_CONNECTION = "connection"
+"""In what torch says of it."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a user's mistake, 1 for a failure."""
+    """Run one command; returns the exit code: 0, 2 for a user's mistake, 75 if it was stopped, 1 for a failure."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(_help())
@@ -42,8 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def launch(config_file: Path, overrides: list[str], stage: str) -> int:
-    """Load and check a run's configuration, then run a stage or, for `run`, all of them."""
+    """Load and check a run's configuration, then run a stage or, for `run`, all of them; returns the exit code."""
+    end_with_agent()
     return reported(lambda: _launch(config_file, overrides, stage))
+
+
+def end_with_agent() -> None:
+    """Let the kernel end this process when the agent that started it ends, however that goes.
+
+    A rank that lives on would write beside the rerun. One that no agent started may outlive whatever started it.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
 
 
 def _launch(config_file: Path, overrides: list[str], stage: str) -> None:
@@ -65,7 +85,7 @@ def _launch(config_file: Path, overrides: list[str], stage: str) -> None:
         return
     from megavar.stages.runner import run_stage
 
-    with _process_group(config.parallel) if all_ranks else nullcontext():
+    with _process_group(config.parallel) if all_ranks else stopping_in_order():
         run_stage(config, stage)
 
 
@@ -83,11 +103,17 @@ def run_all_stages(config: "RunConfig") -> None:
 
 @contextmanager
 def _process_group(config: "ParallelConfig") -> Iterator[None]:
-    """Left in order only if nothing failed: the other ranks of a failed one do not answer."""
+    """Left in order only if nothing failed: the other ranks of a failed one do not answer.
+
+    Before all have joined, a signal ends a rank at once: there is nothing to save, and nobody to agree with.
+    """
     from megavar.training import parallel
 
     parallel.start(config)
-    yield
+    watch_other_ranks()
+    with stopping_in_order():
+        yield
+    leave_other_ranks()
     parallel.stop()
 
 
@@ -128,12 +154,25 @@ def show_logs(level: str) -> None:
 def reported(work: Callable[[], None]) -> int:
     """Do the work and return the exit code; an error that all ranks share is printed once, by rank 0.
 
-    A user's mistake (ValueError) and an explained failure are one line; anything else comes with its traceback.
+    A user's mistake (ValueError), an explained failure and a full disk are one line; anything else comes with its
+    traceback.
     """
+    try:
+        return _code_of(work)
+    finally:
+        leave_other_ranks()
+
+
+def _code_of(work: Callable[[], None]) -> int:
     try:
         work()
     except RankZeroError:
         return wait_for_exit_code()
+    except Stopped as stopped:
+        if not is_rank_zero():
+            return wait_for_exit_code() or stopped.exit_code
+        print(stopped, flush=True)
+        code = stopped.exit_code
     except (ValueError, FloatingPointError, ExplainedFailure) as error:
         logger.debug("traceback of what follows:", exc_info=True)
         if is_rank_zero():
@@ -144,10 +183,17 @@ def reported(work: Callable[[], None]) -> int:
             print("interrupted; the same command resumes", flush=True)
         code = 130
     except Exception as error:
-        traceback.print_exception(error)
+        if _LOST_CONNECTION in str(error).lower() and another_rank_ended(LOST_PEER_SECONDS):
+            return 1  # the rank that found it dead has said so
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"error: {where}{error.strerror}; free some space or mend the disk, then run the same command again")
+        else:
+            traceback.print_exception(error)
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not have been imported
             print("error: out of GPU memory; see docs/troubleshooting.md#out-of-memory", flush=True)
         code = 1
+        share_exit_code(code)
     else:
         return 0
     if is_rank_zero():

@@ -8,13 +8,15 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 _WAIT_SECONDS = 2.0
 """Of one wait, in which a process does not see signals."""
 _REPORT_SECONDS = 60.0
 """Limit of waiting for rank 0 to report an error."""
-_EXIT_CODE = "megavar/exit_code"
+RUN_ENDED = "megavar/exit_code"
+"""Key of the store: the exit code of the rank that ended the run before its time."""
 _num_calls = 0
 
 Value = TypeVar("Value")
@@ -28,7 +30,7 @@ class ExplainedFailure(RuntimeError):
     """A failure that its message explains, so that it is reported as one line without a traceback."""
 
 
-def _distributed() -> Any:
+def distributed() -> Any:
     """torch.distributed, if this process has joined a process group; else None."""
     module = sys.modules.get("torch.distributed")
     return module if module is not None and module.is_initialized() else None
@@ -36,13 +38,13 @@ def _distributed() -> Any:
 
 def is_rank_zero() -> bool:
     """Whether this process writes files, shows progress and talks to servers."""
-    dist = _distributed()
+    dist = distributed()
     return int(os.environ.get("RANK", "0")) == 0 if dist is None else dist.get_rank() == 0
 
 
 def barrier() -> None:
     """Wait for every rank; for short waits only."""
-    dist = _distributed()
+    dist = distributed()
     if dist is not None:
         dist.barrier()
 
@@ -56,7 +58,7 @@ def on_rank_zero(work: Callable[[], None]) -> None:
         RankZeroError: on the other ranks, if `work` failed.
     """
     global _num_calls
-    dist = _distributed()
+    dist = distributed()
     if dist is None:
         work()
         return
@@ -88,24 +90,24 @@ def _has(store: Any, key: str) -> bool:
 
 
 def share_exit_code(code: int) -> None:
-    """Rank 0, once it has reported an error and cleaned up: let the other ranks end too, with the same code."""
-    dist = _distributed()
+    """Once this rank has reported an error and cleaned up: let the other ranks end too, with the same code."""
+    dist = distributed()
     if dist is not None:
-        dist.distributed_c10d._get_default_store().set(_EXIT_CODE, str(code))
+        dist.distributed_c10d._get_default_store().set(RUN_ENDED, str(code))
 
 
 def wait_for_exit_code() -> int:
-    """The other ranks, after a `RankZeroError`: wait until rank 0 has reported it.
+    """The other ranks, after a `RankZeroError` or a stop: wait until rank 0 has reported it.
 
     A rank that ends earlier makes torchrun terminate rank 0 while it still stops its servers, before it has said why.
     """
-    dist = _distributed()
+    dist = distributed()
     if dist is None:
         return 1
     store = dist.distributed_c10d._get_default_store()
     try:
-        store.wait([_EXIT_CODE], timedelta(seconds=_REPORT_SECONDS))
-        return int(store.get(_EXIT_CODE))
+        store.wait([RUN_ENDED], timedelta(seconds=_REPORT_SECONDS))
+        return int(store.get(RUN_ENDED))
     except RuntimeError:  # rank 0 is gone, or hangs
         return 1
 
@@ -118,11 +120,22 @@ def from_rank_zero(make: Callable[[], Value]) -> Value:
         values[0] = make()
 
     on_rank_zero(work)
-    dist = _distributed()
+    dist = distributed()
     if dist is not None and dist.get_world_size() > 1:
         dist.broadcast_object_list(values)
     value: Value = values[0]
     return value
+
+
+def process_exists(pid: int) -> bool:
+    """Whether a process of this machine has this id; one that has ended and was not waited for does not count."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except ProcessLookupError:
+        return False
+    except (PermissionError, FileNotFoundError):  # another user's; a system without /proc
+        return True
 
 
 def environment_without_torchrun() -> dict[str, str]:

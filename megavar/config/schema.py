@@ -129,6 +129,8 @@ class TrainConfig:
     """Shard optimizer states over the data-parallel ranks."""
     save_interval: int = at_least(1, default=100)
     """Optimizer steps between checkpoints."""
+    save_minutes: float = at_least(0, default=15.0)
+    """A checkpoint is saved at the latest this long after the one before; 0: at `save_interval` only."""
     keep_checkpoints: int = at_least(1, default=2)
     """Newest checkpoints that are kept."""
     log_interval: int = at_least(1, default=1)

@@ -11,15 +11,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megavar.cli import launch, reported, run_all_stages, show_logs
+from megavar.cli import end_with_agent, launch, reported, run_all_stages, show_logs
 from megavar.config.load import load_config
 from megavar.config.schema import ParallelConfig, RunConfig
 from megavar.ranks import environment_without_torchrun, is_rank_zero
 from megavar.rollout.sglang_servers import visible_gpus
 from megavar.stages.check import check_run
+from megavar.stopping import INTERRUPTED, RUN_AGAIN, SIGNALS
 
 MISTAKE = 2
 """Exit code of a user's mistake, which rank 0 has reported."""
+STOP_LIMIT_SECONDS = 600
+"""For ranks that were asked to stop, before they are killed."""
 
 
 def run_on_enough_ranks(config_file: Path, overrides: list[str], command: Sequence[str]) -> int:
@@ -29,8 +32,9 @@ def run_on_enough_ranks(config_file: Path, overrides: list[str], command: Sequen
         command: script and arguments that call this function with the same configuration.
 
     Returns:
-        The exit code: 0, 2 for a user's mistake, 1 for a failure.
+        The exit code: 0, 2 for a user's mistake, 75 if the run was stopped (130 by Ctrl-C), 1 for a failure.
     """
+    end_with_agent()
     configs: list[RunConfig] = []
     code = reported(lambda: configs.append(load_config(config_file, overrides)))
     if code:
@@ -69,9 +73,9 @@ def _check(config: RunConfig, command: Sequence[str], forks: bool) -> None:
 
 def _run_forked(config: RunConfig) -> None:
     # A forked rank has the agent's handlers, which would end it with a traceback.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    for number in (*SIGNALS, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
+    end_with_agent()
     code = reported(lambda: run_all_stages(config))
     if code:
         sys.exit(code)
@@ -108,7 +112,8 @@ def start_ranks(num_ranks: int, entrypoint: Callable[..., None] | str, *argument
         entrypoint: a function, whose ranks are forked from this process, or the path of a program.
 
     Returns:
-        0, or 2 if a rank ended with a user's mistake, 1 for any other failure, 128 + N for signal N.
+        0, or 2 if a rank ended with a user's mistake, 75 or 130 if the ranks were asked to stop, 1 for any other
+        failure.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -130,12 +135,15 @@ def start_ranks(num_ranks: int, entrypoint: Callable[..., None] | str, *argument
         max_restarts=0,
         monitor_interval=0.1,
         start_method="fork",
+        signals_to_handle=",".join(number.name for number in (*SIGNALS, signal.SIGQUIT)),
     )
+    # A rank stops after its step, which may take longer than the agent's 30 seconds.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(STOP_LIMIT_SECONDS))
     try:
         elastic_launch(config, entrypoint)(*arguments)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        return MISTAKE if MISTAKE in codes else 1
+        return next((code for code in (MISTAKE, RUN_AGAIN, INTERRUPTED) if code in codes), 1)
     except SignalException as stopped:
-        return 128 + stopped.sigval
+        return INTERRUPTED if stopped.sigval == signal.SIGINT else RUN_AGAIN
     return 0

@@ -5,15 +5,17 @@ new weights are loaded in place. On GPUs they hold the memory that training need
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megavar.config.schema import RolloutConfig
 from megavar.rollout.sglang_client import SGLangEngine
 from megavar.rollout.sglang_servers import ManagedServers, open_engine, visible_gpus
+from megavar.stopping import Stopped, stop_requested
 
+STOP_POLL_SECONDS = 0.2
 Value = TypeVar("Value")
 
 
@@ -42,7 +44,11 @@ class RolloutService:
             self._early.spawn()
 
     def run(self, model: Path, work: Callable[[SGLangEngine], Awaitable[Value]]) -> Value:
-        """What `work` returns on an engine that serves the weights in the Hugging Face folder `model`."""
+        """What `work` returns on an engine that serves the weights in the Hugging Face folder `model`.
+
+        Raises:
+            Stopped: if this process was asked to stop; what `work` has kept by then is on disk.
+        """
 
         async def serve() -> Value:
             if self._engine is None:
@@ -54,7 +60,7 @@ class RolloutService:
                 self._served = model
             return await work(self._engine)
 
-        return self._loop.run(serve())
+        return self._loop.run(_until_stopped(serve()))
 
     def end_stage(self) -> None:
         """Stop what must not outlive a stage."""
@@ -68,3 +74,13 @@ class RolloutService:
         if self._engine is not None:
             self._loop.run(self._open.aclose())
         self._engine = self._early = None
+
+
+async def _until_stopped(work: Coroutine[Any, Any, Value]) -> Value:
+    task = asyncio.ensure_future(work)
+    while not (await asyncio.wait([task], timeout=STOP_POLL_SECONDS))[0]:
+        if stop_requested():
+            task.cancel()
+            await asyncio.wait([task])
+            raise Stopped("all finished samples are on disk")
+    return task.result()

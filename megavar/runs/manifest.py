@@ -16,7 +16,7 @@ from typing import Any
 from megavar.records import atomic_write
 
 _WITHOUT_EFFECT = {
-    *("log_interval", "save_interval", "keep_checkpoints", "flush_seconds", "num_workers"),
+    *("log_interval", "save_interval", "save_minutes", "keep_checkpoints", "flush_seconds", "num_workers"),
     *("microbatch_tokens", "recompute", "distributed_optimizer"),
 }
 

@@ -6,6 +6,7 @@ stage's module, and with it the libraries it needs, is imported when the stage r
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -15,7 +16,9 @@ from megavar.ranks import barrier, from_rank_zero, is_rank_zero, on_rank_zero
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
+from megavar.runs.owner import owned
 from megavar.runs.plan import Stage, check_outputs, find_stage, stages_of
+from megavar.stopping import stop_if_requested
 
 
 def run_pipeline(config: RunConfig) -> None:
@@ -34,11 +37,18 @@ def run_stage(config: RunConfig, name: str) -> None:
 
 
 def _run_stages(config: RunConfig, stages: list[tuple[Stage, Run]]) -> None:
-    def prepare() -> None:
-        check_outputs(config)
-        Run(config).open()
+    with ExitStack() as ownership:
 
-    on_rank_zero(prepare)
+        def prepare() -> None:
+            ownership.enter_context(owned(Run(config).folder))
+            check_outputs(config)
+            Run(config).open()
+
+        on_rank_zero(prepare)
+        _run_in_order(config, stages)
+
+
+def _run_in_order(config: RunConfig, stages: list[tuple[Stage, Run]]) -> None:
     service = RolloutService(config.rollout, Run(config).base, Run(config).folder / "servers")
     pending = [(stage, run) for stage, run in stages if not _is_finished(run, stage)] if is_rank_zero() else []
     try:
@@ -69,6 +79,7 @@ def run_once(run: Run, name: str, settings_of: Callable[[], dict[str, Any]], wor
     manifest, name = Manifest(run.folder), run.entry(name)
 
     def begin() -> bool:
+        stop_if_requested(f"all stages before {name} are finished")
         settings = settings_of()
         if manifest.check(name, settings):
             print(f"{name}: finished, skipped", flush=True)

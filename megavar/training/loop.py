@@ -13,12 +13,14 @@ from megavar.checkpoints.convert import Model
 from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
 from megavar.packing import Microbatch, PackShape, data_order, pack, partition
 from megavar.records import TrainSequence
+from megavar.stopping import Stopped, stop_requested
 from megavar.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, step_of
 from megavar.training.forward_backward import configure_gradients, gradient_pass, pack_shape
 from megavar.training.hardware import peak_flops, peak_memory_gib
 from megavar.training.load_weights import load_weights
 from megavar.training.model import build_model, transformer_config
 from megavar.training.optimizer import NOT_FINITE, build_optimizer, wrap_for_gradients
+from megavar.training.parallel import any_rank
 
 Report = Callable[[int, int, dict[str, float]], None]
 """Called on every rank with (steps done, steps in all, metrics of the last step)."""
@@ -57,6 +59,7 @@ def train_model(
     Raises:
         ValueError: if a sequence does not fit the microbatch.
         FloatingPointError: if the loss or the gradient norm is not finite, before the weights change.
+        Stopped: on every rank after the same step, which is saved, if any was asked to stop.
     """
     model = Model(init)
     num_steps = num_training_steps(len(sequences), train)
@@ -76,6 +79,7 @@ def train_model(
         scheduler.step(1)
     shape = pack_shape(parallel, precision)
     first_step, checkpoint_seconds = step_of(existing[-1]) if existing else 0, 0.0
+    saved_at = time.monotonic()
     for step in range(first_step, num_steps):
         clock = _Clock()
 
@@ -119,9 +123,13 @@ def train_model(
         report(step + 1, num_steps, metrics)
         clock.lap()
         checkpoint_seconds = 0.0
-        if (step + 1) % train.save_interval == 0 or step + 1 == num_steps:
+        save_is_due = 0 < train.save_minutes * 60 <= time.monotonic() - saved_at
+        stops, save_is_due = any_rank(stop_requested() is not None, save_is_due)
+        if stops or save_is_due or (step + 1) % train.save_interval == 0 or step + 1 == num_steps:
             save_checkpoint(folder, step + 1, chunks, optimizer, scheduler, train.keep_checkpoints, model)
-            checkpoint_seconds = clock.lap()
+            checkpoint_seconds, saved_at = clock.lap(), time.monotonic()
+        if stops:
+            raise Stopped(f"step {step + 1} of {num_steps} is saved in {folder}")
 
 
 class _Clock:

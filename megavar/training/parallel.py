@@ -38,6 +38,13 @@ def start_alone() -> None:
     start(ParallelConfig())
 
 
+def any_rank(*flags: bool) -> list[bool]:
+    """Whether each flag is set on at least one rank, so that all decide alike; every rank calls it at one point."""
+    votes = torch.tensor(flags, dtype=torch.uint8)  # on the CPU: gloo, also where there are GPUs
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return [bool(vote) for vote in votes]
+
+
 def stop() -> None:
     """Leave torch.distributed."""
     if dist.is_initialized():

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
 from megavar.records import Verdict
+from megavar.stopping import SIGNALS, stop_if_requested
 from megavar.verifiers import math
 from megavar.verifiers.base import Verifier
 
@@ -22,6 +23,7 @@ _START_SECONDS = 180.0
 _GRACE_SECONDS = 2.0
 """A worker that was not killed at its deadline (its parent is dead or busy) terminates itself after this time."""
 _ERROR_CHARACTERS = 500
+_STOP_POLL_SECONDS = 0.5
 _READY, _VERDICT = "ready", "verdict"
 _RETURNABLE = (Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER)
 """Verdicts that a verifier may return; the pool itself sets the others."""
@@ -56,6 +58,7 @@ def verify_all(
     Raises:
         ValueError: if `num_workers` or `timeout_seconds` is not positive.
         RuntimeError: if a worker does not start.
+        Stopped: if this process was asked to stop; `on_verdict` has got what was verified until then.
     """
     if num_workers < 1 or timeout_seconds <= 0:
         raise ValueError(f"num_workers={num_workers} must be at least 1, timeout_seconds={timeout_seconds} above 0.")
@@ -74,6 +77,7 @@ def verify_all(
         for _ in range(min(num_workers, len(pending))):
             workers.append(_Worker())
         while pending or any(worker.job for worker in workers):
+            stop_if_requested(f"{len(verdicts) - verdicts.count('')} of {len(jobs)} verdicts are on disk")
             _advance(workers, pending, timeout_seconds, settle)
     finally:
         for worker in workers:
@@ -89,7 +93,7 @@ def _advance(
 ) -> None:
     """Wait until the next result or deadline, collect results, replace dead or timed-out workers, assign new jobs."""
     until = min(worker.deadline for worker in workers) - time.monotonic()
-    wait([worker.connection for worker in workers], min(max(0.0, until), 60.0))
+    wait([worker.connection for worker in workers], min(max(0.0, until), _STOP_POLL_SECONDS))
     for worker in list(workers):
         verdict = worker.receive()
         if worker.dead:
@@ -160,8 +164,9 @@ class _Worker:
 
 def _serve(connection: Connection) -> None:
     """Main loop of a worker: verify jobs until the parent closes the pipe."""
-    # Ctrl-C reaches the whole process group; the parent kills its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # These reach the whole process group or job; the parent stops in order, and kills its workers.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     # Warm-up: importing math-verify takes seconds, which must not count against the first job's timeout.
     math.verify("\\boxed{1}", "1")
     try:
