@@ -13,14 +13,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megavar.liveness import another_rank_ended, leave_other_ranks, watch_other_ranks
 from megavar.ranks import ExplainedFailure, RankZeroError, is_rank_zero, share_exit_code, wait_for_exit_code
 from megavar.rollout.watchdog import die_with_parent
-from megavar.stopping import Stopped, stopping_in_order
+from megavar.stopping import Stopped, catch_signals, release_signals
 
 if TYPE_CHECKING:
     from megavar.config.schema import ParallelConfig, RunConfig
@@ -85,7 +85,8 @@ def _launch(config_file: Path, overrides: list[str], stage: str) -> None:
         return
     from megavar.stages.runner import run_stage
 
-    with _process_group(config.parallel) if all_ranks else stopping_in_order():
+    with _process_group(config.parallel) if all_ranks else nullcontext():
+        catch_signals()
         run_stage(config, stage)
 
 
@@ -96,6 +97,7 @@ def run_all_stages(config: "RunConfig") -> None:
     from megavar.stages.runner import run_pipeline
 
     with _process_group(config.parallel):
+        catch_signals()  # not before all have joined: there is nothing to save then, and nobody to agree with
         run_pipeline(config)
         if is_rank_zero():
             print_summary(Run(config, config.rounds))
@@ -103,16 +105,12 @@ def run_all_stages(config: "RunConfig") -> None:
 
 @contextmanager
 def _process_group(config: "ParallelConfig") -> Iterator[None]:
-    """Left in order only if nothing failed: the other ranks of a failed one do not answer.
-
-    Before all have joined, a signal ends a rank at once: there is nothing to save, and nobody to agree with.
-    """
+    """Left in order only if nothing failed: the other ranks of a failed one do not answer."""
     from megavar.training import parallel
 
     parallel.start(config)
     watch_other_ranks()
-    with stopping_in_order():
-        yield
+    yield
     leave_other_ranks()
     parallel.stop()
 
@@ -161,6 +159,7 @@ def reported(work: Callable[[], None]) -> int:
         return _code_of(work)
     finally:
         leave_other_ranks()
+        release_signals()
 
 
 def _code_of(work: Callable[[], None]) -> int:

@@ -6,8 +6,6 @@ other ranks; those agree on the step at which they stop (`training/parallel.py`)
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -19,6 +17,7 @@ INTERRUPTED = 130
 _INSISTING_SECONDS = 3.0
 """Ctrl-C reaches a rank twice, from the terminal and from torchrun's agent; one that comes later is a second wish."""
 
+_handlers_before: dict[signal.Signals, Any] = {}
 _requested: signal.Signals | None = None
 _requested_at = 0.0
 
@@ -36,17 +35,18 @@ class Stopped(Exception):
         self.exit_code = INTERRUPTED if _requested == signal.SIGINT else RUN_AGAIN
 
 
-@contextmanager
-def stopping_in_order() -> Iterator[None]:
-    """Within it, signals ask for a stop instead of ending the process; for the main thread of a rank."""
+def catch_signals() -> None:
+    """From now on signals ask for a stop instead of ending the process; called in the main thread of a rank."""
+    if not _handlers_before:
+        _handlers_before.update({number: signal.signal(number, _on_signal) for number in SIGNALS})
+
+
+def release_signals() -> None:
+    """Undo `catch_signals`, and forget a wish to stop."""
     global _requested
-    before: dict[signal.Signals, Any] = {number: signal.signal(number, _on_signal) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        _requested = None
+    while _handlers_before:
+        signal.signal(*_handlers_before.popitem())
+    _requested = None
 
 
 def request_stop(number: signal.Signals) -> None:

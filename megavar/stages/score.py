@@ -16,8 +16,8 @@ from megavar.records import Answer, LogProbs, Question, RecordWriter, Score, Tra
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
 from megavar.stages.run_files import read_output, round_questions, sampler_folder, templates
-from megavar.stopping import Stopped, stop_requested
-from megavar.training.parallel import any_rank
+from megavar.stopping import Stopped
+from megavar.training.parallel import agree
 from megavar.training.scorer import Scorer
 
 
@@ -141,7 +141,7 @@ def _score_all(model: Path, writer: RecordWriter, scoring: Scoring, scored: _Pas
     with ProgressLine(f"scores under {model}", show=is_rank_zero()) as progress:
         num_tokens = 0
         for start in range(0, len(sequences), config.chunk_sequences):
-            if any_rank(stop_requested() is not None)[0]:
+            if agree()[0]:
                 raise Stopped(f"{start} of {len(sequences)} traces have their scores under {model}")
             chunk = sequences[start : start + config.chunk_sequences]
             logps_of = scorer.score(chunk, config.temperature, config.microbatch_tokens)

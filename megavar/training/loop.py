@@ -13,14 +13,14 @@ from megavar.checkpoints.convert import Model
 from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
 from megavar.packing import Microbatch, PackShape, data_order, pack, partition
 from megavar.records import TrainSequence
-from megavar.stopping import Stopped, stop_requested
+from megavar.stopping import Stopped
 from megavar.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, step_of
 from megavar.training.forward_backward import configure_gradients, gradient_pass, pack_shape
 from megavar.training.hardware import peak_flops, peak_memory_gib
 from megavar.training.load_weights import load_weights
 from megavar.training.model import build_model, transformer_config
 from megavar.training.optimizer import NOT_FINITE, build_optimizer, wrap_for_gradients
-from megavar.training.parallel import any_rank
+from megavar.training.parallel import agree
 
 Report = Callable[[int, int, dict[str, float]], None]
 """Called on every rank with (steps done, steps in all, metrics of the last step)."""
@@ -124,7 +124,7 @@ def train_model(
         clock.lap()
         checkpoint_seconds = 0.0
         save_is_due = 0 < train.save_minutes * 60 <= time.monotonic() - saved_at
-        stops, save_is_due = any_rank(stop_requested() is not None, save_is_due)
+        stops, save_is_due = agree(save_is_due)
         if stops or save_is_due or (step + 1) % train.save_interval == 0 or step + 1 == num_steps:
             save_checkpoint(folder, step + 1, chunks, optimizer, scheduler, train.keep_checkpoints, model)
             checkpoint_seconds, saved_at = clock.lap(), time.monotonic()

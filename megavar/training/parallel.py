@@ -1,12 +1,14 @@
 """Starts and stops torch.distributed, and makes Megatron's process groups: tensor, pipeline, context, expert, data."""
 
 import os
+import signal
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from megavar.config.schema import ParallelConfig
+from megavar.stopping import request_stop, stop_requested
 
 
 def start(config: ParallelConfig) -> None:
@@ -38,11 +40,15 @@ def start_alone() -> None:
     start(ParallelConfig())
 
 
-def any_rank(*flags: bool) -> list[bool]:
-    """Whether each flag is set on at least one rank, so that all decide alike; every rank calls it at one point."""
-    votes = torch.tensor(flags, dtype=torch.uint8)  # on the CPU: gloo, also where there are GPUs
+def agree(flag: bool = False) -> tuple[bool, bool]:
+    """Whether a rank was asked to stop, and whether the flag is set on one; every rank calls it and gets the same."""
+    wish = stop_requested() or 0
+    votes = torch.tensor([wish, flag], dtype=torch.uint8)  # on the CPU: gloo, also where there are GPUs
     dist.all_reduce(votes, dist.ReduceOp.MAX)
-    return [bool(vote) for vote in votes]
+    number, any_flag = votes.tolist()
+    if number:
+        request_stop(signal.Signals(number))
+    return bool(number), bool(any_flag)
 
 
 def stop() -> None:
