@@ -1,14 +1,17 @@
 """Servers live over the stages of a run on CPUs, and serve what each stage asks for."""
 
 import os
+import signal
 from pathlib import Path
 
+import pytest
 from helpers.tiny_serving import CONFIG
 
 from megavar.rollout.engine import GenerateRequest
 from megavar.rollout.service import RolloutService
 from megavar.rollout.sglang_client import SGLangEngine
 from megavar.rollout.sglang_servers import group_exists
+from megavar.stopping import Stopped, release_signals, request_stop
 
 GREEDY = GenerateRequest([40, 41, 42], max_tokens=24, temperature=0.0, return_logps=False)
 
@@ -32,3 +35,21 @@ def test_one_start_serves_all_stages_with_the_weights_each_names(model: Path, ot
     service.close()
     assert not group_exists(group)
     service.close()  # nothing left to do
+
+
+def test_a_stop_leaves_the_requests_in_flight_and_the_service_can_be_closed(model: Path, tmp_path: Path):
+    service, kept = RolloutService(CONFIG, model, tmp_path), []
+
+    async def sample_for_ever(engine: SGLangEngine) -> None:
+        while True:
+            kept.append(await sample(engine))
+            if len(kept) == 2:
+                request_stop(signal.SIGUSR1)
+
+    try:
+        with pytest.raises(Stopped, match="stopped by SIGUSR1: all finished samples are on disk") as stopped:
+            service.run(model, sample_for_ever)
+        assert stopped.value.exit_code == 75 and len(kept) >= 2
+    finally:
+        release_signals()
+        service.close()

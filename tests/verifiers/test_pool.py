@@ -11,6 +11,7 @@ import psutil
 import pytest
 from helpers import odd_verifiers
 
+from megavar.stopping import Stopped, release_signals, request_stop
 from megavar.verifiers import get_verifier
 from megavar.verifiers.pool import VerifyJob, verify_all
 
@@ -123,3 +124,41 @@ def test_no_jobs_give_no_verdicts():
 def test_a_pool_that_could_never_finish_is_refused(num_workers, timeout_seconds):
     with pytest.raises(ValueError, match=f"num_workers={num_workers}.*timeout_seconds={timeout_seconds}"):
         run([timed("0 x")], num_workers, timeout_seconds)
+
+
+def workers() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_signals_to_the_whole_job_cost_no_verdict():
+    """A scheduler's SIGTERM reaches the workers too; killed by it, they would make answers wrong."""
+
+    def signal_workers() -> None:
+        for child in workers():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+                child.send_signal(number)
+
+    seen = []
+
+    def keep(index: int, verdict: str) -> None:
+        seen.append(verdict)
+        if len(seen) == 2:  # the workers are past their start
+            signal_workers()
+
+    assert verify_all([timed(f"0.{index:02d} x") for index in range(8)], 2, 30.0, keep) == ["correct"] * 8
+
+
+def test_a_stop_keeps_the_verdicts_so_far_and_leaves_no_worker():
+    seen = []
+
+    def keep(index: int, verdict: str) -> None:
+        seen.append(index)
+        assert len(workers()) == 2
+        request_stop(signal.SIGTERM)
+
+    try:
+        with pytest.raises(Stopped, match="stopped by SIGTERM: 1 of 2 verdicts are on disk"):
+            verify_all([timed("0 x"), timed("50 x")], 2, 60.0, keep)
+    finally:
+        release_signals()
+    assert seen == [0] and workers() == []
