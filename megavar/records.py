@@ -7,11 +7,15 @@ Only rank 0 reads and writes records.
 """
 
 import glob
+import logging
 import os
+import shutil
+import socket
 import time
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +25,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megavar.ranks import ExplainedFailure, process_exists
+
+logger = logging.getLogger(__name__)
+
+_HOST = socket.gethostname()
 TokenIds = np.ndarray[Any, np.dtype[np.int32]]
 """[tokens] int32."""
 LogProbs = np.ndarray[Any, np.dtype[np.float32]]
@@ -255,8 +264,12 @@ def schema_of(record_type: type[Record]) -> pa.Schema:
     return pa.schema(columns)
 
 
+class DamagedFile(ValueError):
+    """A file's bytes are not what was written."""
+
+
 def write_records(file: Path, records: Iterable[Record], record_type: type[Record]) -> None:
-    """Write records to `file` atomically, replacing an existing file."""
+    """Write records to `file` atomically, replacing an existing file; pages carry checksums."""
     schema = schema_of(record_type)
     rows = list(records)
     table = pa.table(
@@ -265,7 +278,7 @@ def write_records(file: Path, records: Iterable[Record], record_type: type[Recor
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -274,32 +287,50 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: if the file is not a readable Parquet file.
     """
-    return list(_read_table(file).to_pylist())
+    with _reading(file):
+        return list(pq.read_table(file, page_checksum_verification=True).to_pylist())
 
 
-def _read_table(file: Path) -> pa.Table:
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn what Arrow makes of a damaged file into one line that names it."""
     try:
-        return pq.read_table(file)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"{file} is not a readable Parquet file: {error}") from error
+        yield
+    except DamagedFile:
+        raise
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system, not of the content
+            raise ValueError(f"{file} cannot be read: {error.strerror}.") from error
+        raise DamagedFile(f"{file} is not a readable Parquet file: {' '.join(str(error).split())}") from error
 
 
 def read_records(file: Path, record_type: type[Record]) -> list[Record]:
     """Read a file of records; list columns become numpy arrays.
 
     Raises:
-        ValueError: if the file is not a readable Parquet file, its columns differ from the fields of `record_type`, or
-            an enum column contains an unknown value.
+        DamagedFile: if the file is not a readable Parquet file, its columns are not the fields of `record_type`, a
+            value is missing, or an enum column contains an unknown one.
+        ValueError: if the file system cannot read it.
     """
-    table = _read_table(file)
-    schema = schema_of(record_type)
-    if table.schema.names != schema.names:
-        raise ValueError(
-            f"{file} has columns {table.schema.names}, expected those of {record_type.__name__}: {schema.names}; rerun "
-            "the stage that writes it."
+    with _reading(file):
+        table = pq.read_table(file, page_checksum_verification=True)
+        _check_columns(file, table, schema_of(record_type), record_type.__name__)
+        columns = [_column_values(file, table[item.name], item.type) for item in fields(record_type)]
+        return [record_type(*row) for row in zip(*columns, strict=True)]
+
+
+def _check_columns(file: Path, table: pa.Table, expected: pa.Schema, name: str) -> None:
+    if table.schema.names != expected.names:
+        raise DamagedFile(
+            f"{file} has columns {table.schema.names}, expected those of {name}: {expected.names}; rerun the stage "
+            "that writes it."
         )
-    columns = [_column_values(file, table[item.name], item.type) for item in fields(record_type)]
-    return [record_type(*row) for row in zip(*columns, strict=True)]
+    for field, column in zip(expected, table.columns, strict=True):
+        if column.type != field.type or (column.null_count and not field.nullable):
+            raise DamagedFile(
+                f"{file}: column {field.name} has type {column.type} and {column.null_count} nulls, expected "
+                f"{field.type}{'' if field.nullable else ' and none'}; rerun the stage that writes it."
+            )
 
 
 def _column_values(file: Path, column: pa.ChunkedArray, kind: Any) -> list[Any]:
@@ -310,7 +341,7 @@ def _column_values(file: Path, column: pa.ChunkedArray, kind: Any) -> list[Any]:
         return values
     unknown = sorted(set(map(str, values)) - set(kind))
     if unknown:
-        raise ValueError(
+        raise DamagedFile(
             f"{file} contains the {kind.__name__} {unknown[0]!r}, expected one of {', '.join(kind)}; the file is "
             "damaged or from another version; rerun the stage that writes it."
         )
@@ -318,40 +349,44 @@ def _column_values(file: Path, column: pa.ChunkedArray, kind: Any) -> list[Any]:
     return [members[value] for value in values]
 
 
-class atomic_write:
+@contextmanager
+def atomic_write(file: Path) -> Iterator[Path]:
     """Context manager: yields a temporary path in the folder of `file`; on success it is synced and renamed to `file`.
 
-    Stale temporary files of dead processes are removed; those of running processes are kept.
+    The folder is synced too: a power cut could undo the rename. Stale temporary files of dead processes of this machine
+    are removed.
+
+    Raises:
+        ExplainedFailure: if the file cannot be written (a full disk, a quota); an old one is then as it was.
     """
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        for existing in self.file.parent.glob(f".{glob.escape(self.file.name)}.*.tmp"):
-            pid = existing.name.split(".")[-2]
-            if pid.isdecimal() and not _is_running(int(pid)):
-                existing.unlink(missing_ok=True)
-        return self.temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.temporary.unlink(missing_ok=True)
-            return
-        with open(self.temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(self.temporary, self.file)
-
-
-def _is_running(pid: int) -> bool:
+    for existing in file.parent.glob(f".{glob.escape(file.name)}.{glob.escape(_HOST)}.*.tmp"):
+        pid = existing.name.split(".")[-2]
+        if pid.isdecimal() and not process_exists(int(pid)):
+            existing.unlink(missing_ok=True)
+    temporary = file.with_name(f".{file.name}.{_HOST}.{os.getpid()}.tmp")
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, file)
+        sync(file.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        free_megabytes = shutil.disk_usage(file.parent).free / 1e6
+        raise ExplainedFailure(
+            f"{file} could not be written: {error.strerror or error} ({free_megabytes:,.0f} MB are free); what was "
+            "written before is kept, and once that is mended the same command goes on."
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """fsync a file, or the entries of a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class RecordWriter:
@@ -378,9 +413,22 @@ class RecordWriter:
         return sorted(self.folder.glob("part-*.parquet"))
 
     def existing(self) -> list[Any]:
-        """Records on disk, without duplicates, sorted by `identity`."""
-        files = [self.file] if self.file.exists() else []
-        records = {identity(row): row for file in files + self._parts() for row in read_records(file, self.record_type)}
+        """Records on disk, without duplicates, sorted by `identity`.
+
+        A part that a crash of the machine has damaged is renamed, so that its records are made again.
+
+        Raises:
+            DamagedFile: if data.parquet is damaged.
+        """
+        rows = read_records(self.file, self.record_type) if self.file.exists() else []
+        for part in self._parts():
+            try:
+                rows += read_records(part, self.record_type)
+            except DamagedFile as error:
+                aside = part.with_name(part.name + ".damaged")
+                os.replace(part, aside)
+                logger.warning("%s; it is now %s, and what it held is made again.", error, aside.name)
+        records = {identity(row): row for row in rows}
         return [records[key] for key in sorted(records)]
 
     def append(self, *records: Any) -> None:

@@ -2,15 +2,19 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
+from megavar.ranks import ExplainedFailure
 from megavar.records import (
     Answer,
     AnswerFinish,
+    DamagedFile,
     RecordWriter,
     Score,
     Trace,
@@ -112,7 +116,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_a_living_one_
     assert subprocess.run([sys.executable, "-c", script, file], check=False).returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.read_text() == "half"
-    living = tmp_path / f".manifest.json.{os.getppid()}.tmp"
+    living = tmp_path / f".manifest.json.{socket.gethostname()}.{os.getppid()}.tmp"
     living.write_text("of a process that runs")
     with atomic_write(file) as aside:
         aside.write_text("whole")
@@ -131,3 +135,75 @@ def test_enum_columns_are_strings_and_come_back_as_members(tmp_path):
     write_records(tmp_path / "a.parquet", [row], Answer)
     assert read_records(tmp_path / "a.parquet", Answer)[0].finish is AnswerFinish.STOP
     assert str(schema_of(Answer).field("finish").type) == "string"
+
+
+def test_a_flipped_bit_anywhere_in_a_file_is_refused_or_changes_nothing(tmp_path):
+    """The footer has no checksum: what flips there breaks its structure, changes a column, or is not looked at."""
+    logps = np.array([-0.1, -1e-30], np.float32)
+    rows = [Trace("a", k, 1, "policy", np.array([1, k], np.int32), np.arange(k, dtype=np.int32),
+                  logps if k else None, "closed", k) for k in range(3)]  # fmt: skip
+    write_records(tmp_path / "t.parquet", rows, Trace)
+    whole, refused = (tmp_path / "t.parquet").read_bytes(), 0
+    for position in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        (tmp_path / "d.parquet").write_bytes(damaged)
+        try:
+            found = read_records(tmp_path / "d.parquet", Trace)
+        except DamagedFile as error:
+            assert "d.parquet" in str(error)
+            refused += 1
+        else:
+            for row, expected in zip(found, rows, strict=True):
+                for field in fields(Trace):
+                    assert np.array_equal(getattr(row, field.name), getattr(expected, field.name)), (position, field)
+    assert refused > len(whole) / 2
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", None])
+def test_a_damaged_part_is_set_aside_and_its_records_are_made_again(tmp_path, content, caplog):
+    writer = RecordWriter(tmp_path, Answer, flush_seconds=0.0)
+    writer.append(answer(1))
+    writer.append(answer(2))
+    part = tmp_path / "part-000001.parquet"
+    part.write_bytes(part.read_bytes()[:-9] if content is None else content)
+    again = RecordWriter(tmp_path, Answer, flush_seconds=0.0)
+    assert [row.answer_index for row in again.existing()] == [1]
+    assert "part-000001.parquet.damaged, and what it held is made again" in caplog.text
+    again.append(answer(2), answer(0))
+    assert [row.answer_index for row in read_records(again.finish(), Answer)] == [0, 1, 2]
+
+
+def test_a_file_with_other_types_or_missing_values_is_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write_records(tmp_path / "a.parquet", [answer(0)], Answer)
+    table = pq.read_table(tmp_path / "a.parquet")
+    for name, values, message in (
+        ("trace_index", pa.array(["0"]), "column trace_index has type string and 0 nulls, expected int32 and none"),
+        ("text", pa.array([None], pa.string()), "column text has type string and 1 nulls, expected string and none"),
+    ):
+        pq.write_table(table.set_column(table.schema.names.index(name), name, values), tmp_path / "b.parquet")
+        with pytest.raises(DamagedFile, match=message):
+            read_records(tmp_path / "b.parquet", Answer)
+
+
+def test_a_full_disk_is_one_line_with_the_file_and_keeps_what_was_there(tmp_path):
+    """A real small file system, which root may mount."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk]).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    try:
+        write_records(disk / "a.parquet", [answer(1)], Answer)
+        texts = os.urandom(200_000).hex()
+        big = Answer("q", 0, 0, 1, np.zeros(0, np.int32), texts, "stop", 0)
+        with pytest.raises(
+            ExplainedFailure, match=r"a\.parquet could not be written: .*No space left on device.*MB are free"
+        ):
+            write_records(disk / "a.parquet", [big], Answer)
+        assert [row.answer_index for row in read_records(disk / "a.parquet", Answer)] == [1]
+        assert [file.name for file in disk.iterdir()] == ["a.parquet"]
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megavar.models.dims import ModelDims
 from megavar.models.ops import Operator, names_at, pieces
+from megavar.records import sync
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX = "model.safetensors.index.json"
@@ -314,7 +315,7 @@ def atomic_folder(target: Path, overwrite: bool, num_bytes: int) -> Iterator[Pat
                     os.replace(replaced, target)
                 raise
         shutil.rmtree(replaced, ignore_errors=True)
-        _sync_entry(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise ValueError(f"{target} could not be written: {error}; no partial output is left.") from error
 
@@ -372,12 +373,4 @@ def _check_target(target: Path, overwrite: bool) -> None:
 def _sync(folder: Path) -> None:
     """fsync a folder, its files and its subfolders."""
     for path in [*folder.rglob("*"), folder]:
-        _sync_entry(path)
-
-
-def _sync_entry(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(path)
