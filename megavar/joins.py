@@ -1,10 +1,11 @@
 """Groups records by (question id, trace index); a duplicate record is an error that names it."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
-from megavar.records import Answer, Score, Trace, Weight
+from megavar.records import Answer, Score, Trace, Weight, identity
 
 OUTPUTS_DO_NOT_MATCH = "docs/troubleshooting.md#outputs-do-not-match"
 """Where messages about records that do not join point to."""
@@ -63,3 +64,29 @@ def count_correct(answers: Sequence[Answer]) -> int:
                 "verdict; run `megavar verify`."
             )
     return sum(bool(answer.correct) for answer in answers)
+
+
+def check_complete(
+    rows: Iterable[Trace | Answer | Score | Weight], expected: Iterable[tuple[str, int, int]], folder: Path
+) -> None:
+    """Count what a stage wrote against what it had to write, before it is marked finished.
+
+    Args:
+        rows: all records in `folder`.
+        expected: `identity` of each record that there must be, once.
+
+    Raises:
+        ValueError: naming a record that is missing, or is there and should not be.
+    """
+    found, wanted = Counter(map(identity, rows)), set(expected)
+    missing, others = sorted(wanted - found.keys()), sorted(found.keys() - wanted)
+    doubled = [key for key, count in found.items() if count > 1]
+    for keys, problem in ((missing, "lacks"), (others, "has, besides what belongs there,"), (doubled, "has twice")):
+        if keys:
+            question, trace, answer = keys[0]
+            what = f"trace {trace} of question {question!r}" if answer < 0 else f"answer {answer} of its trace {trace}"
+            of = "" if answer < 0 else f" of question {question!r}"
+            raise ValueError(
+                f"{folder} {problem} {what}{of} ({len(keys)} such records, {len(wanted)} belong there); run the same "
+                f"command again, and if that does not help, remove {folder} ({OUTPUTS_DO_NOT_MATCH})."
+            )

@@ -420,7 +420,10 @@ class RecordWriter:
         Raises:
             DamagedFile: if data.parquet is damaged.
         """
-        rows = read_records(self.file, self.record_type) if self.file.exists() else []
+        try:
+            rows = read_records(self.file, self.record_type) if self.file.exists() else []
+        except DamagedFile as error:
+            raise DamagedFile(f"{error}; restore it, or remove it, and what it held is made again.") from error
         for part in self._parts():
             try:
                 rows += read_records(part, self.record_type)
@@ -446,13 +449,14 @@ class RecordWriter:
         self._next_part += 1
         self._pending = []
 
-    def finish(self) -> Path:
-        """Merge all parts into data.parquet, sorted by `identity`, and return its path."""
+    def finish(self) -> list[Any]:
+        """Merge all parts into data.parquet, and return its records, sorted by `identity`."""
         self.flush()
-        write_records(self.file, self.existing(), self.record_type)
+        rows = self.existing()
+        write_records(self.file, rows, self.record_type)
         for part in self._parts():
             part.unlink()
-        return self.file
+        return rows
 
 
 def identity(record: Any) -> tuple[str, int, int]:

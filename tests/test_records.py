@@ -84,7 +84,7 @@ def test_a_writer_that_dies_keeps_what_it_flushed_and_the_next_goes_on(tmp_path)
     following = RecordWriter(tmp_path, Answer, flush_seconds=0.0)
     assert [row.answer_index for row in following.existing()] == [1, 2]
     following.append(answer(0))
-    assert [row.answer_index for row in read_records(following.finish(), Answer)] == [0, 1, 2]
+    assert [row.answer_index for row in following.finish()] == [0, 1, 2]
     assert [file.name for file in tmp_path.iterdir()] == ["data.parquet"]
 
 
@@ -96,7 +96,7 @@ def test_finish_killed_between_merging_and_removing_repeats_to_the_same_file(tmp
     writer.finish()
     (tmp_path / "part-000000.parquet").write_bytes(part)  # the removal had not come to it
     again = RecordWriter(tmp_path, Answer, flush_seconds=0.0)
-    assert [row.answer_index for row in read_records(again.finish(), Answer)] == [0, 1]
+    assert [row.answer_index for row in again.finish()] == [0, 1]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -171,7 +171,7 @@ def test_a_damaged_part_is_set_aside_and_its_records_are_made_again(tmp_path, co
     assert [row.answer_index for row in again.existing()] == [1]
     assert "part-000001.parquet.damaged, and what it held is made again" in caplog.text
     again.append(answer(2), answer(0))
-    assert [row.answer_index for row in read_records(again.finish(), Answer)] == [0, 1, 2]
+    assert [row.answer_index for row in again.finish()] == [0, 1, 2]
 
 
 def test_a_file_with_other_types_or_missing_values_is_refused(tmp_path):

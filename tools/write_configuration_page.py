@@ -111,7 +111,8 @@ def recorded(config: RunConfig) -> dict[str, tuple[str, dict[str, Any]]]:
     if not manifest.file.exists():
         names = [Run(config, index).entry(stage.name) for index in range(1, MAX_ROUNDS + 1) for stage in STAGES]
         manifest.file.parent.mkdir(parents=True)
-        manifest.file.write_text(json.dumps({name: {"status": "finished", "digest": name} for name in names}))
+        entry = {"settings": {}, "status": "finished", "outputs": {}}
+        manifest.file.write_text(json.dumps({name: {**entry, "digest": name} for name in names}))
     return {run.entry(stage.name): (stage.name, stage.settings(run)) for stage, run in stages_of(config)}
 
 

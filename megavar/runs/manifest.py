@@ -1,13 +1,13 @@
-"""manifest.json of a run: which stage is finished, under which settings, from which inputs.
+"""manifest.json of a run: which stage is finished, under which settings, from which inputs, with which outputs.
 
 A stage whose settings and inputs equal those it was finished under is skipped; if they differ, finished or not, it is
 refused with the differing key. Settings that cannot change a result (parallel layout, microbatches, intervals) are not
-compared.
+compared. A finished stage's outputs are recorded with their checksums, and checked before another stage reads them.
 """
 
 import hashlib
 import json
-import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -15,10 +15,14 @@ from typing import Any
 
 from megavar.records import atomic_write
 
+CHECKSUMS = "SHA256SUMS"
+"""In every checkpoint and model folder that a run writes: checksums of its other files, as sha256sum writes them."""
 _WITHOUT_EFFECT = {
     *("log_interval", "save_interval", "save_minutes", "keep_checkpoints", "flush_seconds", "num_workers"),
-    *("microbatch_tokens", "recompute", "distributed_optimizer"),
+    *("microbatch_tokens", "chunk_sequences", "recompute", "distributed_optimizer"),
 }
+_IDENTIFYING_BYTES = 2**16
+"""Of each end of a file of weights."""
 
 
 class NotFinished(ValueError):
@@ -32,8 +36,29 @@ class Manifest:
         self.file = folder / "manifest.json"
 
     def entries(self) -> dict[str, dict[str, Any]]:
-        """Stage -> settings and status (`begun` or `finished`); a finished one has digest and seconds too."""
-        entries: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        """Stage -> settings and status (`begun` or `finished`); a finished one has digest, outputs and seconds too.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        if not self.file.exists():
+            return {}
+        try:
+            entries: dict[str, dict[str, Any]] = json.loads(self.file.read_text(encoding="utf-8"))
+            for stage, entry in entries.items():
+                is_finished = entry["status"] == "finished"
+                if not (isinstance(entry["settings"], dict) and entry["status"] in ("begun", "finished")):
+                    raise ValueError(f"stage {stage} has no settings or an unknown status")
+                if is_finished and not (isinstance(entry["digest"], str) and isinstance(entry["outputs"], dict)):
+                    raise ValueError(f"stage {stage} is finished without digest or outputs")
+                for output in entry.get("outputs", {}).values():
+                    int(output["bytes"]), str(output["sha256"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{self.file} is damaged or of another version ({type(error).__name__}: {error}); restore it, or "
+                "remove it: the same command then finds what the stages wrote, but does not compare the settings they "
+                "ran with (docs/troubleshooting.md#damaged-files)."
+            ) from error
         return entries
 
     def check(self, stage: str, settings: dict[str, Any]) -> bool:
@@ -55,8 +80,30 @@ class Manifest:
                 )
         return bool(entry["status"] == "finished")
 
+    def check_outputs(self, stage: str) -> None:
+        """Compare the outputs of a finished stage with the checksums that it was finished with.
+
+        Raises:
+            ValueError: naming the first file that is missing, changed or damaged.
+        """
+        for name, output in self.entries()[stage]["outputs"].items():
+            file = self.file.parent / name
+            if not file.is_file():
+                problem = "is missing"
+            elif file.stat().st_size != output["bytes"]:
+                problem = f"has {file.stat().st_size} bytes, the stage wrote {output['bytes']}"
+            elif file_digest(file) != output["sha256"]:
+                problem = "has another checksum than what the stage wrote"
+            else:
+                continue
+            raise ValueError(
+                f"{file} of the finished stage {stage} {problem}: it was changed or damaged; restore it, or remove "
+                f"the entry {stage} of {self.file} (and the file, if it cannot be read) and run the same command "
+                "again: what is missing is made again (docs/troubleshooting.md#damaged-files)."
+            )
+
     def digest(self, stage: str) -> str:
-        """Digest of a finished stage, as an input of later ones.
+        """Digest of a finished stage's settings and outputs, as an input of later ones.
 
         Raises:
             NotFinished: if it is not finished.
@@ -70,13 +117,21 @@ class Manifest:
         """Record that the stage was started under these settings."""
         self._put(stage, {"settings": settings, "status": "begun"})
 
-    def finish(self, stage: str, seconds: float) -> None:
-        """Record that the stage is finished, after this many seconds in the attempt that finished it."""
+    def finish(self, stage: str, seconds: float, outputs: Sequence[Path]) -> None:
+        """Record that the stage is finished, after this many seconds in the attempt that finished it.
+
+        Args:
+            outputs: files in the run's folder that stand for the results; those that do not exist are left out.
+        """
         entry = self.entries()[stage]
-        # Includes the time: rerunning a stage under equal settings must invalidate the stages that read its outputs.
-        content = json.dumps([entry["settings"], time.time_ns()], sort_keys=True)
-        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-        self._put(stage, {**entry, "status": "finished", "digest": digest, "seconds": round(seconds, 1)})
+        written = {
+            str(file.relative_to(self.file.parent)): {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+            for file in outputs
+            if file.is_file()
+        }
+        content = json.dumps([entry["settings"], written], sort_keys=True)
+        finished = {"status": "finished", "digest": _hexdigest(content.encode()), "seconds": round(seconds, 1)}
+        self._put(stage, {**entry, **finished, "outputs": written})
 
     def _put(self, stage: str, entry: dict[str, Any]) -> None:
         with atomic_write(self.file) as temporary:
@@ -89,12 +144,41 @@ def flat(prefix: str, section: Any) -> dict[str, Any]:
 
 
 def file_digest(file: Path) -> str:
-    """Digest of a file's bytes."""
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     state = file.stat()
-    return _digest(file, state.st_mtime_ns, state.st_size)
+    return _file_digest(file.resolve(), state.st_mtime_ns, state.st_size)
 
 
 @lru_cache
-def _digest(file: Path, _modified: int, _size: int) -> str:
+def _file_digest(file: Path, _modified: int, _size: int) -> str:
     with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def model_digest(folder: Path) -> str:
+    """Identifies a model by what its folder holds, wherever that is; the path itself if there is no folder.
+
+    Of files of weights the name, the size and both ends count: another model, or one trained further, differs there.
+    """
+    if not folder.is_dir():
+        return str(folder)
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".safetensors", ".txt"))
+    return _model_digest(tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+
+
+@lru_cache
+def _model_digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    parts = []
+    for file, _, size in files:
+        with file.open("rb") as content:
+            if file.suffix != ".safetensors":
+                parts.append(f"{file.name} {_hexdigest(content.read())}")
+                continue
+            ends = content.read(_IDENTIFYING_BYTES)
+            content.seek(max(0, size - _IDENTIFYING_BYTES))
+            parts.append(f"{file.name} {size} {_hexdigest(ends + content.read())}")
+    return _hexdigest("\n".join(parts).encode())
+
+
+def _hexdigest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -3,14 +3,15 @@
 Nothing here does any work, and nothing needs torch.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from megavar.config.schema import RunConfig
 from megavar.runs.folder import Run
-from megavar.runs.manifest import Manifest, NotFinished, file_digest, flat
+from megavar.runs.manifest import CHECKSUMS, Manifest, NotFinished, file_digest, flat, model_digest
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,28 @@ class Stage:
     summary: str
     reads: str
     writes: str
-    settings: Callable[[Run], dict[str, Any]]
-    """Every setting that the result depends on, and the digests of the stages whose outputs it reads.
-
-    Raises `NotFinished` if one of those is not finished."""
+    keys: Callable[[RunConfig], Sequence[str]]
+    """The configuration keys and sections that the result depends on."""
+    inputs: Callable[[Run], dict[str, str]] = lambda run: {}
+    """Name among the settings -> manifest entry of each stage whose outputs it reads."""
+    outputs: Callable[[Run], Sequence[Path]] = lambda run: ()
+    """Files that stand for its results; those that exist are recorded with their checksums."""
     is_used: Callable[[RunConfig], bool] = lambda config: True
     first_round_only: Callable[[RunConfig], bool] = lambda config: False
     all_ranks: bool = False
     """Trains or scores, so it runs under torchrun; the others run on rank 0."""
     serves: bool = False
     """Samples from SGLang servers."""
+
+    def settings(self, run: Run) -> dict[str, Any]:
+        """Every setting that the result depends on, and the digests of the stages whose outputs it reads.
+
+        Raises:
+            NotFinished: if one of those is not finished.
+        """
+        manifest = Manifest(run.folder)
+        own = {name: value for key in self.keys(run.config) for name, value in _setting(run.config, key).items()}
+        return own | {name: manifest.digest(entry) for name, entry in self.inputs(run).items()}
 
 
 def stages_of(config: RunConfig) -> list[tuple[Stage, Run]]:
@@ -75,100 +88,90 @@ def check_outputs(config: RunConfig) -> None:
             manifest.check(run.entry(stage.name), settings)
 
 
-def _common(run: Run) -> dict[str, Any]:
-    """Settings that every trained or sampled result depends on."""
-    config = run.config
-    return {
-        "seed": config.seed,
-        "model": config.model,
-        "data.train": file_digest(Path(config.data.train)),
-        "data.questions_per_round": config.data.questions_per_round,
-        "data.fresh_questions": config.data.fresh_questions,
-        **flat("templates", config.templates),
-        **flat("precision", config.precision),
-    }
-
-
-def _digest(run: Run, stage: str) -> str:
-    return Manifest(run.folder).digest(run.entry(stage))
+def _setting(config: RunConfig, key: str) -> dict[str, Any]:
+    """A key with its value, or the keys of a section; files and models are identified by content, not by path."""
+    if key == "model":
+        return {key: model_digest(Path(config.model))}
+    if key in ("data.train", "data.eval"):
+        return {key: file_digest(Path(attrgetter(key)(config)))[:16]}
+    value = attrgetter(key)(config)
+    return flat(key, value) if is_dataclass(value) else {key: value}
 
 
 def _reference(run: Run) -> str:
-    """Digest of the policy that the round starts with."""
-    return _digest(run, "sft") if run.round_index == 1 else _digest(run.previous, "export")
+    """Entry of the policy that the round starts with."""
+    return "sft" if run.round_index == 1 else run.previous.entry("export")
 
 
-def _sft(run: Run) -> dict[str, Any]:
-    return {**_common(run), **flat("sft", run.config.sft)}
+def _posterior_keys(config: RunConfig) -> Sequence[str]:
+    source = config.posterior.source
+    keys = (*_TRAINED, *_POSTERIOR_PROMPT, "data.train", "posterior.train", "posterior.source")
+    if source == "gold":
+        return keys
+    weighed = ("objective.num_traces", "objective.answer_estimator") if source == "reverse_kl" else ()
+    return (*keys, *_ROUND_QUESTIONS, *weighed)
 
 
-def _rollouts(run: Run) -> dict[str, Any]:
-    return {
-        **_common(run),
-        **flat("sample", run.config.sample),
-        **flat("verify", run.config.verify),
-        "posterior.num_rollouts": run.config.posterior.num_rollouts,
-        "reference": _reference(run),
-    }
+def _posterior_inputs(run: Run) -> dict[str, str]:
+    if run.config.posterior.source == "rollout":
+        return {"rollouts": run.entry("rollouts")}
+    if not run.learns_by_reverse_kl:
+        return {}
+    previous = run.previous
+    return {stage: previous.entry(stage) for stage in ("posterior", "sample", "score", "weigh")}
 
 
-def _posterior(run: Run) -> dict[str, Any]:
-    posterior = run.config.posterior
-    settings = {**_common(run), **flat("posterior.train", posterior.train), "posterior.source": posterior.source}
-    if posterior.source == "rollout":
-        settings["rollouts"] = _digest(run, "rollouts")
-    elif run.learns_by_reverse_kl:
-        settings["weigh"] = _digest(run.previous, "weigh")
-    return settings
+def _sample_keys(config: RunConfig) -> Sequence[str]:
+    prompts = _POSTERIOR_PROMPT if config.sample.sampler == "posterior" else ()
+    return (*_SAMPLED, *prompts, *_ROUND_QUESTIONS, "sample")
 
 
-def _sample(run: Run) -> dict[str, Any]:
-    config = run.config
-    settings = {**_common(run), **flat("sample", config.sample), "reference": _reference(run)}
-    if config.sample.sampler == "posterior":
-        settings["posterior"] = _digest(Run(config) if config.posterior.source == "gold" else run, "posterior")
-    return settings
+def _sampler(run: Run) -> dict[str, str]:
+    """The model that traces are sampled from, if it is not the policy."""
+    if run.config.sample.sampler == "policy":
+        return {}
+    return {"posterior": (Run(run.config) if run.config.posterior.source == "gold" else run).entry("posterior")}
 
 
-def _verify(run: Run) -> dict[str, Any]:
-    return {**_common(run), **flat("verify", run.config.verify), "sample": _digest(run, "sample")}
+def _policy_inputs(run: Run) -> dict[str, str]:
+    reference = {"reference": _reference(run)} if run.config.policy.init == "sft" else {}
+    return {stage: run.entry(stage) for stage in ("sample", "verify", "weigh")} | reference
 
 
-def _score(run: Run) -> dict[str, Any]:
-    return {**_common(run), "score.temperature": run.config.score.temperature, "verify": _digest(run, "verify")}
+def _eval_inputs(run: Run) -> dict[str, str]:
+    models = run.config.eval.models
+    found = {"pi_0": "sft"} if "pi_0" in models and run.round_index == 1 else {}
+    return found | ({"policy": run.entry("export")} if "policy" in models else {})
 
 
-def _weigh(run: Run) -> dict[str, Any]:
-    return {**flat("objective", run.config.objective), "score": _digest(run, "score")}
+def _eval_outputs(run: Run) -> list[Path]:
+    models = [model for model in _eval_inputs(run) if model == "pi_0"] + [f"pi_{run.round_index}"]
+    folders = [run.folder / "eval" / model for model in models]
+    return [
+        *(folder.with_suffix(".json") for folder in folders),
+        *(file for folder in folders for file in _data(folder, "traces", "answers", "verified")),
+    ]
 
 
-def _policy(run: Run) -> dict[str, Any]:
-    policy = run.config.policy
-    return {
-        **_common(run),
-        **flat("policy.train", policy.train),
-        **flat("objective", run.config.objective),
-        "policy.init": policy.init,
-        "policy.mix_gold": policy.mix_gold,
-        "weigh": _digest(run, "weigh"),
-    }
+def _newest_checkpoint(folder: Path) -> list[Path]:
+    return [checkpoint / CHECKSUMS for checkpoint in sorted((folder / "checkpoints").glob("step_*"))[-1:]]
 
 
-def _export(run: Run) -> dict[str, Any]:
-    return {"policy": _digest(run, "policy")}
+def _data(folder: Path, *names: str) -> list[Path]:
+    return [folder / name / "data.parquet" for name in names]
 
 
-def _eval(run: Run) -> dict[str, Any]:
-    config = run.config
-    return {
-        **_common(run),
-        **flat("eval", config.eval),
-        **flat("sample", config.sample),
-        **flat("verify", config.verify),
-        "data.eval": file_digest(Path(config.data.eval or "")),
-        "trained": _digest(run, "export" if "policy" in config.eval.models else "sft"),
-    }
-
+_MARKERS = ("model", "templates.system", "templates.open_marker", "templates.close_marker")
+"""What every prompt depends on: the model's tokenizer among it."""
+_POLICY_PROMPT = (*_MARKERS, "templates.policy")
+_POSTERIOR_PROMPT = (*_MARKERS, "templates.posterior")
+_TRAINED = ("seed", "precision")
+_ROUND_QUESTIONS = ("data.train", "data.questions_per_round", "data.fresh_questions")
+_SAMPLED = ("seed", *_POLICY_PROMPT, "rollout.dtype", "rollout.deterministic")
+_WEIGHED = tuple(
+    f"objective.{key}" for key in ("name", "num_traces", "ratio", "answer_estimator", "on_no_correct_trace")
+)
+_OF_A_SAMPLE = ("sample.temperature", "sample.top_p", "sample.max_trace_tokens", "sample.max_answer_tokens")
 
 STAGES = (
     Stage(
@@ -176,7 +179,8 @@ STAGES = (
         "train pi_0 from the base model on the gold traces",
         "base model, gold traces",
         "sft/ (pi_0)",
-        _sft,
+        lambda config: (*_TRAINED, *_POLICY_PROMPT, "templates.solution", "data.train", "sft"),
+        outputs=lambda run: [run.sft / "hf" / CHECKSUMS],
         first_round_only=lambda config: True,
         all_ranks=True,
     ),
@@ -185,7 +189,16 @@ STAGES = (
         "sample traces of the policy and weigh them by accuracy, for the posterior (posterior.source=rollout)",
         "the policy that the round starts with",
         "round_NN/rollouts/ (traces, answers, verdicts, weights)",
-        _rollouts,
+        lambda config: (
+            *_SAMPLED,
+            *_ROUND_QUESTIONS,
+            *_OF_A_SAMPLE,
+            "sample.num_answers",
+            "posterior.num_rollouts",
+            "verify",
+        ),
+        inputs=lambda run: {"reference": _reference(run)},
+        outputs=lambda run: _data(run.round / "rollouts", "traces", "answers", "verified", "weights"),
         is_used=lambda config: config.posterior.source == "rollout" and config.sample.sampler == "posterior",
         serves=True,
     ),
@@ -194,7 +207,9 @@ STAGES = (
         "train the posterior q, which sees the answer as a hint",
         "base model, gold traces or weighted rollouts",
         "round_NN/posterior/ (q)",
-        _posterior,
+        _posterior_keys,
+        inputs=_posterior_inputs,
+        outputs=lambda run: [run.posterior / "hf" / CHECKSUMS],
         is_used=lambda config: config.sample.sampler == "posterior",
         first_round_only=lambda config: config.posterior.source == "gold",
         all_ranks=True,
@@ -204,7 +219,9 @@ STAGES = (
         "sample K traces a question from q, then n answers a trace from the policy",
         "q, the policy that the round starts with",
         "round_NN/traces/, round_NN/answers/",
-        _sample,
+        _sample_keys,
+        inputs=lambda run: {"reference": _reference(run)} | _sampler(run),
+        outputs=lambda run: _data(run.round, "traces", "answers"),
         serves=True,
     ),
     Stage(
@@ -212,14 +229,27 @@ STAGES = (
         "judge every answer, in processes that can be killed",
         "round_NN/answers/",
         "round_NN/verified/ (verdicts)",
-        _verify,
+        lambda config: (*_ROUND_QUESTIONS, "verify"),
+        inputs=lambda run: {"sample": run.entry("sample")},
+        outputs=lambda run: _data(run.round, "verified"),
     ),
     Stage(
         "score",
         "log-probs of every trace under the policy and q, by the training engine",
         "round_NN/traces/, round_NN/verified/, both models",
         "round_NN/scores/",
-        _score,
+        lambda config: (
+            *_POLICY_PROMPT,
+            "templates.solution",
+            *_ROUND_QUESTIONS,
+            "precision",
+            "sample.sampler",
+            "score",
+        ),
+        inputs=lambda run: (
+            {stage: run.entry(stage) for stage in ("sample", "verify")} | {"reference": _reference(run)} | _sampler(run)
+        ),
+        outputs=lambda run: _data(run.round, "scores"),
         all_ranks=True,
     ),
     Stage(
@@ -227,14 +257,29 @@ STAGES = (
         "turn scores and verdicts into one weight a trace, by the objective",
         "round_NN/traces/, round_NN/scores/",
         "round_NN/weights/ (weights, bounds)",
-        _weigh,
+        lambda config: _WEIGHED,
+        inputs=lambda run: {stage: run.entry(stage) for stage in ("sample", "score")},
+        outputs=lambda run: [*_data(run.round, "weights"), run.round / "weights" / "bounds.parquet"],
     ),
     Stage(
         "policy",
         "train the round's policy on the weighted traces",
         "base model or the policy before, round_NN/{traces,verified,weights}/",
         "round_NN/policy/checkpoints/",
-        _policy,
+        lambda config: (
+            *_TRAINED,
+            *_POLICY_PROMPT,
+            "templates.solution",
+            *_ROUND_QUESTIONS,
+            "policy.train",
+            "policy.init",
+            "policy.mix_gold",
+            "objective.selection",
+            "objective.min_weight",
+            "objective.train_answers",
+        ),
+        inputs=_policy_inputs,
+        outputs=lambda run: _newest_checkpoint(run.policy),
         all_ranks=True,
     ),
     Stage(
@@ -242,14 +287,18 @@ STAGES = (
         "write the round's policy as a Hugging Face folder",
         "round_NN/policy/checkpoints/",
         "round_NN/policy/hf/, and the symlink hf",
-        _export,
+        lambda config: (),
+        inputs=lambda run: {"policy": run.entry("policy")},
+        outputs=lambda run: [run.policy / "hf" / CHECKSUMS],
     ),
     Stage(
         "eval",
         "accuracy on the held-out questions, before and after",
         "data.eval, pi_0, the round's policy",
         "eval/",
-        _eval,
+        lambda config: (*_SAMPLED, "data.eval", *_OF_A_SAMPLE, "verify", "eval"),
+        inputs=_eval_inputs,
+        outputs=_eval_outputs,
         is_used=lambda config: config.data.eval is not None,
         first_round_only=lambda config: "policy" not in config.eval.models,
         serves=True,

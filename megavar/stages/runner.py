@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
-from typing import Any
 
 from megavar.config.schema import RunConfig
 from megavar.ranks import barrier, from_rank_zero, is_rank_zero, on_rank_zero
@@ -57,7 +56,7 @@ def _run_in_order(config: RunConfig, stages: list[tuple[Stage, Run]]) -> None:
                 pending.remove((stage, run))
                 if pending and pending[0][0].serves:
                     service.start_early()
-            run_once(run, stage.name, partial(stage.settings, run), partial(_execute, run, stage, service))
+            run_once(run, stage, partial(_execute, run, stage, service))
             service.end_stage()
             if not any(later.serves for later, _ in pending):
                 service.close()
@@ -70,20 +69,22 @@ def _is_finished(run: Run, stage: Stage) -> bool:
     return bool(entry.get("status") == "finished")
 
 
-def run_once(run: Run, name: str, settings_of: Callable[[], dict[str, Any]], work: Callable[[], None]) -> None:
-    """Do a stage's work unless it is finished under these settings; every rank calls it.
+def run_once(run: Run, stage: Stage, work: Callable[[], None]) -> None:
+    """Do a stage's work unless it is finished under these settings; every rank calls it, rank 0 reads the manifest.
 
-    Args:
-        settings_of: called on rank 0, which alone reads the manifest.
+    Raises:
+        ValueError: if it was started under other settings, or files of an earlier stage that it reads were changed.
     """
-    manifest, name = Manifest(run.folder), run.entry(name)
+    manifest, name = Manifest(run.folder), run.entry(stage.name)
 
     def begin() -> bool:
         stop_if_requested(f"all stages before {name} are finished")
-        settings = settings_of()
+        settings = stage.settings(run)
         if manifest.check(name, settings):
             print(f"{name}: finished, skipped", flush=True)
             return False
+        for entry in stage.inputs(run).values():
+            manifest.check_outputs(entry)
         manifest.begin(name, settings)
         return True
 
@@ -93,7 +94,7 @@ def run_once(run: Run, name: str, settings_of: Callable[[], dict[str, Any]], wor
     work()
     barrier()
     if is_rank_zero():
-        manifest.finish(name, time.monotonic() - started)
+        manifest.finish(name, time.monotonic() - started, stage.outputs(run))
 
 
 def _execute(run: Run, stage: Stage, service: RolloutService) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from megavar.config.schema import SampleConfig
 from megavar.data.templates import Templates
-from megavar.joins import answers_by_trace, by_trace
+from megavar.joins import answers_by_trace, by_trace, check_complete
 from megavar.ranks import on_rank_zero
 from megavar.records import Answer, AnswerFinish, Question, RecordWriter, Sampler, TokenIds, Trace, TraceFinish
 from megavar.rollout.engine import Engine, GenerateRequest, Generation
@@ -144,8 +144,9 @@ async def sample_traces(
         )
 
     await _run(engine, list(requests()), keep, writer, f"{sampler} traces")
-    writer.finish()
-    return list(writer.existing())
+    sampled: list[Trace] = writer.finish()
+    check_complete(sampled, ((question.id, k, -1) for question in questions for k in range(num_traces)), folder)
+    return sampled
 
 
 async def sample_answers(
@@ -192,8 +193,11 @@ async def sample_answers(
         )
 
     await _run(engine, requests, keep, writer, "answers")
-    writer.finish()
-    return list(writer.existing())
+    sampled: list[Answer] = writer.finish()
+    closed = [trace for trace in traces if trace.finish == TraceFinish.CLOSED]
+    expected = ((trace.question_id, trace.trace_index, n) for trace in closed for n in range(num_answers))
+    check_complete(sampled, expected, folder)
+    return sampled
 
 
 def derive_seed(*identity: str | int) -> int:

@@ -1,5 +1,6 @@
 """Scores every trace under the policy and the posterior, by the training engine's forward on all ranks."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,10 +10,10 @@ import numpy as np
 from megavar.checkpoints.convert import Model
 from megavar.config.schema import ParallelConfig, PrecisionConfig, ScoreConfig
 from megavar.data.templates import Templates
-from megavar.joins import OUTPUTS_DO_NOT_MATCH, answers_by_trace, by_trace, count_correct
+from megavar.joins import OUTPUTS_DO_NOT_MATCH, answers_by_trace, by_trace, check_complete, count_correct
 from megavar.progress import ProgressLine
 from megavar.ranks import barrier, from_rank_zero, is_rank_zero
-from megavar.records import Answer, LogProbs, Question, RecordWriter, Score, Trace, TraceFinish, TrainSequence
+from megavar.records import Answer, LogProbs, Question, RecordWriter, Score, Trace, TraceFinish, TrainSequence, identity
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
 from megavar.stages.run_files import read_output, round_questions, sampler_folder, templates
@@ -63,7 +64,7 @@ def score_traces(trace_set: TraceSet | None, policy: Path, sampler: Path, scorin
     log pi(z|x) and log pi(y'|x, z) of the reference answer come from one forward of the policy, log q(z|x, y') from
     one of the posterior, under the prompt it was sampled with. Where the policy itself sampled the traces the two are
     equal, and one forward gives both. Truncated traces get empty log-probs. Finished chunks of an interrupted call are
-    kept.
+    kept. The folder `policy` in it holds the rows of the first pass until all are complete.
 
     Args:
         sampler: the model that the traces were sampled from, a Hugging Face folder; may equal `policy`.
@@ -73,21 +74,23 @@ def score_traces(trace_set: TraceSet | None, policy: Path, sampler: Path, scorin
     """
     first = RecordWriter(folder / "policy", Score, flush_seconds=0.0)
     last = RecordWriter(folder, Score, flush_seconds=0.0)
-    _score_all(policy, first, scoring, None if trace_set is None else _under_policy(trace_set))
+    pending = None if trace_set is None else replace(trace_set, traces=_without_existing(trace_set.traces, last))
+    _score_all(policy, first, scoring, None if pending is None else _under_policy(pending))
     if sampler != policy:
-        _score_all(sampler, last, scoring, None if trace_set is None else _under_posterior(trace_set, first))
-    if trace_set is None:
+        _score_all(sampler, last, scoring, None if pending is None else _under_posterior(pending, first))
+    if trace_set is None or pending is None:
         return
     if sampler == policy:
-        existing = by_trace(last.existing())
         rows = by_trace(first.existing())
-        last.append(*(replace(row, logp_posterior=row.logp_policy) for key, row in rows.items() if key not in existing))
+        same = (rows[trace.question_id, trace.trace_index] for trace in pending.closed)
+        last.append(*(replace(row, logp_posterior=row.logp_policy) for row in same))
     nothing = np.zeros(0, np.float32)
-    for trace in trace_set.traces:
+    for trace in pending.traces:
         if trace.finish != TraceFinish.CLOSED:
             key = (trace.question_id, trace.trace_index)
             last.append(Score(*key, trace.round, nothing, nothing, nothing, None, None))
-    last.finish()
+    check_complete(last.finish(), map(identity, trace_set.traces), folder)
+    shutil.rmtree(first.folder)
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,8 @@ def _without_existing(traces: Sequence[Trace], writer: RecordWriter) -> list[Tra
     existing = by_trace(writer.existing())
     for trace in traces:
         row = existing.get((trace.question_id, trace.trace_index))
-        if row is not None and (row.round, len(row.logp_policy)) != (trace.round, len(trace.trace_ids)):
+        num_tokens = len(trace.trace_ids) if trace.finish == TraceFinish.CLOSED else 0
+        if row is not None and (row.round, len(row.logp_policy)) != (trace.round, num_tokens):
             raise ValueError(
                 f"an existing score of trace {trace.trace_index} of question {trace.question_id!r} is of another "
                 f"trace; remove {writer.folder} and run `megavar score` again ({OUTPUTS_DO_NOT_MATCH})."

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megavar.config.schema import VerifyConfig
-from megavar.joins import OUTPUTS_DO_NOT_MATCH
+from megavar.joins import OUTPUTS_DO_NOT_MATCH, check_complete
 from megavar.progress import ProgressLine
 from megavar.ranks import on_rank_zero
 from megavar.records import Answer, Question, RecordWriter, Verdict, identity
@@ -64,8 +64,8 @@ def verify_answers(
             verify_all(jobs, config.num_workers, config.timeout_seconds, keep)
         finally:
             writer.flush()
-    writer.finish()
-    results: list[Answer] = writer.existing()
+    results: list[Answer] = writer.finish()
+    check_complete(results, map(identity, answers), folder)
     _warn_of_errors(results)
     return results
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from megavar.config.schema import ObjectiveConfig, RunConfig
-from megavar.joins import OUTPUTS_DO_NOT_MATCH, answers_by_trace, count_correct
+from megavar.joins import OUTPUTS_DO_NOT_MATCH, answers_by_trace, check_complete, count_correct
 from megavar.objectives import get_objective
 from megavar.objectives.bounds import question_bounds
 from megavar.objectives.importance import effective_sample_size
 from megavar.ranks import on_rank_zero
-from megavar.records import Answer, Bound, Score, Trace, TraceFinish, Weight, WeightStatus, write_records
+from megavar.records import Answer, Bound, Score, Trace, TraceFinish, Weight, WeightStatus, identity, write_records
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
 from megavar.stages.run_files import log_values, read_output
@@ -91,6 +91,8 @@ def weigh_traces(
             bounds.append(bound)
         if any(weight.weight > 0 for weight in group_weights):
             sizes.append(effective_sample_size(np.array([weight.weight for weight in group_weights])))
+    of_traces = [weight for weight in weights if weight.status != WeightStatus.GOLD]
+    check_complete(of_traces, map(identity, traces), folder)
     write_records(folder / "data.parquet", weights, Weight)
     if bounds:
         write_records(folder / "bounds.parquet", bounds, Bound)

@@ -28,8 +28,9 @@ def test_the_page_is_current(affected):
     [
         ("sft.learning_rate", {"sft"}, set()),
         ("posterior.num_rollouts", {"rollouts"}, set()),
-        ("objective.ratio", {"weigh", "policy"}, set()),
-        ("sample.num_answers", {"rollouts", "sample", "eval"}, set()),
+        ("objective.ratio", {"weigh"}, set()),
+        ("sample.num_answers", {"rollouts", "sample"}, set()),
+        ("data.questions_per_round", {"rollouts", "posterior", "sample", "verify", "score", "policy"}, set()),
         ("data.eval", {"eval"}, {"eval"}),
         ("policy.train.microbatch_tokens", set(), set()),
         ("parallel.pipeline", set(), set()),

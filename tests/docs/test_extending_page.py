@@ -178,7 +178,7 @@ def stages(file):
         assert stage.name in ("sft", "posterior")
         run.open()
         Manifest(run.folder).begin(stage.name, stage.settings(run))
-        Manifest(run.folder).finish(stage.name, 1.0)
+        Manifest(run.folder).finish(stage.name, 1.0, [])
         folder = run.sft if stage.name == "sft" else run.posterior
         folder.mkdir(parents=True)
         (folder / "hf").symlink_to(config.model)

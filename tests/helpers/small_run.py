@@ -82,7 +82,7 @@ def make_run(folder: Path, name: str = "small", stages: tuple[str, ...] = (*ROUN
     manifest, metrics = Manifest(run.folder), Metrics(run.folder, run.config.logging, name)
     for stage in stages:
         manifest.begin(stage, {})
-        manifest.finish(stage, 1.0)
+        manifest.finish(stage, 1.0, [])
         if stage in ("sft", "posterior", "policy"):
             for step in range(1, 4):
                 metrics.log(stage, step, {"loss": 1 / step, "grad_norm": 2 / step})
@@ -102,7 +102,7 @@ def write_round(run: Run, number: int) -> None:
     Metrics(run.folder, run.config.logging, run.config.name).log("weigh", number, values)
     stage = replace(run, round_index=number).entry("weigh")
     Manifest(run.folder).begin(stage, {})
-    Manifest(run.folder).finish(stage, 1.0)
+    Manifest(run.folder).finish(stage, 1.0, [])
 
 
 def write_eval(run: Run, model: str, correct_of: dict[str, int]) -> None:

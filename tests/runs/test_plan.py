@@ -30,7 +30,7 @@ def make(config, last):
         manifest, name = Manifest(run.folder), run.entry(stage.name)
         run.open()
         manifest.begin(name, stage.settings(run))
-        manifest.finish(name, 1.0)
+        manifest.finish(name, 1.0, [])
         if name == last:
             return
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from megavar.evaluation.pass_at_k import accuracy, pass_at_k
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest, flat
 from megavar.runs.metrics import Metrics
+from megavar.runs.plan import Stage
 from megavar.stages.runner import run_once
 from megavar.stages.sample import derive_seed
 
@@ -23,13 +25,23 @@ def run(tmp_path):
     return found
 
 
+def stage(name, key="rounds", inputs=(), outputs=()):
+    """A stage that depends on one key of the configuration."""
+    return Stage(name, "", "", "", lambda config: (key,), lambda run: {entry: entry for entry in inputs},
+                 lambda run: [run.folder / output for output in outputs])  # fmt: skip
+
+
+def set_to(run, **values):
+    return replace(run, config=replace(run.config, **values))
+
+
 def test_a_finished_stage_is_skipped_and_an_interrupted_one_repeated(run):
     calls = []
     with pytest.raises(RuntimeError):
-        run_once(run, "sample", lambda: {"k": 1}, lambda: (_ for _ in ()).throw(RuntimeError))
+        run_once(run, stage("sample"), lambda: (_ for _ in ()).throw(RuntimeError))
     assert Manifest(run.folder).entries()["sample"]["status"] == "begun"
     for _ in range(2):
-        run_once(run, "sample", lambda: {"k": 1}, lambda: calls.append(1))
+        run_once(run, stage("sample"), lambda: calls.append(1))
     assert calls == [1]
 
 
@@ -40,9 +52,9 @@ def test_other_settings_are_refused_with_the_key_and_nothing_runs(run, finished)
             raise RuntimeError
 
     with contextlib.suppress(RuntimeError):
-        run_once(run, "sample", lambda: {"k": 1, "x": 0}, work)
-    with pytest.raises(ValueError, match=r"stage sample was (begun|finished) with k=1, now it is 2"):
-        run_once(run, "sample", lambda: {"k": 2, "x": 0}, lambda: pytest.fail("ran"))
+        run_once(run, stage("sample"), work)
+    with pytest.raises(ValueError, match=r"stage sample was (begun|finished) with rounds=1, now it is 2"):
+        run_once(set_to(run, rounds=2), stage("sample"), lambda: pytest.fail("ran"))
 
 
 def test_a_stage_before_its_input_says_which_is_missing(run):
@@ -50,16 +62,67 @@ def test_a_stage_before_its_input_says_which_is_missing(run):
         Manifest(run.folder).digest("weigh")
 
 
-def test_stages_downstream_of_a_rerun_one_are_refused(run):
+def write_then(run, name, content, **others):
+    """Do a stage that writes one file."""
+    run_once(run, stage(name, outputs=[name], **others), lambda: (run.folder / name).write_text(content))
+
+
+def forget(run, name):
     manifest = Manifest(run.folder)
-    run_once(run, "sample", lambda: {"k": 1}, lambda: None)
-    run_once(run, "verify", lambda: {"sample": manifest.digest("sample")}, lambda: None)
     entries = manifest.entries()
-    del entries["sample"]
+    del entries[name]
     manifest.file.write_text(json.dumps(entries))
-    run_once(run, "sample", lambda: {"k": 1}, lambda: None)
+
+
+def test_a_stage_is_refused_after_what_it_read_was_made_again_otherwise_and_not_after_the_same(run):
+    write_then(run, "sample", "one")
+    write_then(run, "verify", "x", inputs=["sample"])
+    forget(run, "sample")
+    write_then(run, "sample", "one")
+    write_then(run, "verify", "not again", inputs=["sample"])
+    assert (run.folder / "verify").read_text() == "x"
+    forget(run, "sample")
+    write_then(run, "sample", "two")
     with pytest.raises(ValueError, match="stage verify was finished with sample="):
-        run_once(run, "verify", lambda: {"sample": manifest.digest("sample")}, lambda: pytest.fail("ran"))
+        write_then(run, "verify", "y", inputs=["sample"])
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda file: file.unlink(), "is missing"),
+        (lambda file: file.write_text("on"), "has 2 bytes, the stage wrote 3"),
+        (lambda file: file.write_text("0ne"), "has another checksum than what the stage wrote"),
+    ],
+    ids=["missing", "cut", "flipped"],
+)
+def test_a_stage_refuses_what_it_reads_if_it_is_not_what_was_written_and_says_the_way_out(run, change, problem):
+    write_then(run, "sample", "one")
+    change(run.folder / "sample")
+    with pytest.raises(ValueError, match=rf"sample of the finished stage sample {problem}.*remove the entry sample of"):
+        write_then(run, "verify", "x", inputs=["sample"])
+    assert "verify" not in Manifest(run.folder).entries()
+    forget(run, "sample")
+    write_then(run, "sample", "one")
+    write_then(run, "verify", "x", inputs=["sample"])
+
+
+DAMAGED = ["", "{", "[]", "3", '{"sft": 1}', '{"sft": {}}', '{"sft": {"settings": {}, "status": "odd"}}',
+           '{"sft": {"settings": {}, "status": "finished"}}', "\xff", "[" * 100_000]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_manifest_is_named_with_the_way_out(run, content):
+    write_then(run, "sample", "one")
+    digest = Manifest(run.folder).digest("sample")
+    (run.folder / "manifest.json").write_text(content, encoding="latin-1")
+    with pytest.raises(
+        ValueError, match=r"manifest\.json is damaged or of another version .*; restore it, or remove it:"
+    ):
+        write_then(run, "sample", "one")
+    (run.folder / "manifest.json").unlink()
+    write_then(run, "sample", "one")
+    assert Manifest(run.folder).digest("sample") == digest
 
 
 def test_intervals_and_microbatches_may_change_between_restarts():
