@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "megavar"
 LEVELS = [
-    {"records", "joins", "config", "progress", "ranks", "stopping", "liveness"},
+    {"records", "joins", "config", "progress", "ranks", "stopping", "liveness", "checksums"},
     {"objectives", "verifiers", "evaluation", "models", "packing", "data", "runs"},
     {"checkpoints"},
     {"rollout", "training"},

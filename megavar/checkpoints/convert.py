@@ -25,6 +25,7 @@ from megavar.checkpoints.huggingface import (
     copy_side_files,
 )
 from megavar.checkpoints.megatron import SIDE_FILES, Description, ShardedCheckpoint, ShardedWriter, find_checkpoint
+from megavar.checksums import check_checksums, write_checksums
 from megavar.models import operators
 from megavar.models.config_json import read_dims
 from megavar.models.ops import Index, Operator, names_at, pieces
@@ -170,6 +171,7 @@ def to_megatron(
         (partial / SIDE_FILES).mkdir()
         copy_side_files(model.side_files, partial / SIDE_FILES, dtype)
         Description(model.tied_head_written, digest.hexdigest()).write(partial)
+        write_checksums(partial, writer.digest_of)
     return ConversionResult(digest.hexdigest(), num_bytes, digest.nonfinite, same_as_source=False)
 
 
@@ -214,6 +216,7 @@ def to_hugging_face(
         writer.finish()
         dtypes = {info.dtype for _, info in rows}
         copy_side_files(model.side_files, partial, dtypes.pop() if len(dtypes) == 1 else None)
+        write_checksums(partial, writer.digest_of)
     source_digest = model.description.source_digest if model.description else None
     return ConversionResult(digest.hexdigest(), num_bytes, digest.nonfinite, source_digest == digest.hexdigest())
 
@@ -316,6 +319,7 @@ def all_finite(values: Tensor) -> bool:
 
 def _open_source(source: Path, template: Path | None, target: Path, megatron: bool) -> Model:
     model = Model(source, template)
+    check_checksums(model.path)
     for path in (source, model.path, model.side_files):
         if target.resolve() in (path.resolve(), *path.resolve().parents):
             raise ValueError(f"{target} is or contains {path}, which is the source; choose another target.")

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megavar.checkpoints.huggingface import ChunkedFile, TensorInfo
+from megavar.checkpoints.safe_pickle import read_metadata
 from megavar.models.dims import ModelDims
 from megavar.models.ops import Index, Operator, leading_axes, piece_shape
 
@@ -91,10 +92,7 @@ class ShardedCheckpoint:
             raise ValueError(f"{path} is not a Megatron checkpoint of format torch_dist: it has no .metadata.")
         self.path = checkpoint
         self._reader = FileSystemReader(checkpoint)
-        try:
-            metadata = self._reader.read_metadata()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError, TypeError) as error:
-            raise ValueError(f"{checkpoint / '.metadata'} is damaged ({error}); copy the checkpoint again.") from error
+        metadata = read_metadata(checkpoint)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: entry
@@ -201,6 +199,8 @@ class ShardedWriter:
         self._metadata = Metadata(state_dict_metadata={}, storage_data={})
         self._data: ChunkedFile | None = None
         self._num_files = 0
+        self.digest_of: dict[Path, str] = {}
+        """SHA-256 of each finished file."""
 
     def write(self, operator: Operator, index: Index, piece: Tensor, dtype: torch.dtype) -> None:
         """Write one full-size piece, cast to `dtype`, as one or more chunks."""
@@ -238,18 +238,21 @@ class ShardedWriter:
 
     def finish(self) -> None:
         """Close the last file and write the checkpoint's metadata."""
-        if self._data is not None:
-            self._data.close()
+        self._close()
         torch.save({}, self._folder / "common.pt")
         (self._folder / "metadata.json").write_text(json.dumps({**_BACKEND, **_COMMON}))
         with open(self._folder / ".metadata", "wb") as file:
             pickle.dump(self._metadata, file)
 
+    def _close(self) -> None:
+        if self._data is not None:
+            self._data.close()
+            self.digest_of[Path(str(self._data.name))] = self._data.digest
+
     def _append(self, value: Tensor | list[None]) -> _StorageInfo:
         if self._data is None or self._data.tell() > FILE_BYTES:
-            if self._data is not None:
-                self._data.close()
-            self._data = ChunkedFile(self._folder / f"__0_{self._num_files}.distcp", "w")
+            self._close()
+            self._data = ChunkedFile(self._folder / f"__0_{self._num_files}.distcp")
             self._num_files += 1
         start = self._data.tell()
         crc32 = torch.serialization.get_crc32_options()

@@ -32,7 +32,7 @@ class Templates:
         # Imported here because it imports torch, which the report does not need.
         from transformers import AutoTokenizer
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
         if not self._tokenizer.is_fast:
             raise ValueError(f"{model} has no tokenizer.json; give the folder of a model with a fast tokenizer.")
         if self._tokenizer.chat_template is None or self._tokenizer.eos_token_id is None:

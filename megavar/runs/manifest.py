@@ -13,10 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from megavar.checksums import CHECKSUMS, check_checksums, file_digest
 from megavar.records import atomic_write
 
-CHECKSUMS = "SHA256SUMS"
-"""In every checkpoint and model folder that a run writes: checksums of its other files, as sha256sum writes them."""
 _WITHOUT_EFFECT = {
     *("log_interval", "save_interval", "save_minutes", "keep_checkpoints", "flush_seconds", "num_workers"),
     *("microbatch_tokens", "chunk_sequences", "recompute", "distributed_optimizer"),
@@ -83,6 +82,8 @@ class Manifest:
     def check_outputs(self, stage: str) -> None:
         """Compare the outputs of a finished stage with the checksums that it was finished with.
 
+        Of a folder with `SHA256SUMS` all files are compared.
+
         Raises:
             ValueError: naming the first file that is missing, changed or damaged.
         """
@@ -95,6 +96,8 @@ class Manifest:
             elif file_digest(file) != output["sha256"]:
                 problem = "has another checksum than what the stage wrote"
             else:
+                if file.name == CHECKSUMS:
+                    check_checksums(file.parent)
                 continue
             raise ValueError(
                 f"{file} of the finished stage {stage} {problem}: it was changed or damaged; restore it, or remove "
@@ -141,18 +144,6 @@ class Manifest:
 def flat(prefix: str, section: Any) -> dict[str, Any]:
     """A configuration section as {prefix.key: value}, without the keys that cannot change a result."""
     return {f"{prefix}.{key}": value for key, value in asdict(section).items() if key not in _WITHOUT_EFFECT}
-
-
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    state = file.stat()
-    return _file_digest(file.resolve(), state.st_mtime_ns, state.st_size)
-
-
-@lru_cache
-def _file_digest(file: Path, _modified: int, _size: int) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def model_digest(folder: Path) -> str:

@@ -9,9 +9,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from megavar.checksums import CHECKSUMS, file_digest
 from megavar.config.schema import RunConfig
 from megavar.runs.folder import Run
-from megavar.runs.manifest import CHECKSUMS, Manifest, NotFinished, file_digest, flat, model_digest
+from megavar.runs.manifest import Manifest, NotFinished, flat, model_digest
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megavar.checkpoints.convert import Model
 from megavar.checkpoints.huggingface import copy_side_files
 from megavar.checkpoints.megatron import SIDE_FILES, Description
-from megavar.ranks import barrier, is_rank_zero
+from megavar.checkpoints.safe_pickle import check_pickles, only_known_classes
+from megavar.checksums import CHECKSUMS, check_files, file_digests, files_in, read_checksums, write_checksums
+from megavar.ranks import ExplainedFailure, barrier, is_rank_zero, on_rank_zero
+from megavar.records import sync
 
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -40,38 +45,141 @@ def save_checkpoint(
 ) -> None:
     """Save after `step` optimizer steps and remove all but the last `keep` checkpoints; all ranks call it.
 
+    Each rank syncs and hashes a share of the files before the folder gets its name.
+
     Args:
         init: what training began from.
+
+    Raises:
+        ExplainedFailure: on every rank, if it cannot be written; the checkpoints before stay.
     """
-    name = f"step_{step:06d}"
-    aside = folder / f".{name}.tmp"
-    if is_rank_zero():
+    aside = folder / f".step_{step:06d}.tmp"
+
+    def begin() -> None:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    barrier()
+
+    check_free_space(folder, chunks, 1)
+    on_rank_zero(begin)
     state = _model_state(chunks)
     state["optimizer"] = optimizer.sharded_state_dict(state, metadata=_SHARDING)
     state["scheduler"] = scheduler.state_dict()
     state["distributed_optimizer"] = _is_distributed(optimizer)
     _queue_results_in_this_process()
-    dist_checkpointing.save(state, str(aside), content_metadata=_SHARDING)
-    barrier()
-    if is_rank_zero():
-        (aside / SIDE_FILES).mkdir()
-        copy_side_files(init.side_files, aside / SIDE_FILES)
-        Description(init.tied_head_written, source_digest=None).write(aside)
-        os.replace(aside, folder / name)
+    try:
+        dist_checkpointing.save(state, str(aside), content_metadata=_SHARDING)
+        barrier()
+        on_rank_zero(lambda: _describe(aside, init))
+        digest_of = _sync_and_hash(_share(files_in(aside)))
+    except (OSError, CheckpointException) as error:
+        raise _not_written(aside, error) from error
+    all_digests = _gather(digest_of)
+
+    def finish() -> None:
+        write_checksums(aside, {file: digest for part in all_digests for file, digest in part.items()})
+        for path in (aside / CHECKSUMS, aside / SIDE_FILES, aside):
+            sync(path)
+        os.replace(aside, folder / f"step_{step:06d}")
+        sync(folder)
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
-    barrier()
+
+    on_rank_zero(finish)
+
+
+def check_free_space(folder: Path, chunks: list[torch.nn.Module], num_checkpoints: int) -> None:
+    """Refuse to write more checkpoints than the disk of `folder` has room for; all ranks call it.
+
+    Raises:
+        ExplainedFailure: on every rank, with what is needed and what is free.
+    """
+    # Weights, the optimizer's float32 copy of those that are shorter, and two moments. A replica holds all of them.
+    num_bytes = sum(
+        parameter.numel() * (parameter.element_size() + (8 if parameter.element_size() == 4 else 12))
+        for chunk in chunks
+        for parameter in chunk.parameters()
+    )
+    total = torch.tensor([num_bytes], dtype=torch.int64)
+    dist.all_reduce(total)
+    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    needed = num_checkpoints * int(total.item()) // replicas
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    smallest = torch.tensor([free], dtype=torch.int64)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    if smallest.item() < needed:
+        raise ExplainedFailure(
+            f"{folder} needs about {needed / 1e6:,.0f} MB for {num_checkpoints} checkpoint(s), and its disk has "
+            f"{smallest.item() / 1e6:,.0f} MB free; free some (or lower keep_checkpoints), then the same command goes "
+            "on from the last one."
+        )
+
+
+def _describe(aside: Path, init: Model) -> None:
+    (aside / SIDE_FILES).mkdir()
+    copy_side_files(init.side_files, aside / SIDE_FILES)
+    Description(init.tied_head_written, source_digest=None).write(aside)
+
+
+def _share(files: list[Path]) -> list[Path]:
+    """This rank's part of the files, which all ranks see."""
+    return files[dist.get_rank() :: dist.get_world_size()]
+
+
+def _sync_and_hash(files: list[Path]) -> dict[Path, str]:
+    for file in files:
+        sync(file)
+    return dict(zip(files, file_digests(files), strict=True))
+
+
+def _gather(value: Any) -> list[Any]:
+    """What each rank has, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _not_written(aside: Path, error: BaseException) -> ExplainedFailure:
+    """One line for what torch reports with the stacks of all ranks; rank 0 gets to know the cause."""
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    reasons = [str(cause) for cause in causes if isinstance(cause, OSError)] or [repr(cause) for cause in causes]
+    if is_rank_zero():
+        shutil.rmtree(aside, ignore_errors=True)
+    free_megabytes = shutil.disk_usage(aside.parent).free / 1e6
+    return ExplainedFailure(
+        f"a checkpoint could not be written to {aside.parent}: {(reasons or ['see rank 0'])[0]:.500}; its disk has "
+        f"{free_megabytes:,.0f} MB free; the checkpoints before are complete, and once that is mended the same command "
+        "goes on from the last."
+    )
 
 
 def load_checkpoint(checkpoint: Path, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any) -> None:
     """Restore weights, optimizer and schedule, on this parallel layout or another one.
 
+    Each rank compares a share of the files with their checksums, and nothing that a file names is run.
+
     Raises:
-        ValueError: if it was saved with the other kind of optimizer, whose state cannot be read into this one.
+        ValueError: on every rank, if the checkpoint is damaged, names what no checkpoint needs, or was saved with the
+            other kind of optimizer, whose state cannot be read into this one.
     """
+    _check_share(checkpoint)
+    on_rank_zero(lambda: check_pickles(checkpoint))
+    with only_known_classes():
+        _load(checkpoint, chunks, optimizer, scheduler)
+
+
+def _check_share(checkpoint: Path) -> None:
+    problem = ""
+    try:
+        digest_of = read_checksums(checkpoint)
+        check_files(checkpoint, {file: digest_of[file] for file in _share(list(digest_of))})
+    except ValueError as error:
+        problem = str(error)
+    if problems := [text for text in _gather(problem) if text]:
+        raise ValueError(problems[0])
+
+
+def _load(checkpoint: Path, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any) -> None:
     saved = dist_checkpointing.load_common_state_dict(str(checkpoint)).get("distributed_optimizer")
     if saved not in (None, _is_distributed(optimizer)):
         raise ValueError(

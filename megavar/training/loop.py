@@ -14,7 +14,7 @@ from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
 from megavar.packing import Microbatch, PackShape, data_order, pack, partition
 from megavar.records import TrainSequence
 from megavar.stopping import Stopped
-from megavar.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, step_of
+from megavar.training.checkpoint import check_free_space, list_checkpoints, load_checkpoint, save_checkpoint, step_of
 from megavar.training.forward_backward import configure_gradients, gradient_pass, pack_shape
 from megavar.training.hardware import peak_flops, peak_memory_gib
 from megavar.training.load_weights import load_weights
@@ -80,6 +80,9 @@ def train_model(
     shape = pack_shape(parallel, precision)
     first_step, checkpoint_seconds = step_of(existing[-1]) if existing else 0, 0.0
     saved_at = time.monotonic()
+    if first_step < num_steps:
+        most_at_once = train.keep_checkpoints + 1 - len(existing)
+        check_free_space(folder, chunks, max(1, min(most_at_once, 1 + (num_steps - first_step) // train.save_interval)))
     for step in range(first_step, num_steps):
         clock = _Clock()
 

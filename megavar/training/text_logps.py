@@ -18,7 +18,7 @@ def text_logps(model: Model, text: str) -> Tensor:
     Raises:
         ValueError: if the text is shorter than two tokens or longer than the model's positions.
     """
-    ids = AutoTokenizer.from_pretrained(model.side_files, local_files_only=True)(text)["input_ids"]
+    ids = AutoTokenizer.from_pretrained(model.side_files, local_files_only=True, trust_remote_code=False)(text)["input_ids"]
     if not 2 <= len(ids) <= model.dims.max_positions:
         raise ValueError(f"the text has {len(ids)} tokens; give 2 to {model.dims.max_positions}.")
     if not model.is_megatron:
@@ -33,7 +33,7 @@ def text_logps(model: Model, text: str) -> Tensor:
 
 
 def _by_transformers(model: Model, ids: list[int]) -> Tensor:
-    config = AutoConfig.from_pretrained(model.path, local_files_only=True)
+    config = AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
     # transformers 4 reads the RoPE base here only, and takes 10000 from a folder that transformers 5 has written.
     config.rope_theta = model.dims.rope_base
     network = AutoModelForCausalLM.from_pretrained(

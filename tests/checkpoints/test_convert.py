@@ -165,6 +165,7 @@ def test_a_checkpoint_without_its_description_needs_a_template(folder, checkpoin
     bare = copy(checkpoint, tmp_path / "m")
     shutil.rmtree(bare / "huggingface")
     (bare / "megavar.json").unlink()
+    (bare / "SHA256SUMS").unlink()
     with pytest.raises(ValueError, match=r"pass a Hugging Face folder of the same architecture as --hf-template"):
         to_hugging_face(bare, tmp_path / "back", None, MAX_SHARD_BYTES, False)
     to_hugging_face(bare, tmp_path / "back", folder, MAX_SHARD_BYTES, False)
@@ -329,6 +330,7 @@ BROKEN_CHECKPOINTS = {
 def test_a_broken_checkpoint_is_refused_and_nothing_is_written(checkpoint, tmp_path, how):
     source = copy(checkpoint, tmp_path / "source")
     damage, message = BROKEN_CHECKPOINTS[how]
+    (source / "SHA256SUMS").unlink()  # it would tell of each of these first
     damage(source)
     with pytest.raises(ValueError, match=message):
         to_hugging_face(source, tmp_path / "back", None, MAX_SHARD_BYTES, False)
