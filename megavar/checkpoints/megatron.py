@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megavar.checkpoints.huggingface import ChunkedFile, TensorInfo
-from megavar.checkpoints.safe_pickle import read_metadata
+from megavar.checkpoints.safe_pickle import first_line, read_metadata
 from megavar.models.dims import ModelDims
 from megavar.models.ops import Index, Operator, leading_axes, piece_shape
 
@@ -130,7 +130,9 @@ class ShardedCheckpoint:
         try:
             self._reader.read_data(LoadPlan(reads), _IntoTensor(target))
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{self.path}: {name}{list(index)} cannot be read: {error}; copy it again.") from error
+            raise ValueError(
+                f"{self.path}: {name}{list(index)} cannot be read: {first_line(error)}; copy it again."
+            ) from error
         return piece
 
     def _with_chunks_of(self, name: str, index: Index) -> TensorStorageMetadata:

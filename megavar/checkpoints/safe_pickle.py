@@ -77,17 +77,27 @@ def read_metadata(checkpoint: Path) -> Metadata:
             metadata = load_known(content)
         if not isinstance(metadata, Metadata):
             raise TypeError(f"it holds {type(metadata).__name__}")
-        for entry in metadata.state_dict_metadata.values():
-            if not isinstance(entry, TensorStorageMetadata | BytesStorageMetadata):
-                raise TypeError(f"an entry is {type(entry).__name__}")
+        for name, entry in metadata.state_dict_metadata.items():
+            _check_entry(name, entry)
         for index, stored in (metadata.storage_data or {}).items():
             _check_stored(index, stored)
     except UnknownClass as error:
         raise _refusal(file, error) from error
     except _DAMAGED as error:
-        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); copy the checkpoint again.") from error
+        raise ValueError(f"{file} is damaged ({first_line(error)}); copy the checkpoint again.") from error
     metadata.storage_data = metadata.storage_data or {}
     return metadata
+
+
+def _check_entry(name: Any, entry: Any) -> None:
+    if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata | BytesStorageMetadata):
+        raise TypeError(f"its entry {name!r:.100} is {type(entry).__name__}")
+    if isinstance(entry, TensorStorageMetadata):
+        places = [chunk.offsets for chunk in entry.chunks] + [chunk.sizes for chunk in entry.chunks]
+        if not all(isinstance(place, torch.Size) and len(place) == len(entry.size) for place in places):
+            raise TypeError(f"chunks of {name:.100} are not of its shape")
+        if not isinstance(entry.size, torch.Size) or not isinstance(entry.properties.dtype, torch.dtype):
+            raise TypeError(f"{name:.100} has no shape or dtype")
 
 
 def _check_stored(index: Any, stored: Any) -> None:
@@ -104,6 +114,11 @@ def _refusal(file: Path | str, error: Exception) -> ValueError:
         f"{file} names {error}, which no checkpoint needs and which may run code; it was not read further "
         "(docs/security.md#checkpoints)."
     )
+
+
+def first_line(error: Exception) -> str:
+    """Name and first line of an exception; torch's go on with a stack."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
 
 
 def check_pickles(checkpoint: Path) -> None:

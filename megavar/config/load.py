@@ -1,13 +1,20 @@
 """Read a run's YAML into `RunConfig`, and write the resolved one back. The only importer of omegaconf."""
 
+import re
 from pathlib import Path
 from typing import cast
 
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from megavar.config.schema import RunConfig, validate
+
+MAX_NODES = 100_000
+"""Of a file, its aliases written out: nobody writes more, and a few aliases of aliases make billions."""
+MAX_DEPTH = 50
+MAX_MESSAGE_CHARACTERS = 400
+_RESOLVER = re.compile(r"\$\{[^}]*:")
 
 
 def load_config(file: Path, overrides: list[str]) -> RunConfig:
@@ -18,18 +25,18 @@ def load_config(file: Path, overrides: list[str]) -> RunConfig:
         overrides: `key.path=value` strings.
 
     Raises:
-        ValueError: for a missing file, an unknown key, a value of the wrong type or out of range.
+        ValueError: for a missing file, one that is not sound YAML, an unknown key, a value of the wrong type or out of
+            range; with file and line, or the override.
     """
-    if not file.is_file():
-        raise ValueError(f"No config file {file}; give a YAML file such as conf/demo.yaml.")
     bad = [item for item in overrides if "=" not in item]
     if bad:
         raise ValueError(f"Override {bad[0]!r} is not of the form key=value, for example sample.num_traces=4.")
+    top = _read(file)
+    names = top.pop("include", OmegaConf.create([]))
+    if not isinstance(names, ListConfig) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{file}: include={names!r:.100} is not a list of file names, such as [base.yaml].")
     try:
-        top = OmegaConf.load(file)
-        if not isinstance(top, DictConfig):
-            raise ValueError(f"{file} is not a mapping of keys to values.")
-        included = [OmegaConf.load(file.parent / name) for name in top.pop("include", [])]
+        included = [_read(file.parent / name) for name in names]
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), *included, top, *map(_override, overrides))
         missing = OmegaConf.missing_keys(merged)
         if missing:
@@ -37,23 +44,114 @@ def load_config(file: Path, overrides: list[str]) -> RunConfig:
                 f"{file}: no value for {', '.join(sorted(missing))}; set each in the file or as key=value."
             )
         config = cast(RunConfig, OmegaConf.to_object(merged))
-    except (OmegaConfBaseException, OSError) as error:
-        raise ValueError(f"{file}: {str(error).splitlines()[0]}") from error
-    except YAMLError as error:
-        raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
+    except (OmegaConfBaseException, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        key = getattr(error, "full_key", None)
+        place = f"{file}: {_printable(str(key))}" if key else str(file)
+        raise ValueError(f"{place}: {_first_line(error)}") from error
     validate(config)
     return config
 
 
+def _first_line(error: Exception) -> str:
+    first = (str(error).split("\n") or [""])[0] or type(error).__name__
+    return _printable(first[:MAX_MESSAGE_CHARACTERS])
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _read(file: Path) -> DictConfig:
+    """One YAML file, checked before its values are."""
+    if not file.is_file():
+        raise ValueError(f"No config file {file}; give a YAML file such as conf/demo.yaml.")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as UTF-8 text ({_first_line(error)}).") from error
+    found = _parse(text, str(file))
+    if not isinstance(found, DictConfig):
+        raise ValueError(f"{file} is not a mapping of keys to values.")
+    return found
+
+
+def _parse(text: str, source: str) -> object:
+    """Parse YAML; `source` names it in errors."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None:
+            _check_node(root, source, {}, 0)
+        return OmegaConf.create(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        raise ValueError(f"{source}{line} is not valid YAML: {error.problem or error.context}.") from error
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError, TypeError, AssertionError) as error:
+        if isinstance(error, _Mistake):
+            raise
+        raise ValueError(f"{source} is not valid YAML: {' '.join(_first_line(error).split())}.") from error
+
+
+class _Mistake(ValueError):
+    """Its message names the place."""
+
+
+def _check_node(node: yaml.Node, source: str, sizes: dict[int, int], depth: int) -> int:
+    """Number of nodes below this one, aliases written out.
+
+    Raises:
+        ValueError: for doubled or complex keys, references to the environment, or too many or too deep nodes.
+    """
+    if id(node) in sizes:
+        size = sizes[id(node)]
+    else:
+        where = f"{source}, line {node.start_mark.line + 1}"
+        if depth > MAX_DEPTH:
+            raise _Mistake(f"{where}: nested deeper than {MAX_DEPTH} levels.")
+        sizes[id(node)] = MAX_NODES  # what an alias inside of its own node counts
+        size = 1
+        if isinstance(node, yaml.ScalarNode) and _RESOLVER.search(node.value):
+            raise _Mistake(
+                f"{where}: {node.value!r:.100} asks for a resolver; only keys can be referred to, such as ${{seed}}. "
+                "What the environment holds (a path, never a secret: values are saved with the run) is given on the "
+                'command line as key="$NAME".'
+            )
+        lines: dict[str, int] = {}
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key, yaml.ScalarNode):
+                raise _Mistake(f"{where}: a key must be a plain name.")
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise _Mistake(
+                    f"{source}, line {line}: the key {key.value!r:.99} is on line {lines[key.value]} already; keep one."
+                )
+            lines[key.value] = line
+            size += 1 + _check_node(value, source, sizes, depth + 1)
+        for item in node.value if isinstance(node, yaml.SequenceNode) else ():
+            size += _check_node(item, source, sizes, depth + 1)
+        sizes[id(node)] = size
+    if size >= MAX_NODES:
+        raise _Mistake(
+            f"{source}, line {node.start_mark.line + 1}: more than {MAX_NODES:,} values, aliases written out."
+        )
+    return size
+
+
 def _override(item: str) -> DictConfig:
+    """One `key.path=value`, whose value is YAML."""
+    _, _, value = item.partition("=")
+    source = f"Override {item!r:.200}"
+    if not item.isprintable() and any(not (char.isprintable() or char in "\n\t") for char in item):
+        raise ValueError(f"{source} contains a control character or half of a character; remove it.")
+    _parse(value, source)
     try:
         return OmegaConf.from_dotlist([item])
-    except YAMLError as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
-            f"Override {item!r} has a value that is not valid YAML: {' '.join(str(error).split())}; quote the value."
+            f"{source} cannot be read: {' '.join(_first_line(error).split())}; quote the value."
         ) from error
 
 
 def save_config(config: RunConfig, file: Path) -> None:
     """Write the resolved configuration as YAML."""
-    file.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    file.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")

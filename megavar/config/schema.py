@@ -4,9 +4,17 @@ A run is one YAML file over these dataclasses (`load.py` reads it, `validate` ch
 `stages/` take one of these sections or plain values, never all of `RunConfig`.
 """
 
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
-from math import gcd
+from math import gcd, isfinite
 from typing import Any
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+
+
+MAX_CHARACTERS = 4000
+"""Of a string that is no template: a name, a path, an address."""
+MAX_FILE_NAME = 255
 
 
 def choice(*allowed: str, default: str) -> Any:
@@ -337,12 +345,38 @@ def validate(config: Any, path: str = "") -> None:
             validate(value, key + ".")
         allowed = item.metadata.get("choices")
         if allowed and value not in allowed:
-            raise ValueError(f"{key}={value!r} is unknown; use one of {', '.join(allowed)}.")
+            raise ValueError(f"{key}={value!r:.200} is unknown; use one of {', '.join(allowed)}.")
+        for text in value if isinstance(value, list) else [value]:
+            _check_text(key, text, isinstance(value, list))
+        if isinstance(value, float) and not isfinite(value):
+            raise ValueError(f"{key}={value} is not a finite number.")
         minimum = item.metadata.get("minimum")
         if minimum is not None and value < minimum:
             raise ValueError(f"{key}={value} is too small; the least is {minimum}.")
     if isinstance(config, RunConfig):
+        if not _NAME.fullmatch(config.name):
+            raise ValueError(
+                f"name={config.name!r:.200} is not the name of a folder: use 1 to 100 letters, digits, '.', '_' and "
+                "'-', beginning with a letter, a digit or '_'; runs_dir says where it is."
+            )
         _validate_pairs(config)
+
+
+def _check_text(key: str, text: Any, in_list: bool) -> None:
+    """Refuse what no file, address or prompt can hold."""
+    if not isinstance(text, str):
+        if in_list:
+            raise ValueError(f"{key} has the element {text!r:.200}, which is not a string.")
+        return
+    if any(not (char.isprintable() or char in "\n\t") for char in text):
+        raise ValueError(f"{key}={text!r:.200} contains a control character or half of a character; remove it.")
+    if key.startswith("templates."):
+        return
+    if len(text) > MAX_CHARACTERS or max(map(len, text.split("/"))) > MAX_FILE_NAME:
+        raise ValueError(
+            f"{key}={text!r:.100}... has {len(text)} characters; at most {MAX_CHARACTERS} are possible, and "
+            f"{MAX_FILE_NAME} between two slashes."
+        )
 
 
 def _validate_pairs(config: RunConfig) -> None:

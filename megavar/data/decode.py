@@ -20,7 +20,10 @@ def open_decoder(model: Path) -> Decoder:
     file = model / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"{model} has no tokenizer.json; give the folder of a model with a fast tokenizer.")
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{file} cannot be loaded ({' '.join(str(error).split()):.300}); copy it again.") from error
 
     def decode(ids: TokenIds) -> str:
         text: str = tokenizer.decode(ids.tolist(), skip_special_tokens=False)

@@ -65,6 +65,8 @@ def _check(row: Any, where: str) -> Question:
     for name, value in given.items():
         if not isinstance(value, str):
             raise ValueError(f"{where}: field {name!r} must be a string, got {value!r:.80}.")
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            raise ValueError(f"{where}: field {name!r} has half of a surrogate pair, which no text has; correct it.")
         if not value.strip():
             raise ValueError(f"{where}: field {name!r} is empty; give a text or omit the field.")
     return Question(**given)

@@ -32,7 +32,14 @@ class Templates:
         # Imported here because it imports torch, which the report does not need.
         from transformers import AutoTokenizer
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        self._model = model
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # of tokenizers, transformers and what they read with: there is no list of them
+            raise ValueError(
+                f"{model}: its tokenizer cannot be loaded ({_described(error)}); correct or copy again its "
+                "tokenizer.json and tokenizer_config.json."
+            ) from error
         if not self._tokenizer.is_fast:
             raise ValueError(f"{model} has no tokenizer.json; give the folder of a model with a fast tokenizer.")
         if self._tokenizer.chat_template is None or self._tokenizer.eos_token_id is None:
@@ -89,7 +96,13 @@ class Templates:
         messages = [{"role": "user", "content": _fill(template, question)}]
         if self.config.system is not None:
             messages.insert(0, {"role": "system", "content": self.config.system})
-        text: str = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            text: str = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # of jinja and of what the template calls
+            raise ValueError(
+                f"{self._model}: its chat template cannot be rendered ({_described(error)}); correct "
+                "chat_template.jinja, or chat_template in tokenizer_config.json."
+            ) from error
         # Some chat templates already append the marker, and Jinja strips a template's trailing newline.
         marker = self.config.open_marker
         return self._ids(text.removesuffix(marker).removesuffix(marker.rstrip()) + marker)
@@ -111,6 +124,11 @@ class Templates:
         return (added | {self.config.open_marker.strip(), self.config.close_marker}) - {""}
 
 
+def _described(error: Exception) -> str:
+    """An exception of a library in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+
+
 def _fill(template: str, question: Question) -> str:
     """Fill in question and answer verbatim; braces in them are not interpreted."""
     return template.format(question=question.question, answer=question.answer)
@@ -120,9 +138,11 @@ def _check_placeholders(name: str, template: str, required: set[str], allowed: s
     try:
         placeholders = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
     except ValueError as error:
-        raise ValueError(f"templates.{name}={template!r}: {error}; double literal braces: {{{{ and }}}}.") from error
+        raise ValueError(
+            f"templates.{name}={template!r:.300}: {error}; double literal braces: {{{{ and }}}}."
+        ) from error
     if not required <= placeholders <= allowed:
         raise ValueError(
-            f"templates.{name}={template!r} has the placeholders {sorted(placeholders)}; it must have "
+            f"templates.{name}={template!r:.300} has the placeholders {sorted(placeholders)!s:.200}; it must have "
             f"{sorted(required)} and may have {sorted(allowed)}. Double literal braces: {{{{ and }}}}."
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import comb
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,21 @@ def evaluate_model(
     with atomic_write(file) as temporary:
         temporary.write_text(json.dumps([asdict(item) for item in accuracies], indent=2) + "\n")
     return accuracies
+
+
+def read_accuracies(file: Path) -> list[dict[str, Any]]:
+    """What `evaluate_model` wrote: an object for each k.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    try:
+        rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+        for row in rows:
+            Accuracy(**{key: value + 0 for key, value in row.items()})
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}); remove it and run the stage eval again.") from error
+    return rows
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

@@ -89,6 +89,8 @@ def _dims(model_type: str, family: Family, config: dict[str, Any], file: Path) -
 def _rope_base(config: dict[str, Any], file: Path) -> float:
     """RoPE base: in `rope_parameters` (transformers 5) or `rope_theta` (transformers 4); there is no default."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{file} has RoPE parameters {rope!r:.100}, expected an object; re-download it.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"{file} has RoPE scaling {kind!r}, which is not supported; use a model without it.")

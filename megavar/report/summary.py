@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megavar.evaluation.pass_at_k import read_accuracies
 from megavar.records import Answer, Trace, TraceFinish, atomic_write, read_records
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
@@ -25,14 +26,15 @@ def summarize(run: Run) -> dict[str, Any]:
     names = [f"pi_{index}" for index in range(run.round_index + 1)]
     models = {name: run.folder / "eval" / f"{name}.json" for name in names}
     weigh_rows = {row["step"]: row for row in Metrics.read(run.folder) if row["stage"] == "weigh"}
-    if run.round_index not in weigh_rows:
+    needed = {"ess", "questions", "questions_with_weight"}
+    if not weigh_rows.get(run.round_index, {}).keys() >= needed:
         raise ValueError(
-            f"{run.folder}/metrics.jsonl has no row of stage weigh in round {run.round_index}; restore the file, or "
-            f"remove the entry {run.entry('weigh')} from manifest.json and rerun the stage."
+            f"{run.folder}/metrics.jsonl has no complete row of stage weigh in round {run.round_index}; restore the "
+            f"file, or remove the entry {run.entry('weigh')} from manifest.json and rerun the stage."
         )
     weigh = weigh_rows[run.round_index]
     return {
-        "accuracy": {name: json.loads(file.read_text()) for name, file in models.items() if file.exists()},
+        "accuracy": {name: read_accuracies(file) for name, file in models.items() if file.exists()},
         "ess": weigh["ess"],
         "num_traces": run.config.num_traces,
         "largest_engine_difference": weigh.get("largest_engine_difference"),

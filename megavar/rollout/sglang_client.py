@@ -31,6 +31,9 @@ FIRST_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 30.0
 HEALTH_TIMEOUT_SECONDS = 30.0  # /health generates a token, and waits up to 20 s for it
 CONTROL_TIMEOUT_SECONDS = 900.0  # /update_weights_from_disk reads all weights
+MAX_REPLY_BYTES = 2**28
+MAX_LOGP = 1e-3
+"""Rounding may put the log-prob of a certain token a little above 0."""
 LOADED_BY_US = "megavar:"  # prefix of the weight version that `load_weights` sets
 
 
@@ -115,12 +118,12 @@ class SGLangEngine:
         self._weight_version = versions[0]
 
     async def _check_worker(self, worker: Worker, model: Path) -> str:
-        info = await self._get(worker, "/model_info")
+        info = await self._info(worker, "/model_info", "model_path", "weight_version")
         served = str(info["model_path"])
-        if Path(served).resolve() != model.resolve():
+        if not _same_folder(served, model):
             raise ValueError(
-                f"{worker.url} serves {served}, expected {model}; start it with --model-path {model.resolve()}, or "
-                "correct rollout.urls."
+                f"{worker.url} serves {served!r:.300}, expected {model}; start it with --model-path "
+                f"{model.resolve()}, or correct rollout.urls."
             )
         await self._check_vocabulary(worker)
         await self._check_seeds(worker)
@@ -148,7 +151,7 @@ class SGLangEngine:
                 )
 
     async def _check_seeds(self, worker: Worker) -> None:
-        info = await self._get(worker, "/server_info")
+        info = await self._info(worker, "/server_info")
         self._shares_prefixes = not info.get("disable_radix_cache", False)
         if info.get("enable_deterministic_inference", False):
             return
@@ -168,7 +171,7 @@ class SGLangEngine:
 
     async def served_by_us(self) -> bool:
         """Whether every server's weights were loaded by `load_weights`, of this process or of an earlier one."""
-        infos = await self._on_every_worker(lambda worker: self._get(worker, "/model_info"))
+        infos = await self._on_every_worker(lambda worker: self._info(worker, "/model_info", "weight_version"))
         return all(str(info["weight_version"]).startswith(LOADED_BY_US) for info in infos)
 
     async def load_weights(self, model: Path) -> None:
@@ -211,7 +214,12 @@ class SGLangEngine:
                 "a router cannot load weights: give the workers' own URLs in rollout.urls."
             ) from error
         checksum = await self._post(worker, "/weights_checker", {"action": "checksum"}, CONTROL_TIMEOUT_SECONDS)
-        return json.dumps([rank["checksums"] for rank in checksum["ranks"]], sort_keys=True)
+        try:
+            return json.dumps([rank["checksums"] for rank in checksum["ranks"]], sort_keys=True)
+        except (TypeError, KeyError) as error:
+            raise RolloutError(
+                f"{worker.url}/weights_checker answered {str(checksum)[:200]!r}, expected checksums"
+            ) from error
 
     async def _revive(self, worker: Worker) -> None:
         """Return once the worker is healthy; load the current weights if a restart has dropped them."""
@@ -220,7 +228,7 @@ class SGLangEngine:
         await self._get(worker, "/health", HEALTH_TIMEOUT_SECONDS)
         if self._weight_version is None:
             return
-        info = await self._get(worker, "/model_info")
+        info = await self._info(worker, "/model_info", "weight_version")
         if str(info["weight_version"]) == self._weight_version:
             return
         if self._loaded is None:
@@ -293,15 +301,33 @@ class SGLangEngine:
         }
         answers = await self._post(worker, "/generate", body)
         if not isinstance(answers, list) or len(answers) != len(seeds):
-            raise ServerFault(f"{worker.url} answered {str(answers)[:200]}, expected {len(seeds)} samples", False)
-        for answer in answers:
-            version = answer["meta_info"]["weight_version"]
+            raise ServerFault(f"{worker.url} answered {str(answers)[:200]!r}, expected {len(seeds)} samples", False)
+        assert self._vocab_size is not None
+        generations = []
+        for answer, seed in zip(answers, seeds, strict=True):
+            try:
+                version = answer["meta_info"]["weight_version"]
+                generation = read_generation(answer, request, seed, self._vocab_size)
+            except (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError) as error:
+                message = (
+                    f"{worker.url} sent a malformed sample ({type(error).__name__}: {error}): {str(answer)[:200]!r}"
+                )
+                raise ServerFault(message, broken=False) from error
             if version != self._weight_version:
                 message = f"{worker.url} sampled with weight version {version}, expected {self._weight_version}"
                 raise ServerFault(message, broken=True)
-        return [read_generation(answer, request, seed) for answer, seed in zip(answers, seeds, strict=True)]
+            generations.append(generation)
+        return generations
 
     # -- HTTP --
+
+    async def _info(self, worker: Worker, path: str, *keys: str) -> dict[str, Any]:
+        """What the server says of itself: an object with these keys."""
+        info = await self._get(worker, path)
+        if not isinstance(info, dict) or not info.keys() >= set(keys):
+            wanted = f" with {', '.join(keys)}" if keys else ""
+            raise RolloutError(f"{worker.url}{path} answered {str(info)[:200]!r}, expected an object{wanted}")
+        return info
 
     async def _get(self, worker: Worker, path: str, timeout_seconds: float = HEALTH_TIMEOUT_SECONDS) -> Any:
         return await self._send(worker, "GET", path, None, timeout_seconds)
@@ -319,19 +345,27 @@ class SGLangEngine:
         url = worker.url + path
         timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         try:
-            async with self._http.request(method, url, json=body, timeout=timeout) as response:
-                text = await response.text()
-                if response.status >= 500:
-                    raise ServerFault(f"{url}: HTTP {response.status}: {text[:500]}", broken=False)
-                if response.status >= 400:
+            options: dict[str, Any] = {"json": body, "timeout": timeout, "allow_redirects": False}
+            async with self._http.request(method, url, **options) as response:
+                text = await read_text(response)
+                if response.status >= 500 or response.status in (408, 429):
+                    raise ServerFault(f"{url}: HTTP {response.status}: {text[:500]!r}", broken=False)
+                if response.status >= 300:
                     raise RequestRejected(f"{url}: HTTP {response.status}: {error_message(text)}")
                 return json.loads(text) if text else None
         except TimeoutError as error:
             raise ServerFault(f"{url}: no answer within {timeout_seconds:g} s", broken=False) from error
         except (aiohttp.ClientError, ConnectionError) as error:
             raise ServerFault(f"{url}: {type(error).__name__}: {error}", broken=True) from error
-        except json.JSONDecodeError as error:
-            raise ServerFault(f"{url}: the answer is not JSON: {text[:200]}", broken=False) from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ServerFault(f"{url}: the answer is not JSON: {text[:200]!r}", broken=False) from error
+
+
+def _same_folder(served: str, model: Path) -> bool:
+    try:
+        return Path(served).resolve() == model.resolve()
+    except (OSError, ValueError):  # not a path
+        return False
 
 
 def sampling_params(request: GenerateRequest, seed: int) -> dict[str, Any]:
@@ -347,29 +381,47 @@ def sampling_params(request: GenerateRequest, seed: int) -> dict[str, Any]:
     }
 
 
-def read_generation(answer: dict[str, Any], request: GenerateRequest, seed: int) -> Generation:
+async def read_text(response: aiohttp.ClientResponse) -> str:
+    """Body of an answer; raises ServerFault if it is larger than any answer to us can be."""
+    chunks, num_bytes = [], 0
+    async for chunk in response.content.iter_any():
+        chunks.append(chunk)
+        num_bytes += len(chunk)
+        if num_bytes > MAX_REPLY_BYTES:
+            raise ServerFault(f"{response.url}: the answer has more than {MAX_REPLY_BYTES:,} bytes", broken=False)
+    return b"".join(chunks).decode(errors="replace")
+
+
+def read_generation(answer: dict[str, Any], request: GenerateRequest, seed: int, vocab_size: int) -> Generation:
     """One sample of /generate's answer.
 
     Raises:
         RolloutError: the answer contradicts itself, or the model computed NaN.
+        ValueError, KeyError, TypeError: it is not of the form of a sample.
     """
-    meta, ids, logps = answer["meta_info"], answer["output_ids"], None
+    meta, ids, logps, text = answer["meta_info"], answer["output_ids"], None, answer["text"]
+    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        raise ValueError("output_ids are not tokens of the vocabulary")
+    if len(ids) > request.max_tokens:
+        raise ValueError(f"{len(ids)} tokens, more than max_new_tokens={request.max_tokens}")
+    if not isinstance(text, str):
+        raise ValueError("text is not a string")
     if request.return_logps:
         rows = meta["output_token_logprobs"]
         if ids != [token for _, token, _ in rows]:
-            raise RolloutError(f"SGLang's log-probs are of other tokens than its output: {rows[:5]} against {ids[:5]}")
-        logps = np.array([logp for logp, _, _ in rows], dtype=np.float32)
+            raise RolloutError(
+                f"SGLang's log-probs are of other tokens than its output: {rows[:5]!s:.300} against {ids[:5]}"
+            )
+        logps = np.array([float(logp) for logp, _, _ in rows], dtype=np.float32)
+        if not (np.isfinite(logps).all() and (logps <= MAX_LOGP).all()):
+            raise ValueError("log-probs that are not finite, or positive")
     finish = meta["finish_reason"]
     if finish.get("matched") == "NaN happened" and "NaN happened" not in request.stop:
         # sglang/srt/managers/schedule_batch.py, _check_vocab_boundary_finish: it replaces the token and says "stop"
         raise RolloutError("the served model computes NaN; check the checkpoint, or serve it in another dtype.")
-    return Generation(
-        ids=np.array(ids, dtype=np.int32),
-        logps=logps,
-        finish=finish["type"],
-        text=answer["text"],
-        seed=seed,
-    )
+    if finish["type"] not in ("stop", "length", "abort"):
+        raise ValueError(f"finish reason {finish['type']!r:.50}")
+    return Generation(ids=np.array(ids, dtype=np.int32), logps=logps, finish=finish["type"], text=text, seed=seed)
 
 
 def error_message(body: str) -> str:

@@ -50,6 +50,7 @@ class Manifest:
                     raise ValueError(f"stage {stage} has no settings or an unknown status")
                 if is_finished and not (isinstance(entry["digest"], str) and isinstance(entry["outputs"], dict)):
                     raise ValueError(f"stage {stage} is finished without digest or outputs")
+                float(entry["seconds"] if is_finished else 0.0)
                 for output in entry.get("outputs", {}).values():
                     int(output["bytes"]), str(output["sha256"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -30,10 +30,29 @@ class Metrics:
 
     @staticmethod
     def read(folder: Path) -> list[dict[str, Any]]:
-        """All rows of a run; a last line that a kill truncated is left out."""
+        """All rows of a run; a last line that a kill truncated is left out.
+
+        Raises:
+            ValueError: naming file and line, if a line before the last is not a row.
+        """
         file = folder / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        lines = file.read_bytes().splitlines() if file.exists() else []
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                if not (isinstance(row["stage"], str) and type(row["step"]) is int):
+                    raise ValueError("its stage or step is of another type")
+                row |= {key: float(value) for key, value in row.items() if key not in ("stage", "step")}
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+                if number == len(lines):
+                    break
+                raise ValueError(
+                    f"{file}, line {number} is not a row of metrics ({type(error).__name__}: {error}); remove the line "
+                    "(docs/troubleshooting.md#damaged-files)."
+                ) from error
+            rows.append(row)
+        return rows
 
     def drop(self, stage: str, steps: Container[int]) -> None:
         """Forget a stage's rows of these steps, which are about to be done again."""

@@ -18,7 +18,8 @@ def text_logps(model: Model, text: str) -> Tensor:
     Raises:
         ValueError: if the text is shorter than two tokens or longer than the model's positions.
     """
-    ids = AutoTokenizer.from_pretrained(model.side_files, local_files_only=True, trust_remote_code=False)(text)["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(model.side_files, local_files_only=True, trust_remote_code=False)
+    ids = tokenizer(text)["input_ids"]
     if not 2 <= len(ids) <= model.dims.max_positions:
         raise ValueError(f"the text has {len(ids)} tokens; give 2 to {model.dims.max_positions}.")
     if not model.is_megatron:

@@ -126,7 +126,7 @@ def test_a_server_of_another_model_is_refused(
         async with client(url) as engine:
             await engine.check_model(expected)
 
-    with pytest.raises(ValueError, match=f"serves {model}, expected {other_model}"):
+    with pytest.raises(ValueError, match=f"serves '{model}', expected {other_model}"):
         runner.run(check(other_model))
     for rows in (511, 513):
         # The same path with another vocabulary: what a checkpoint overwritten in place looks like.
