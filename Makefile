@@ -80,17 +80,20 @@ lock: $(TOOLS)/.done
 	$(compile) requirements/sglang-cpu.txt --output-file requirements/sglang-cpu.lock
 	$(compile) requirements/tools.txt --output-file requirements/tools.lock
 
-# pip-audit prints a table of what it found; failing without one, it could not look up every package.
+# pip-audit prints a table of what it found; failing without one, it could not look up every package. It is given the
+# versions alone: it takes hashes for all or for none, and torch has none.
 audit: $(TOOLS)/.done
-	@echo "$(TORCH)" > $(TOOLS)/torch.txt; status=0; for lock in train sglang-cpu; do \
-		if found=$$($(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off --timeout 5 \
-			-r requirements/$$lock.lock -r $(TOOLS)/torch.txt); then \
+	@status=0; for lock in train sglang-cpu; do \
+		versions=$(TOOLS)/$$lock.txt; \
+		{ echo "$(TORCH)"; sed -n 's/^\([a-z0-9].*\) \\$$/\1/p' requirements/$$lock.lock; } > $$versions; \
+		if found=$$(PIP_AUDIT_LOGLEVEL=error $(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps \
+			--progress-spinner off --timeout 5 -r $$versions); then \
 			echo "$$lock: no known vulnerabilities"; \
 		elif [ -n "$$found" ]; then \
 			echo "$$lock: known vulnerabilities"; echo "$$found"; status=1; \
 		else \
-			echo "$$lock: NOT AUDITED, pip-audit could not read its data from here (see above); the versions to look up:"; \
-			grep -hoE '^[a-z0-9][^ ]+==[^ ]+' $(TOOLS)/torch.txt requirements/$$lock.lock; \
+			echo "$$lock: NOT AUDITED: pip-audit could not read its data (see above); the versions to look up:"; \
+			cat $$versions; \
 		fi; done; exit $$status
 
 evidence: $(VENV)/.done $(SGLANG)/.done
