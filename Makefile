@@ -3,6 +3,9 @@
 # make test-newest  training, checkpoints and the main job on the newest megatron-core (SHORT=1: two tests of them)
 # make test-oldest  models, checkpoints, data and a training on the oldest transformers
 # make check  formatting, lint and types
+# make lock   the lock files in requirements/ from pyproject.toml and the lists beside them; a lock's versions stay as long
+#             as they fit (delete it first for the newest)
+# make audit  the locked versions against the known vulnerabilities
 # make evidence  all methods over three seeds on two tasks (nearly 3 hours; resumable)
 
 PYTHON ?= python3
@@ -11,14 +14,19 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 SGLANG := .venv-sglang
+TOOLS := .venv-tools
 BIN := $(VENV)/bin
 DEMO_FLAGS ?= --tp 2 --pp 2
 export OMP_NUM_THREADS ?= 1
 
+# $(call install_locked,BIN,LOCK): exactly what the lock names, each file compared with its hash, nothing built here.
+install_locked = $(1)/pip install --quiet --no-deps --require-hashes --only-binary=:all: -r requirements/$(2).lock
+
+# torch comes after the lock and is pinned by version alone: its files, so their hashes, differ from index to index.
 install_torch = $(1)/pip install --quiet --retries 0 --index-url $(TORCH_INDEX) "$(TORCH)" 2>/dev/null || \
 	$(1)/pip install --quiet "$(TORCH)"
 
-.PHONY: demo test test-all test-newest test-oldest check evidence sglang clean
+.PHONY: demo test test-all test-newest test-oldest check lock audit evidence sglang clean
 
 demo: $(VENV)/.done $(SGLANG)/.done
 	$(BIN)/python examples/pretrain_variational.py $(DEMO_FLAGS)
@@ -64,32 +72,61 @@ check: $(VENV)/.done
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+compile = $(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-package torch \
+	--config-file requirements/uv.toml --custom-compile-command "make lock"
+
+lock: $(TOOLS)/.done
+	$(compile) pyproject.toml --extra dev --output-file requirements/train.lock
+	$(compile) requirements/sglang-cpu.txt --output-file requirements/sglang-cpu.lock
+	$(compile) requirements/tools.txt --output-file requirements/tools.lock
+
+# pip-audit prints a table of what it found; failing without one, it could not look up every package. It is given the
+# versions alone: it takes hashes for all or for none, and torch has none.
+audit: $(TOOLS)/.done
+	@status=0; for lock in train sglang-cpu; do \
+		versions=$(TOOLS)/$$lock.txt; \
+		{ echo "$(TORCH)"; sed -n 's/^\([a-z0-9].*\) \\$$/\1/p' requirements/$$lock.lock; } > $$versions; \
+		if found=$$(PIP_AUDIT_LOGLEVEL=error $(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps \
+			--progress-spinner off --timeout 5 -r $$versions); then \
+			echo "$$lock: no known vulnerabilities"; \
+		elif [ -n "$$found" ]; then \
+			echo "$$lock: known vulnerabilities"; echo "$$found"; status=1; \
+		else \
+			echo "$$lock: NOT AUDITED: pip-audit could not read its data (see above); the versions to look up:"; \
+			cat $$versions; \
+		fi; done; exit $$status
+
 evidence: $(VENV)/.done $(SGLANG)/.done
 	$(BIN)/python examples/evidence.py
 
 sglang: $(SGLANG)/.done
 
-$(VENV)/.done: pyproject.toml
+$(TOOLS)/.done: requirements/tools.lock
+	$(PYTHON) -m venv $(TOOLS)
+	$(call install_locked,$(TOOLS)/bin,tools)
+	touch $@
+
+# `pip check` fails where the lock no longer fits pyproject.toml: run `make lock`.
+$(VENV)/.done: pyproject.toml requirements/train.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "megavar needs Python 3.11 or newer; name one with: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
+	$(call install_locked,$(BIN),train)
 	$(call install_torch,$(BIN))
-	$(BIN)/pip install --quiet -e ".[dev]"
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/pip check
 	touch $@
 
 # SGLang pins other versions of torch and transformers than training: it has a separate environment.
-$(SGLANG)/.done: requirements/sglang-cpu.txt requirements/sglang-cpu-nodeps.txt
+$(SGLANG)/.done: requirements/sglang-cpu.lock
 	$(PYTHON) -m venv $(SGLANG)
-	$(SGLANG)/bin/pip install --quiet --upgrade pip
-	$(call install_torch,$(SGLANG)/bin)
-	@$(SGLANG)/bin/pip install --quiet -r requirements/sglang-cpu.txt && \
-		$(SGLANG)/bin/pip install --quiet --no-deps -r requirements/sglang-cpu-nodeps.txt && \
+	@$(call install_locked,$(SGLANG)/bin,sglang-cpu) && \
+		{ $(call install_torch,$(SGLANG)/bin); } && \
 		$(SGLANG)/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("sglang") is None)' || \
 		{ echo "SGLang for CPUs could not be installed here (it needs Linux on x86-64 and the pinned wheels of"; \
-		  echo "requirements/sglang-cpu*.txt). Use a machine that has them, or start servers elsewhere and set"; \
+		  echo "requirements/sglang-cpu.lock). Use a machine that has them, or start servers elsewhere and set"; \
 		  echo "rollout.mode=external rollout.urls=[http://HOST:PORT] in the configuration."; exit 1; }
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(SGLANG) $(RELEASES)
+	rm -rf $(VENV) $(SGLANG) $(TOOLS) $(RELEASES)

@@ -44,7 +44,7 @@ def changed(what: str) -> NoReturn:
     version = importlib.metadata.version("sglang")
     raise SystemExit(
         f"sglang_cpu_launcher.py was written for sglang {WRITTEN_FOR}; in sglang {version} {what}. Install the "
-        "versions of requirements/sglang-cpu.txt and sglang-cpu-nodeps.txt (`make sglang`) or adapt this bridge."
+        "versions of requirements/sglang-cpu.lock (`make sglang`) or adapt this bridge."
     )
 
 
