@@ -14,8 +14,10 @@ from helpers.lossy_fs import Disk, LossyFileSystem, mounted, write_image
 
 from megavar.checkpoints.huggingface import atomic_folder
 from megavar.checksums import check_checksums, write_checksums
+from megavar.config.schema import LoggingConfig
 from megavar.records import Answer, RecordWriter, atomic_write, identity, make_folder, write_records
 from megavar.runs.manifest import Manifest
+from megavar.runs.metrics import Metrics
 
 LOSSES = [(0, 0), (0, 1), (1, 0), (1, 1), *[(0.7, 0.5)] * 4]
 """Of names and data: see `Disk.after_power_cut`."""
@@ -176,6 +178,23 @@ def test_a_stage_that_is_finished_has_its_outputs(disks):
         assert set(promise or ()) <= set(finished)
         for stage in finished:
             found.check_outputs(stage)
+
+    disks.check(holds)
+
+
+def test_metrics_of_a_finished_stage_are_there_and_torn_rows_are_left_out(disks):
+    numbers = range(150)  # several blocks
+    metrics = Metrics(disks.folder, LoggingConfig(tensorboard=False), "run")
+    metrics.drop("sft", numbers)
+    for step in numbers:
+        metrics.log("sft", step, {"loss": step / 7, "gradient_norm": step / 3})
+    metrics.close()
+    disks.promise(len(numbers))
+
+    def holds(left: Path, num_promised: int | None) -> None:
+        rows = [(row["step"], row["loss"]) for row in Metrics.read(left)]
+        assert rows == sorted(rows) and set(rows) <= {(step, step / 7) for step in numbers}
+        assert len(rows) >= (num_promised or 0)
 
     disks.check(holds)
 

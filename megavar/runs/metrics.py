@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megavar.config.schema import LoggingConfig
-from megavar.records import atomic_write
+from megavar.records import atomic_write, sync
 
 
 class Metrics:
@@ -30,10 +30,10 @@ class Metrics:
 
     @staticmethod
     def read(folder: Path) -> list[dict[str, Any]]:
-        """All rows of a run; a last line that a kill truncated is left out."""
+        """All rows of a run; what a kill truncated or a power cut tore (zeros, where a block was lost) is left out."""
         file = folder / "metrics.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        return [json.loads(line) for line in lines if line.endswith("}") and "\0" not in line]
 
     def drop(self, stage: str, steps: Container[int]) -> None:
         """Forget a stage's rows of these steps, which are about to be done again."""
@@ -53,7 +53,8 @@ class Metrics:
             self._wandb.log({**named, f"{stage}/step": step})
 
     def close(self) -> None:
-        """Flush what is buffered."""
+        """Flush what is buffered; the rows that `log` wrote are synced."""
+        sync(self.file)
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
