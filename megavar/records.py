@@ -276,7 +276,7 @@ def write_records(file: Path, records: Iterable[Record], record_type: type[Recor
         {name: pa.array([getattr(row, name) for row in rows], schema.field(name).type) for name in schema.names},
         schema=schema,
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     with atomic_write(file) as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
@@ -389,6 +389,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents where they are missing, and sync the folders that they are created in."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
 class RecordWriter:
     """Appends records to a folder in numbered Parquet part files, so that a stage can resume after a kill.
 
@@ -406,7 +414,7 @@ class RecordWriter:
         self.file = folder / "data.parquet"
         self._pending: list[Any] = []
         self._flushed_at = time.monotonic()
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self._next_part = 1 + max((int(part.stem.split("-")[1]) for part in self._parts()), default=-1)
 
     def _parts(self) -> list[Path]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from megavar.checksums import CHECKSUMS
 from megavar.models.dims import ModelDims
 from megavar.models.ops import Operator, names_at, pieces
-from megavar.records import sync
+from megavar.records import make_folder, sync
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX = "model.safetensors.index.json"
@@ -295,7 +295,8 @@ def atomic_folder(target: Path, overwrite: bool, num_bytes: int) -> Iterator[Pat
     """Context manager: yields a temporary folder, renamed to `target` on success and removed on failure.
 
     A target that is overwritten is first renamed to `.NAME.replaced` and deleted after the new one is there. If the
-    process is killed between these two renames, the next call restores it. Leftovers of killed calls are removed.
+    process is killed between these two renames, the next call restores it. Leftovers of killed calls are removed. The
+    renames are synced before: a power cut that undid them would put what is removed back under the target's name.
 
     Args:
         overwrite: replace an existing model or checkpoint at `target`.
@@ -308,10 +309,11 @@ def atomic_folder(target: Path, overwrite: bool, num_bytes: int) -> Iterator[Pat
     target = Path(os.path.abspath(target))
     partial, replaced = (target.with_name(f".{target.name}.{state}") for state in ("partial", "replaced"))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         with _locked(partial):
             if replaced.exists() and not target.exists():
                 os.replace(replaced, target)
+            sync(target.parent)
             shutil.rmtree(replaced, ignore_errors=True)
             _check_target(target, overwrite)
             free = shutil.disk_usage(partial).free
@@ -330,8 +332,8 @@ def atomic_folder(target: Path, overwrite: bool, num_bytes: int) -> Iterator[Pat
                 if replaced.exists():
                     os.replace(replaced, target)
                 raise
-        shutil.rmtree(replaced, ignore_errors=True)
         sync(target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise ValueError(f"{target} could not be written: {error}; no partial output is left.") from error
 

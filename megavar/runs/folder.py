@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megavar.config.load import save_config
 from megavar.config.schema import RunConfig
-from megavar.records import Question, atomic_write
+from megavar.records import Question, atomic_write, make_folder
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,6 @@ class Run:
 
     def open(self) -> None:
         """Create the folder and write the resolved configuration into it; rank 0 only."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with atomic_write(self.folder / "config.yaml") as temporary:
             save_config(self.config, temporary)

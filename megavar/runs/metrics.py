@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megavar.config.schema import LoggingConfig
-from megavar.records import atomic_write
+from megavar.records import atomic_write, sync
 
 
 class Metrics:
@@ -30,15 +30,17 @@ class Metrics:
 
     @staticmethod
     def read(folder: Path) -> list[dict[str, Any]]:
-        """All rows of a run; a last line that a kill truncated is left out.
+        """All rows of a run; what a kill truncated or a power cut tore (zeros, where a block was lost) is left out.
 
         Raises:
-            ValueError: naming file and line, if a line before the last is not a row.
+            ValueError: naming file and line, if another line before the last is not a row.
         """
         file = folder / "metrics.jsonl"
         lines = file.read_bytes().splitlines() if file.exists() else []
         rows = []
         for number, line in enumerate(lines, start=1):
+            if b"\0" in line:
+                continue
             try:
                 row = json.loads(line)
                 if not (isinstance(row["stage"], str) and type(row["step"]) is int):
@@ -72,7 +74,9 @@ class Metrics:
             self._wandb.log({**named, f"{stage}/step": step})
 
     def close(self) -> None:
-        """Flush what is buffered."""
+        """Flush what is buffered; the rows that `log` wrote are synced."""
+        if self.file.exists():
+            sync(self.file)
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:

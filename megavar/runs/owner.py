@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from megavar.ranks import process_exists
+from megavar.records import make_folder
 from megavar.stopping import stop_if_requested
 
 FILE = "owner.json"
@@ -67,7 +68,7 @@ def owned(folder: Path) -> Iterator[None]:
         ValueError: if a live process owns it, naming that.
         Stopped: if this process was asked to stop while it waited.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     file = folder / FILE
     me = Owner(
         socket.gethostname(),

@@ -25,7 +25,7 @@ from megavar.checkpoints.megatron import SIDE_FILES, Description
 from megavar.checkpoints.safe_pickle import check_pickles, only_known_classes
 from megavar.checksums import CHECKSUMS, check_files, file_digests, files_in, read_checksums, write_checksums
 from megavar.ranks import ExplainedFailure, barrier, is_rank_zero, on_rank_zero
-from megavar.records import sync
+from megavar.records import make_folder, sync
 
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -103,7 +103,7 @@ def check_free_space(folder: Path, chunks: list[torch.nn.Module], num_checkpoint
     dist.all_reduce(total)
     replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     needed = num_checkpoints * int(total.item()) // replicas
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     free = shutil.disk_usage(folder).free
     smallest = torch.tensor([free], dtype=torch.int64)
     dist.all_reduce(smallest, dist.ReduceOp.MIN)

@@ -74,7 +74,7 @@ def test_a_live_owner_is_waited_for_and_then_named(tmp_path, monkeypatch, capsys
 def test_an_owner_that_ends_meanwhile_is_followed(tmp_path):
     process = hold(tmp_path, 1.5)
     with owned(tmp_path):
-        assert process.wait(1) == 0
+        assert process.wait(10) == 0
         assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()
 
 
