@@ -1,8 +1,8 @@
 """Managed SGLang servers: started for a run in SGLang's own interpreter, restarted when they die, stopped with it.
 
-On a machine without a GPU `sglang_cpu_launcher.py` starts SGLang, else SGLang's stock launcher, each server on its own
-slice of the visible devices. Each runs under `watchdog.py`, so none outlives this process. What they serve after a
-restart is the model they were started with; `SGLangEngine` notices and loads the current weights again.
+`sglang_launcher.py` starts SGLang, each server on its own slice of the visible devices, with an API key that all
+requests must name. Each runs under `watchdog.py`, so none outlives this process. What they serve after a restart is the
+model they were started with; `SGLangEngine` notices and loads the current weights again.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import secrets
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ from megavar.config.schema import RolloutConfig
 from megavar.ranks import environment_without_torchrun
 from megavar.rollout.engine import RolloutError
 from megavar.rollout.sglang_client import SGLangEngine, read_vocab_size
+from megavar.rollout.sglang_launcher import KEY
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +62,11 @@ class ServerDied(RolloutError):
 class Server:
     """One server process; its URL stays the same over restarts."""
 
-    def __init__(self, index: int, config: RolloutConfig, model: Path, log_dir: Path, gpus: list[str]) -> None:
+    def __init__(
+        self, index: int, config: RolloutConfig, model: Path, log_dir: Path, gpus: list[str], api_key: str
+    ) -> None:
         self._config, self._model = config, model
-        self._gpus = gpus
+        self._gpus, self._api_key = gpus, api_key
         self.log = log_dir / f"server_{index:02d}.log"
         self.name = f"SGLang server {index}"
         self.port = 0
@@ -119,7 +123,7 @@ class Server:
 
     def _launch(self) -> None:
         command = [sys.executable, "-I", "-S", str(FOLDER / "watchdog.py"), str(os.getpid()), *self._command()]
-        environment = inherited_environment()
+        environment = {**inherited_environment(), KEY: self._api_key}
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus)
         # SGLang leaves the files of its sockets behind, so they get a folder that goes with the server.
@@ -141,8 +145,7 @@ class Server:
 
     def _command(self) -> list[str]:
         config = self._config
-        command = [config.python]
-        command += ["-m", "sglang.launch_server"] if self._gpus else [str(FOLDER / "sglang_cpu_launcher.py")]
+        command = [config.python, str(FOLDER / "sglang_launcher.py")]
         dtype, max_total_tokens = config.dtype, config.max_total_tokens
         if not self._gpus:
             command += ["--device", "cpu"]
@@ -254,7 +257,8 @@ class ManagedServers:
         check_interpreter(config.python)
         read_vocab_size(model)  # refuses a folder that is no model
         slices = device_slices(visible_gpus(), config.num_servers, config.tensor_parallel_size)
-        self.servers = [Server(index, config, model, log_dir, gpus) for index, gpus in enumerate(slices)]
+        self.api_key = secrets.token_urlsafe(32)
+        self.servers = [Server(index, config, model, log_dir, gpus, self.api_key) for index, gpus in enumerate(slices)]
 
     @property
     def urls(self) -> list[str]:
@@ -298,11 +302,15 @@ async def open_engine(
 
     Args:
         spawned: managed servers of `model` that were spawned before.
+
+    Raises:
+        ValueError: the servers cannot be used as they are, or their key is not there.
     """
 
-    def client(urls: list[str], servers: ManagedServers | None) -> SGLangEngine:
+    def client(urls: list[str], api_key: str | None, servers: ManagedServers | None) -> SGLangEngine:
         return SGLangEngine(
             urls,
+            api_key=api_key,
             concurrency=config.concurrency,
             request_timeout_seconds=config.request_timeout_seconds,
             max_retries=config.max_retries,
@@ -313,16 +321,32 @@ async def open_engine(
     if config.mode == "managed":
         async with (
             spawned or ManagedServers(config, model, log_dir) as servers,
-            client(servers.urls, servers) as engine,
+            client(servers.urls, servers.api_key, servers) as engine,
         ):
             await engine.check_model(model)
             yield engine
         return
-    async with client(config.urls, None) as engine:
+    async with client(config.urls, external_key(config), None) as engine:
         if await engine.served_by_us():
             await engine.load_weights(model)
         await engine.check_model(model)
         yield engine
+
+
+def external_key(config: RolloutConfig) -> str | None:
+    """The API key of external servers, from the environment; None if they need none.
+
+    Raises:
+        ValueError: the variable is unset or holds no key.
+    """
+    name = config.api_key_env
+    if name is None:
+        return None
+    key = os.environ.get(name, "")
+    if not (key.isascii() and key.isprintable() and key.strip() == key != ""):
+        found = "holds no key (visible characters of ASCII)" if name in os.environ else "is not set"
+        raise ValueError(f"rollout.api_key_env={name}, but this variable {found}; export it before the run starts.")
+    return key
 
 
 def inherited_environment() -> dict[str, str]:

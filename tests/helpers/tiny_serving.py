@@ -22,6 +22,10 @@ CONFIG = RolloutConfig(
 )
 
 
+API_KEY = "-key-of-the-tests"
+"""Of the server that the tests share; a key may begin with a hyphen."""
+
+
 @dataclass
 class Managed:
     """A server that was started while its first port was taken."""
@@ -65,7 +69,13 @@ def write_model(folder: Path, seed: int, vocab_size: int = 512) -> Path:
     return folder
 
 
-def client(*urls: str, deterministic: bool = False, max_retries: int = 5, timeout_seconds: float = 60) -> SGLangEngine:
+def client(
+    *urls: str,
+    api_key: str | None = API_KEY,
+    deterministic: bool = False,
+    max_retries: int = 5,
+    timeout_seconds: float = 60,
+) -> SGLangEngine:
     """A client of servers that nobody here restarts."""
     return SGLangEngine(
         list(urls),
@@ -73,4 +83,5 @@ def client(*urls: str, deterministic: bool = False, max_retries: int = 5, timeou
         request_timeout_seconds=timeout_seconds,
         max_retries=max_retries,
         deterministic=deterministic,
+        api_key=api_key,
     )

@@ -1,12 +1,13 @@
 """Real SGLang servers on CPU over tiny random Qwen3 models, started once for the folder."""
 
 import asyncio
+import secrets
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.tiny_serving import CONFIG, Managed, write_model
+from helpers.tiny_serving import API_KEY, CONFIG, Managed, write_model
 
 from megavar.rollout import sglang_servers
 from megavar.rollout.sglang_servers import ManagedServers, check_interpreter, free_port, group_exists
@@ -43,7 +44,9 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def managed(runner: asyncio.Runner, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
     """A server without deterministic inference, on `model`, until the session ends; nothing of it may be left then."""
-    servers = ManagedServers(CONFIG, model, tmp_path_factory.mktemp("server"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(secrets, "token_urlsafe", lambda _: API_KEY)
+        servers = ManagedServers(CONFIG, model, tmp_path_factory.mktemp("server"))
     with socket.create_server(("127.0.0.1", 0)) as somebody, pytest.MonkeyPatch.context() as patch:
         ports = [free_port(), somebody.getsockname()[1]]
         started = Managed(servers, taken_port=ports[1], free_port=ports[0])
