@@ -129,7 +129,9 @@ def reported(work: Callable[[], None]) -> int:
     """Do the work and return the exit code; an error that all ranks share is printed once, by rank 0.
 
     A user's mistake (ValueError) and an explained failure are one line; anything else comes with its traceback.
+    Whatever the umask, nobody else can write the files that the work makes.
     """
+    os.umask(os.umask(0) | 0o022)  # which ranks, servers and workers inherit
     try:
         work()
     except RankZeroError:

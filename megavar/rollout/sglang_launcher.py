@@ -4,7 +4,8 @@ Runs inside SGLang's interpreter, by file path, and changes three things:
 
 1. The key comes in the environment, since every user of a machine can read command lines. SGLang's log begins with all
    arguments; the key is hidden there.
-2. SGLang puts a file of its own into /dev/shm and leaves it there; it goes to TMPDIR, which ends with the server.
+2. A killed SGLang leaves two files in /dev/shm. One goes to TMPDIR instead, which `watchdog.py` removes; the other, a
+   lock between processes that SGLang does not start, is not made.
 3. If the arguments begin with `--device cpu`, `sglang_cpu_bridge.py` bridges what its wheels lack on a CPU.
 
 SGLang starts its other processes with multiprocessing's `spawn`, which runs this file's top level in each of
@@ -64,6 +65,11 @@ def move_load_file(module: Any) -> None:
     module.shm_path_for = lambda name: os.path.join(tempfile.gettempdir(), f"loads_{os.path.basename(name)}")
 
 
+def drop_process_lock(module: Any) -> None:
+    """In tqdm/std.py: a semaphore for progress bars of forked processes."""
+    module.TqdmDefaultWriteLock.mp_lock = None
+
+
 def bridge_cpu() -> None:
     """Run sglang_cpu_bridge.py beside this file, which is on no import path."""
     spec = importlib.util.spec_from_file_location("sglang_cpu_bridge", os.path.join(HERE, "sglang_cpu_bridge.py"))
@@ -78,6 +84,7 @@ def prepare() -> None:
     if KEY in os.environ:
         hide(os.environ[KEY])
     sys.meta_path.insert(0, WhenImported("sglang.srt.managers.load_snapshot", move_load_file))
+    sys.meta_path.insert(0, WhenImported("tqdm.std", drop_process_lock))
     if sys.argv[1:3] == ["--device", "cpu"]:
         bridge_cpu()
 

@@ -16,10 +16,9 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -28,8 +27,9 @@ import aiohttp
 from megavar.config.schema import RolloutConfig
 from megavar.ranks import environment_without_torchrun
 from megavar.rollout.engine import RolloutError
-from megavar.rollout.sglang_client import SGLangEngine, read_vocab_size
+from megavar.rollout.sglang_client import HEALTH_TIMEOUT_SECONDS, SGLangEngine, read_vocab_size
 from megavar.rollout.sglang_launcher import KEY
+from megavar.rollout.watchdog import remove_stale_folders
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ MAX_RESTARTS = 3
 """Of one server in a run."""
 POLL_SECONDS = 0.5
 STOP_SECONDS = 10.0
-"""From SIGTERM to SIGKILL; SGLang takes 6 s to end by itself."""
+"""Limit of waiting for killed processes, which may have much memory to give back."""
 LOG_TAIL_LINES = 30
 BIND_ERROR = "error while attempting to bind on address"
 """In the log of a server whose port was taken while it loaded (uvicorn, asyncio)."""
@@ -73,7 +73,6 @@ class Server:
         self.num_restarts = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._log_start = 0
-        self._temporary: tempfile.TemporaryDirectory[str]
         self._reviving = asyncio.Lock()
 
     @property
@@ -126,9 +125,6 @@ class Server:
         environment = {**inherited_environment(), KEY: self._api_key}
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus)
-        # SGLang leaves the files of its sockets behind, so they get a folder that goes with the server.
-        self._temporary = tempfile.TemporaryDirectory(prefix="sglang-", ignore_cleanup_errors=True)
-        environment["TMPDIR"] = self._temporary.name
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             log.write(f"\n$ {' '.join(command)}\n".encode())
@@ -174,7 +170,7 @@ class Server:
         return self._process is not None and self._process.poll() is None
 
     async def _healthy(self) -> bool:
-        timeout = aiohttp.ClientTimeout(total=30)  # /health generates a token, and waits up to 20 s for it
+        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_SECONDS)
         try:
             async with aiohttp.ClientSession(timeout=timeout) as http, http.get(self.url + "/health") as response:
                 return response.status == 200
@@ -223,22 +219,26 @@ class Server:
             return "".join(log.readlines()[-LOG_TAIL_LINES:])
 
     async def stop(self) -> None:
-        """End the server: SIGTERM through its watchdog, then SIGKILL for what is left of the process group."""
+        """End the server, whatever it is doing."""
         if self._process is None:
             return
-        group = self._process.pid
-        self._process.terminate()
-        await self._wait_until_gone(group)
-        if group_exists(group):
-            os.killpg(group, signal.SIGKILL)
-            await self._wait_until_gone(group)
-        self._process = None
-        self._temporary.cleanup()
-
-    async def _wait_until_gone(self, group: int) -> None:
+        self.kill()
         deadline = time.monotonic() + STOP_SECONDS
-        while (self._alive() or group_exists(group)) and time.monotonic() < deadline:
+        while self._alive() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
+        group = self._process.pid
+        while group_exists(group) and time.monotonic() < deadline + STOP_SECONDS:  # the watchdog was killed, or hangs
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+            await asyncio.sleep(0.05)
+        remove_stale_folders()
+        self._process = None
+
+    def kill(self) -> None:
+        """Have the watchdog kill the server and clean up, without waiting for it."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.send_signal(signal.SIGCONT)  # a stopped one could not
 
 
 class ManagedServers:
@@ -289,6 +289,8 @@ class ManagedServers:
 
     async def stop(self) -> None:
         """Stop every server."""
+        for server in self.servers:
+            server.kill()  # at once: whoever waits below may be interrupted
         await asyncio.gather(*(server.stop() for server in self.servers))
 
 

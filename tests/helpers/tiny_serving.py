@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -67,6 +68,12 @@ def write_model(folder: Path, seed: int, vocab_size: int = 512) -> Path:
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def temporary_folder(watchdog_pid: int) -> Path:
+    """Where a running server puts temporary files."""
+    [server] = psutil.Process(watchdog_pid).children()
+    return Path(server.environ()["TMPDIR"])
 
 
 def client(

@@ -3,11 +3,12 @@
 import asyncio
 import secrets
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.tiny_serving import API_KEY, CONFIG, Managed, write_model
+from helpers.tiny_serving import API_KEY, CONFIG, Managed, temporary_folder, write_model
 
 from megavar.rollout import sglang_servers
 from megavar.rollout.sglang_servers import ManagedServers, check_interpreter, free_port, group_exists
@@ -53,9 +54,12 @@ def managed(runner: asyncio.Runner, model: Path, tmp_path_factory: pytest.TempPa
         patch.setattr(sglang_servers, "free_port", ports.pop)
         runner.run(servers.__aenter__())
     yield started
-    groups = [server.pid for server in servers.servers]
+    [server] = servers.servers
+    group, folder, start = server.pid, temporary_folder(server.pid), time.monotonic()
+    assert list(folder.iterdir())
     runner.run(servers.stop())
-    assert not any(group_exists(group) for group in groups)
+    assert time.monotonic() - start < 2
+    assert not group_exists(group) and not folder.exists()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers.tiny_serving import API_KEY, CONFIG, Managed, client
+from helpers.tiny_serving import API_KEY, CONFIG, Managed, client, temporary_folder
 
 from megavar.rollout import sglang_servers as servers_module
 from megavar.rollout.engine import GenerateRequest, Generation, RolloutError
@@ -47,17 +47,11 @@ def test_a_killed_server_is_restarted_with_the_loaded_weights_and_all_requests_f
     runner: asyncio.Runner, managed: Managed, model: Path, other_model: Path
 ) -> None:
     results: dict[int, list[Generation]] = {}
+    [server] = managed.servers.servers
+    folder = temporary_folder(server.pid)
 
     async def run() -> tuple[list[int], list[int]]:
-        async with SGLangEngine(
-            managed.servers.urls,
-            concurrency=8,
-            request_timeout_seconds=60,
-            max_retries=2,
-            deterministic=False,
-            api_key=managed.servers.api_key,
-            restart=managed.servers.restart,
-        ) as engine:
+        async with engine_of(managed, request_timeout_seconds=60) as engine:
             await engine.check_model(model)
             [first] = await engine.generate(GREEDY)
             await engine.load_weights(other_model)
@@ -66,7 +60,7 @@ def test_a_killed_server_is_restarted_with_the_loaded_weights_and_all_requests_f
             def on_result(key: int, generations: list[Generation]) -> None:
                 results[key] = generations
                 if len(results) == 10:
-                    os.killpg(managed.servers.servers[0].pid, signal.SIGKILL)
+                    os.killpg(server.pid, signal.SIGKILL)
 
             requests = [(key, GREEDY) for key in range(60)]
             await run_requests(engine, requests, on_result, description="killed", show_progress=False)
@@ -75,8 +69,45 @@ def test_a_killed_server_is_restarted_with_the_loaded_weights_and_all_requests_f
 
     first, second = runner.run(run())
     assert first != second
-    assert managed.servers.servers[0].num_restarts == 1
+    assert server.num_restarts == 1 and not folder.exists()
     assert [generations[0].ids.tolist() for generations in results.values()] == [second] * 60
+
+
+def test_a_server_that_hangs_is_restarted_and_all_requests_finish(
+    runner: asyncio.Runner, managed: Managed, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers_module, "HEALTH_TIMEOUT_SECONDS", 2)
+    results: dict[int, list[Generation]] = {}
+    [server] = managed.servers.servers
+    num_restarts, folder = server.num_restarts, temporary_folder(server.pid)
+
+    async def run() -> None:
+        async with engine_of(managed, request_timeout_seconds=3) as engine:
+            await engine.load_weights(model)
+
+            def on_result(key: int, generations: list[Generation]) -> None:
+                results[key] = generations
+                if len(results) == 10:
+                    os.killpg(server.pid, signal.SIGSTOP)
+
+            requests = [(key, GREEDY) for key in range(60)]
+            await run_requests(engine, requests, on_result, description="stopped", show_progress=False)
+
+    runner.run(run())
+    assert server.num_restarts == num_restarts + 1 and not folder.exists()
+    assert len({tuple(generations[0].ids.tolist()) for generations in results.values()}) == 1 and len(results) == 60
+
+
+def engine_of(managed: Managed, request_timeout_seconds: float) -> SGLangEngine:
+    return SGLangEngine(
+        managed.servers.urls,
+        concurrency=8,
+        request_timeout_seconds=request_timeout_seconds,
+        max_retries=2,
+        deterministic=False,
+        api_key=managed.servers.api_key,
+        restart=managed.servers.restart,
+    )
 
 
 PARENT = """
@@ -105,12 +136,16 @@ def test_a_deterministic_server_repeats_seeds_and_does_not_outlive_its_killed_pa
     try:
         assert parent.stdout is not None
         group, url, api_key = parent.stdout.readline().split()
-        assert len(processes_of_group(int(group))) >= 4  # guard, HTTP server, scheduler, detokenizer
+        processes = processes_of_group(int(group))
+        assert len(processes) >= 4  # watchdog, HTTP server, scheduler, detokenizer
+        assert not any("/dev/shm/" in Path(f"/proc/{process.pid}/maps").read_text() for process in processes)
+        folder = temporary_folder(int(group))
+        assert folder.exists()
         check_seeds(runner.run(sample_with_seeds(url, api_key, model)))
     finally:
         parent.kill()
         parent.wait()
-    assert not wait_until_gone(int(group), seconds=15)
+    assert not wait_until_gone(int(group), seconds=15) and not folder.exists()
 
 
 async def sample_with_seeds(url: str, api_key: str, model: Path) -> list[list[Generation]]:
