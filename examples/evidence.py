@@ -33,6 +33,8 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "conf/demo.yaml"
 RUNS = Path("runs/evidence")
 RESULTS = RUNS / "results.json"
+KEY = "EVIDENCE_SERVER_KEY"
+"""Environment variable with the API key of the servers."""
 ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 """The environment that torchrun would set for a single rank."""
 STEPS = {
@@ -184,7 +186,7 @@ async def run(task: str, seed: int, name: str, url: str) -> Path:
         return target
     if method.shared_with is not None and method.until is not None:
         share(await run(task, seed, method.shared_with, url), target, method.until)
-    overrides += ["rollout.mode=external", f"rollout.urls=[{url}]"]
+    overrides += ["rollout.mode=external", f"rollout.urls=[{url}]", f"rollout.api_key_env={KEY}"]
     log = RUNS / "logs" / f"{task}_{name}_{seed}.log"
     for stage in ("sft", "eval") if name == "more_sft" else ("run",):
         await launch(stage, overrides, log)
@@ -262,7 +264,8 @@ async def serve(jobs: list[Job]) -> list[str]:
     """Execute the jobs, one at a time per server; runs load weights into it in place. Returns logs of failed runs."""
     config = load_config(CONFIG, [])
     async with ManagedServers(config.rollout, Path(config.model), RUNS / "servers") as servers:
-        external = replace(config.rollout, mode="external", urls=servers.urls)
+        os.environ[KEY] = servers.api_key  # for the runs, too
+        external = replace(config.rollout, mode="external", urls=servers.urls, api_key_env=KEY)
         async with open_engine(external, Path(config.model), RUNS) as engine:
             await engine.load_weights(Path(config.model))  # marks the servers as ours: runs may replace their weights
         waiting, failed = list(jobs), list[str]()

@@ -154,7 +154,9 @@ def reported(work: Callable[[], None]) -> int:
 
     A user's mistake (ValueError), an explained failure and a full disk are one line; anything else comes with its
     traceback.
+    Whatever the umask, nobody else can write the files that the work makes.
     """
+    os.umask(os.umask(0) | 0o022)  # which ranks, servers and workers inherit
     try:
         return _code_of(work)
     finally:

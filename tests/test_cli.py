@@ -73,7 +73,8 @@ print(any(name.split(".")[0] == "megatron" for name in sys.modules))
     assert len(stages) >= 6 and python(code).stdout == "False\n"
 
 
-def test_a_good_stage_prints_only_our_lines_and_debug_brings_those_of_libraries_back(tmp_path):
+def train(tmp_path, name: str, level: str, umask: int = -1) -> list[str]:
+    """What two steps of sft under torchrun print."""
     row = {"id": "a", "question": "1+1", "answer": "2", "trace": "1+1=2;"}
     (tmp_path / "t.jsonl").write_text(json.dumps(row))
     (tmp_path / "run.yaml").write_text(
@@ -81,22 +82,29 @@ def test_a_good_stage_prints_only_our_lines_and_debug_brings_those_of_libraries_
         "max_sequence_tokens: 160}\nprecision: {dtype: fp32}\nsft: {num_steps: 2}\n"
         "sample: {max_trace_tokens: 80, max_answer_tokens: 16}\nrollout: {mode: external, urls: [http://127.0.0.1:9]}\n"
     )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    overrides = ["--config", f"{tmp_path}/run.yaml", f"name={name}", f"logging.level={level}"]
+    done = subprocess.run(
+        [*torchrun, "-m", "megavar", "sft", *overrides],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, umask=umask,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout.splitlines()
 
-    def printed(name: str, level: str) -> list[str]:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-        overrides = ["--config", f"{tmp_path}/run.yaml", f"name={name}", f"logging.level={level}"]
-        done = subprocess.run(
-            [*torchrun, "-m", "megavar", "sft", *overrides],
-            env={name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout
-        return done.stdout.splitlines()
 
+def test_a_good_stage_prints_only_our_lines_and_debug_brings_those_of_libraries_back(tmp_path):
     ours = ("sft: train pi_0 from the base model", "sft: 2 of 2 steps, loss ", "export: ")
-    quiet = printed("quiet", "info")
+    quiet = train(tmp_path, "quiet", "info")
     assert len(quiet) == len(ours) and all(line.startswith(start) for line, start in zip(quiet, ours, strict=True))
-    assert any("Falling back" in line for line in printed("loud", "debug"))
+    assert any("Falling back" in line for line in train(tmp_path, "loud", "debug"))
+
+
+def test_nobody_else_can_write_the_files_of_a_run_whatever_the_umask(tmp_path):
+    train(tmp_path, "open", "info", umask=0)
+    made = [tmp_path / "runs", *(tmp_path / "runs").rglob("*")]
+    assert len(made) > 10 and not [path for path in made if path.stat().st_mode & 0o022]
+    assert (tmp_path / "runs" / "open" / "manifest.json").stat().st_mode & 0o044 == 0o044  # reading is not our concern
 
 
 def test_a_stage_of_one_process_runs_once_however_many_ranks_torchrun_starts(tmp_path):

@@ -155,6 +155,9 @@ class RolloutConfig:
     """Interpreter with SGLang installed (managed)."""
     urls: list[str] = field(default_factory=list)
     """Base URLs of workers or of one router (external)."""
+    api_key_env: str | None = None
+    """Name of the environment variable with the API key of external servers; null: they have none. Managed servers have
+    a new key at each start."""
     num_servers: int = at_least(1, default=1)
     """Managed servers on this machine."""
     tensor_parallel_size: int = at_least(1, default=1)
@@ -178,7 +181,7 @@ class RolloutConfig:
     start_timeout_seconds: float = at_least(1, default=900.0)
     """Deadline for a managed server to become healthy."""
     server_args: list[str] = field(default_factory=list)
-    """Extra arguments passed to `sglang.launch_server` as they are."""
+    """Extra arguments passed to `sglang.launch_server` as they are; no keys, since they are saved with the run."""
 
 
 @dataclass
@@ -410,6 +413,7 @@ def _validate_pairs(config: RunConfig) -> None:
             f"{sample.max_answer_tokens} leave no room for a prompt in data.max_sequence_tokens="
             f"{config.data.max_sequence_tokens}; raise the last or lower the first two."
         )
+    _validate_secrets(rollout)
     if rollout.mode == "external" and not rollout.urls:
         raise ValueError("rollout.mode=external needs rollout.urls: the base URLs of running SGLang servers.")
     if rollout.mode == "managed" and rollout.urls:
@@ -426,6 +430,28 @@ def _validate_pairs(config: RunConfig) -> None:
     if config.precision.fp8 != "none" and config.precision.dtype != "bf16":
         raise ValueError(
             f"precision.fp8={config.precision.fp8} needs precision.dtype=bf16, got {config.precision.dtype}."
+        )
+
+
+def _validate_secrets(rollout: RolloutConfig) -> None:
+    """Refuse keys and passwords where they would be saved with the run; none is repeated in the message."""
+    if rollout.mode == "managed" and rollout.api_key_env is not None:
+        raise ValueError(
+            f"rollout.api_key_env={rollout.api_key_env} is ignored in rollout.mode=managed, whose servers get a key of "
+            "their own; use rollout.mode=external."
+        )
+    for argument in rollout.server_args:
+        option = argument.partition("=")[0]
+        for secret in ("--api-key", "--admin-api-key"):
+            if len(option) > len("--a") and secret.startswith(option):  # argparse takes abbreviations
+                raise ValueError(
+                    f"rollout.server_args has {secret}, which would be saved with the run; leave it out: managed "
+                    "servers get a key of their own."
+                )
+    if any("@" in url or "?" in url for url in rollout.urls):
+        raise ValueError(
+            "rollout.urls has a URL with a user name, a password or a query, which would be saved with the run; give "
+            "http://HOST:PORT, and the servers' key by rollout.api_key_env."
         )
 
 

@@ -54,6 +54,7 @@ class SGLangEngine:
         request_timeout_seconds: deadline of one try of a request.
         max_retries: further tries after a 5xx status, a broken connection or a time-out.
         deterministic: require servers that honour seeds.
+        api_key: sent with every request; None: none is.
         restart: restarts the server of a URL that stopped answering and returns once it is healthy; None:
             somebody else does, so the server is asked from time to time.
     """
@@ -66,6 +67,7 @@ class SGLangEngine:
         request_timeout_seconds: float,
         max_retries: int,
         deterministic: bool,
+        api_key: str | None = None,
         restart: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
         if not urls:
@@ -75,6 +77,7 @@ class SGLangEngine:
         self._timeout_seconds = request_timeout_seconds
         self._max_retries = max_retries
         self._deterministic = deterministic
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._restart = restart
         self._vocab_size: int | None = None
         self._shares_prefixes = False
@@ -87,7 +90,7 @@ class SGLangEngine:
         # Workers bounds what is in flight. Idle connections are dropped before the server does (uvicorn: after 5 s):
         # a request sent on one that it is just closing would look like a dying server.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
-        self._http = aiohttp.ClientSession(connector=connector, trust_env=False)
+        self._http = aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=False)
         self._workers = Workers(self._urls, self._concurrency, self._revive)
         return self
 
@@ -350,6 +353,11 @@ class SGLangEngine:
                 text = await read_text(response)
                 if response.status >= 500 or response.status in (408, 429):
                     raise ServerFault(f"{url}: HTTP {response.status}: {text[:500]!r}", broken=False)
+                if response.status == 401:
+                    raise RequestRejected(
+                        f"{url}: HTTP 401, the server wants an API key and got "
+                        f"{'another one' if self._headers else 'none'}; see rollout.api_key_env."
+                    )
                 if response.status >= 300:
                     raise RequestRejected(f"{url}: HTTP {response.status}: {error_message(text)}")
                 return json.loads(text) if text else None

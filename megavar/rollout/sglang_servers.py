@@ -1,8 +1,8 @@
 """Managed SGLang servers: started for a run in SGLang's own interpreter, restarted when they die, stopped with it.
 
-On a machine without a GPU `sglang_cpu_launcher.py` starts SGLang, else SGLang's stock launcher, each server on its own
-slice of the visible devices. Each runs under `watchdog.py`, so none outlives this process. What they serve after a
-restart is the model they were started with; `SGLangEngine` notices and loads the current weights again.
+`sglang_launcher.py` starts SGLang, each server on its own slice of the visible devices, with an API key that all
+requests must name. Each runs under `watchdog.py`, so none outlives this process. What they serve after a restart is the
+model they were started with; `SGLangEngine` notices and loads the current weights again.
 """
 
 import asyncio
@@ -10,15 +10,15 @@ import json
 import logging
 import os
 import random
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -27,7 +27,9 @@ import aiohttp
 from megavar.config.schema import RolloutConfig
 from megavar.ranks import environment_without_torchrun
 from megavar.rollout.engine import RolloutError
-from megavar.rollout.sglang_client import SGLangEngine, read_vocab_size
+from megavar.rollout.sglang_client import HEALTH_TIMEOUT_SECONDS, SGLangEngine, read_vocab_size
+from megavar.rollout.sglang_launcher import KEY
+from megavar.rollout.watchdog import remove_stale_folders
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ MAX_RESTARTS = 3
 """Of one server in a run."""
 POLL_SECONDS = 0.5
 STOP_SECONDS = 10.0
-"""From SIGTERM to SIGKILL; SGLang takes 6 s to end by itself."""
+"""Limit of waiting for killed processes, which may have much memory to give back."""
 LOG_TAIL_LINES = 30
 BIND_ERROR = "error while attempting to bind on address"
 """In the log of a server whose port was taken while it loaded (uvicorn, asyncio)."""
@@ -60,16 +62,17 @@ class ServerDied(RolloutError):
 class Server:
     """One server process; its URL stays the same over restarts."""
 
-    def __init__(self, index: int, config: RolloutConfig, model: Path, log_dir: Path, gpus: list[str]) -> None:
+    def __init__(
+        self, index: int, config: RolloutConfig, model: Path, log_dir: Path, gpus: list[str], api_key: str
+    ) -> None:
         self._config, self._model = config, model
-        self._gpus = gpus
+        self._gpus, self._api_key = gpus, api_key
         self.log = log_dir / f"server_{index:02d}.log"
         self.name = f"SGLang server {index}"
         self.port = 0
         self.num_restarts = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._log_start = 0
-        self._temporary: tempfile.TemporaryDirectory[str]
         self._reviving = asyncio.Lock()
 
     @property
@@ -119,12 +122,9 @@ class Server:
 
     def _launch(self) -> None:
         command = [sys.executable, "-I", "-S", str(FOLDER / "watchdog.py"), str(os.getpid()), *self._command()]
-        environment = inherited_environment()
+        environment = {**inherited_environment(), KEY: self._api_key}
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus)
-        # SGLang leaves the files of its sockets behind, so they get a folder that goes with the server.
-        self._temporary = tempfile.TemporaryDirectory(prefix="sglang-", ignore_cleanup_errors=True)
-        environment["TMPDIR"] = self._temporary.name
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             log.write(f"\n$ {' '.join(command)}\n".encode())
@@ -141,8 +141,7 @@ class Server:
 
     def _command(self) -> list[str]:
         config = self._config
-        command = [config.python]
-        command += ["-m", "sglang.launch_server"] if self._gpus else [str(FOLDER / "sglang_cpu_launcher.py")]
+        command = [config.python, str(FOLDER / "sglang_launcher.py")]
         dtype, max_total_tokens = config.dtype, config.max_total_tokens
         if not self._gpus:
             command += ["--device", "cpu"]
@@ -171,7 +170,7 @@ class Server:
         return self._process is not None and self._process.poll() is None
 
     async def _healthy(self) -> bool:
-        timeout = aiohttp.ClientTimeout(total=30)  # /health generates a token, and waits up to 20 s for it
+        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_SECONDS)
         try:
             async with aiohttp.ClientSession(timeout=timeout) as http, http.get(self.url + "/health") as response:
                 return response.status == 200
@@ -220,22 +219,26 @@ class Server:
             return "".join(log.readlines()[-LOG_TAIL_LINES:])
 
     async def stop(self) -> None:
-        """End the server: SIGTERM through its watchdog, then SIGKILL for what is left of the process group."""
+        """End the server, whatever it is doing."""
         if self._process is None:
             return
-        group = self._process.pid
-        self._process.terminate()
-        await self._wait_until_gone(group)
-        if group_exists(group):
-            os.killpg(group, signal.SIGKILL)
-            await self._wait_until_gone(group)
-        self._process = None
-        self._temporary.cleanup()
-
-    async def _wait_until_gone(self, group: int) -> None:
+        self.kill()
         deadline = time.monotonic() + STOP_SECONDS
-        while (self._alive() or group_exists(group)) and time.monotonic() < deadline:
+        while self._alive() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
+        group = self._process.pid
+        while group_exists(group) and time.monotonic() < deadline + STOP_SECONDS:  # the watchdog was killed, or hangs
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+            await asyncio.sleep(0.05)
+        remove_stale_folders()
+        self._process = None
+
+    def kill(self) -> None:
+        """Have the watchdog kill the server and clean up, without waiting for it."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.send_signal(signal.SIGCONT)  # a stopped one could not
 
 
 class ManagedServers:
@@ -254,7 +257,8 @@ class ManagedServers:
         check_interpreter(config.python)
         read_vocab_size(model)  # refuses a folder that is no model
         slices = device_slices(visible_gpus(), config.num_servers, config.tensor_parallel_size)
-        self.servers = [Server(index, config, model, log_dir, gpus) for index, gpus in enumerate(slices)]
+        self.api_key = secrets.token_urlsafe(32)
+        self.servers = [Server(index, config, model, log_dir, gpus, self.api_key) for index, gpus in enumerate(slices)]
 
     @property
     def urls(self) -> list[str]:
@@ -285,6 +289,8 @@ class ManagedServers:
 
     async def stop(self) -> None:
         """Stop every server."""
+        for server in self.servers:
+            server.kill()  # at once: whoever waits below may be interrupted
         await asyncio.gather(*(server.stop() for server in self.servers))
 
 
@@ -298,11 +304,15 @@ async def open_engine(
 
     Args:
         spawned: managed servers of `model` that were spawned before.
+
+    Raises:
+        ValueError: the servers cannot be used as they are, or their key is not there.
     """
 
-    def client(urls: list[str], servers: ManagedServers | None) -> SGLangEngine:
+    def client(urls: list[str], api_key: str | None, servers: ManagedServers | None) -> SGLangEngine:
         return SGLangEngine(
             urls,
+            api_key=api_key,
             concurrency=config.concurrency,
             request_timeout_seconds=config.request_timeout_seconds,
             max_retries=config.max_retries,
@@ -313,16 +323,32 @@ async def open_engine(
     if config.mode == "managed":
         async with (
             spawned or ManagedServers(config, model, log_dir) as servers,
-            client(servers.urls, servers) as engine,
+            client(servers.urls, servers.api_key, servers) as engine,
         ):
             await engine.check_model(model)
             yield engine
         return
-    async with client(config.urls, None) as engine:
+    async with client(config.urls, external_key(config), None) as engine:
         if await engine.served_by_us():
             await engine.load_weights(model)
         await engine.check_model(model)
         yield engine
+
+
+def external_key(config: RolloutConfig) -> str | None:
+    """The API key of external servers, from the environment; None if they need none.
+
+    Raises:
+        ValueError: the variable is unset or holds no key.
+    """
+    name = config.api_key_env
+    if name is None:
+        return None
+    key = os.environ.get(name, "")
+    if not (key.isascii() and key.isprintable() and key.strip() == key != ""):
+        found = "holds no key (visible characters of ASCII)" if name in os.environ else "is not set"
+        raise ValueError(f"rollout.api_key_env={name}, but this variable {found}; export it before the run starts.")
+    return key
 
 
 def inherited_environment() -> dict[str, str]:

@@ -43,6 +43,8 @@ def check_run(config: RunConfig, ranks: int | None) -> None:
         _check_gold_traces(sampled, config.data.train, f"objective.name={config.objective.name}")
     if config.rollout.mode == "managed":
         _check_servers(config)
+    if config.rollout.mode == "external":
+        _check_external_key(config)
     dims = _check_model(config, ranks)
     limit = config.data.max_sequence_tokens
     if limit > dims.max_positions:
@@ -116,6 +118,12 @@ def _check_servers(config: RunConfig) -> None:
 
     check_interpreter(config.rollout.python)
     device_slices(visible_gpus(), config.rollout.num_servers, config.rollout.tensor_parallel_size)
+
+
+def _check_external_key(config: RunConfig) -> None:
+    from megavar.rollout.sglang_servers import external_key
+
+    external_key(config.rollout)
 
 
 def _check_model(config: RunConfig, ranks: int | None) -> "ModelDims":

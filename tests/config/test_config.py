@@ -66,6 +66,25 @@ def test_wrong_values_are_refused_by_key(tmp_path, overrides, message):
         load(tmp_path, *overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.server_args=[--api-key,S3CRET]"], "rollout.server_args has --api-key, which would be saved"),
+        (["rollout.server_args=[--admin=S3CRET]"], "rollout.server_args has --admin-api-key, which would be saved"),
+        (
+            ["rollout.mode=external", "rollout.urls=[http://me:S3CRET@host:1]"],
+            "rollout.urls has a URL with a user name",
+        ),
+        (["rollout.urls=[http://host:1?key=S3CRET]"], "rollout.urls has a URL with a user name"),
+        (["rollout.api_key_env=NAME"], r"rollout.api_key_env=NAME is ignored in rollout.mode=managed"),
+    ],
+)
+def test_secrets_that_would_be_saved_are_refused_and_not_repeated(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load(tmp_path, *overrides)
+    assert "S3CRET" not in str(caught.value)
+
+
 def test_missing_values_and_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"no value for data\.train, model"):
         load(tmp_path, text="name: a\n")

@@ -38,7 +38,7 @@ class Faulty:
                 request.method,
                 self.target + request.path,
                 data=await request.read(),
-                headers={"content-type": "application/json"},
+                headers={name: request.headers.get(name, "") for name in ("content-type", "authorization")},
             ) as answer,
         ):
             return web.Response(status=answer.status, body=await answer.read())

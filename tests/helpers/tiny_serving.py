@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -20,6 +21,10 @@ CONFIG = RolloutConfig(
     request_timeout_seconds=60.0,
     start_timeout_seconds=300.0,
 )
+
+
+API_KEY = "-key-of-the-tests"
+"""Of the server that the tests share; a key may begin with a hyphen."""
 
 
 @dataclass
@@ -65,7 +70,19 @@ def write_model(folder: Path, seed: int, vocab_size: int = 512) -> Path:
     return folder
 
 
-def client(*urls: str, deterministic: bool = False, max_retries: int = 5, timeout_seconds: float = 60) -> SGLangEngine:
+def temporary_folder(watchdog_pid: int) -> Path:
+    """Where a running server puts temporary files."""
+    [server] = psutil.Process(watchdog_pid).children()
+    return Path(server.environ()["TMPDIR"])
+
+
+def client(
+    *urls: str,
+    api_key: str | None = API_KEY,
+    deterministic: bool = False,
+    max_retries: int = 5,
+    timeout_seconds: float = 60,
+) -> SGLangEngine:
     """A client of servers that nobody here restarts."""
     return SGLangEngine(
         list(urls),
@@ -73,4 +90,5 @@ def client(*urls: str, deterministic: bool = False, max_retries: int = 5, timeou
         request_timeout_seconds=timeout_seconds,
         max_retries=max_retries,
         deterministic=deterministic,
+        api_key=api_key,
     )

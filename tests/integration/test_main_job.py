@@ -133,7 +133,7 @@ def job(tmp_path_factory):
 
     config = load_config(folder / "run.yaml", [])
     servers = ManagedServers(config.rollout, run / "sft" / "hf", folder / "servers")
-    with asyncio.Runner() as runner:
+    with asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
         try:
             servers.spawn()
             kill_when(start(folder, 2), lambda: status(run, "policy") == "finished")  # export is next, and quick
@@ -142,7 +142,9 @@ def job(tmp_path_factory):
             first_round = modified(run / "round_01", "*.safetensors")
 
             runner.run(servers.__aenter__())
-            server = ["rollout.mode=external", f"rollout.urls=[{servers.urls[0]}]"]
+            key = "KEY_OF_SERVERS"
+            patch.setenv(key, servers.api_key)
+            server = ["rollout.mode=external", f"rollout.urls=[{servers.urls[0]}]", f"rollout.api_key_env={key}"]
             command = ["--tp", "2", "--pp", "2", "rounds=2", *server]
             kill_when(start(folder, 4, *command), lambda: bool(list(checkpoints.glob("step_*"))))
             assert status(run, "policy_02") == "begun"

@@ -1,12 +1,14 @@
 """Real SGLang servers on CPU over tiny random Qwen3 models, started once for the folder."""
 
 import asyncio
+import secrets
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.tiny_serving import CONFIG, Managed, write_model
+from helpers.tiny_serving import API_KEY, CONFIG, Managed, temporary_folder, write_model
 
 from megavar.rollout import sglang_servers
 from megavar.rollout.sglang_servers import ManagedServers, check_interpreter, free_port, group_exists
@@ -43,16 +45,21 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def managed(runner: asyncio.Runner, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Managed]:
     """A server without deterministic inference, on `model`, until the session ends; nothing of it may be left then."""
-    servers = ManagedServers(CONFIG, model, tmp_path_factory.mktemp("server"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(secrets, "token_urlsafe", lambda _: API_KEY)
+        servers = ManagedServers(CONFIG, model, tmp_path_factory.mktemp("server"))
     with socket.create_server(("127.0.0.1", 0)) as somebody, pytest.MonkeyPatch.context() as patch:
         ports = [free_port(), somebody.getsockname()[1]]
         started = Managed(servers, taken_port=ports[1], free_port=ports[0])
         patch.setattr(sglang_servers, "free_port", ports.pop)
         runner.run(servers.__aenter__())
     yield started
-    groups = [server.pid for server in servers.servers]
+    [server] = servers.servers
+    group, folder, start = server.pid, temporary_folder(server.pid), time.monotonic()
+    assert list(folder.iterdir())
     runner.run(servers.stop())
-    assert not any(group_exists(group) for group in groups)
+    assert time.monotonic() - start < 2
+    assert not group_exists(group) and not folder.exists()
 
 
 @pytest.fixture(scope="session")

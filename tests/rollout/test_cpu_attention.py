@@ -1,4 +1,4 @@
-"""The batched attention of SGLang's CPU launcher computes what SGLang's own loop over sequences does."""
+"""The batched attention of the CPU bridge computes what SGLang's own loop over sequences does."""
 
 import json
 import subprocess
@@ -9,20 +9,20 @@ SCRIPT = """
 import importlib.util, json, sys
 import torch
 
-spec = importlib.util.spec_from_file_location("launcher", sys.argv[1])
-launcher = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(launcher)
-launcher.bridge_kernels()
-launcher.bridge_torchvision()
+spec = importlib.util.spec_from_file_location("bridge", sys.argv[1])
+bridge = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bridge)
+bridge.bridge_kernels()
+bridge.bridge_torchvision()
 from sglang.srt.layers.attention import torch_native_backend as module
 
 backend = module.TorchNativeAttnBackend
 methods = lambda: (backend._run_sdpa_forward_extend, backend._run_sdpa_forward_decode)
 loops = methods()
 calls = []
-batched = launcher.batched_attention
-launcher.batched_attention = lambda *args: calls.append(1) or batched(*args)
-launcher.replace_attention(module)
+batched = bridge.batched_attention
+bridge.batched_attention = lambda *args: calls.append(1) or batched(*args)
+bridge.replace_attention(module)
 
 torch.manual_seed(0)
 heads, key_heads, head_dim, slots = 8, 4, 16, 300
@@ -51,7 +51,7 @@ print(json.dumps([differences, len(calls)]))
 
 
 def test_batched_attention_equals_the_loop_over_sequences():
-    launcher = ROOT / "megavar" / "rollout" / "sglang_cpu_launcher.py"
-    done = subprocess.run([CONFIG.python, "-W", "ignore", "-c", SCRIPT, launcher], capture_output=True, text=True)
+    bridge = ROOT / "megavar" / "rollout" / "sglang_cpu_bridge.py"
+    done = subprocess.run([CONFIG.python, "-W", "ignore", "-c", SCRIPT, bridge], capture_output=True, text=True)
     differences, num_calls = json.loads(done.stdout.splitlines()[-1])
     assert num_calls == 2 and max(differences) < 1e-6, done.stderr

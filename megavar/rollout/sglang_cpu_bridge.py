@@ -1,7 +1,7 @@
-"""SGLang's own server on a machine without a GPU: `python sglang_cpu_launcher.py ARGUMENTS OF sglang.launch_server`.
+"""What SGLang lacks on a machine without a GPU; `sglang_launcher.py` runs it in each of SGLang's processes.
 
-Runs inside SGLang's interpreter, by file path. The PyPI wheels serve on CPU once these gaps are bridged; nothing
-else is changed, and GPU machines do not use this file:
+The PyPI wheels serve on CPU once these gaps are bridged; nothing else is changed, and GPU machines do not use this
+file:
 
 1. `sgl_kernel` has no CPU wheel. SGLang imports some of its names; here they exist and raise when called.
 2. torchvision from PyPI is built for CUDA: with CPU torch its C++ part does not load, and its Python part wants two
@@ -12,9 +12,6 @@ else is changed, and GPU machines do not use this file:
 
 4. `torch_native` attends one sequence after another, and to a prompt's cached prefix once more: most of the time with
    many short sequences. Here a batch is one call, with a mask.
-
-SGLang starts its other processes with multiprocessing's `spawn`, which runs this file's top level in each of
-them, with the same `sys.argv`: so the bridges hold everywhere.
 """
 
 import importlib
@@ -22,10 +19,9 @@ import importlib.abc
 import importlib.metadata
 import importlib.util
 import os
-import runpy
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 WRITTEN_FOR = "0.5.23"
@@ -43,7 +39,7 @@ def changed(what: str) -> NoReturn:
     """End the process: SGLang is no longer what a bridge was written against."""
     version = importlib.metadata.version("sglang")
     raise SystemExit(
-        f"sglang_cpu_launcher.py was written for sglang {WRITTEN_FOR}; in sglang {version} {what}. Install the "
+        f"sglang_cpu_bridge.py was written for sglang {WRITTEN_FOR}; in sglang {version} {what}. Install the "
         "versions of requirements/sglang-cpu.lock (`make sglang`) or adapt this bridge."
     )
 
@@ -226,56 +222,29 @@ def replace_attention(module: Any) -> None:
     backend_class._run_sdpa_forward_decode = decode
 
 
-class AttentionFinder(importlib.abc.MetaPathFinder):
-    """Bridges gap 4 when SGLang imports the module, which only one of its processes does."""
-
-    NAME = "sglang.srt.layers.attention.torch_native_backend"
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        """The module's own spec, whose loader also replaces the attention."""
-        if name != self.NAME:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.loader is not None
-        run = spec.loader.exec_module
-
-        def run_and_replace(module: types.ModuleType) -> None:
-            run(module)
-            replace_attention(module)
-
-        spec.loader.exec_module = run_and_replace  # type: ignore[method-assign]
-        return spec
-
-
 def _read(path: str) -> str:
     with open(path, encoding="utf-8") as file:
         return file.read()
 
 
-def bridge() -> None:
-    """Bridge every gap in the calling process, before SGLang is imported."""
+def bridge(when_imported: Callable[[str, Callable[[Any], None]], importlib.abc.MetaPathFinder]) -> None:
+    """Bridge every gap in the calling process, before SGLang is imported.
+
+    Args:
+        when_imported: makes the finder that changes a module once it is imported.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import torch
 
     if torch.version.cuda is not None:
         raise SystemExit(
-            f"sglang_cpu_launcher.py needs a CPU build of torch, got {torch.__version__}; with a CUDA build start "
-            "`python -m sglang.launch_server` instead."
+            f"sglang_cpu_bridge.py needs a CPU build of torch, got {torch.__version__}; a machine without a GPU serves "
+            "with the versions of requirements/sglang-cpu.txt (`make sglang`)."
         )
     bridge_kernels()
     bridge_torchvision()
-    sys.meta_path.insert(0, AttentionFinder())
+    # Only one of SGLang's processes imports it.
+    sys.meta_path.insert(0, when_imported("sglang.srt.layers.attention.torch_native_backend", replace_attention))
     if SEEDS_FLAG in sys.argv:
         bridge_seeds()
-
-
-if __name__ == "__main__":
-    # Python put this file's folder first, where requests.py, our client, would hide the package of that name.
-    here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != here]
-if __name__ in ("__main__", "__mp_main__"):  # the second is the name in spawned processes
-    bridge()
-if __name__ == "__main__":
-    runpy.run_module("sglang.launch_server", run_name="__main__")
