@@ -111,7 +111,7 @@ def recorded(config: RunConfig) -> dict[str, tuple[str, dict[str, Any]]]:
     if not manifest.file.exists():
         names = [Run(config, index).entry(stage.name) for index in range(1, MAX_ROUNDS + 1) for stage in STAGES]
         manifest.file.parent.mkdir(parents=True)
-        entry = {"settings": {}, "status": "finished", "outputs": {}}
+        entry = {"settings": {}, "status": "finished", "outputs": {}, "seconds": 0.0}
         manifest.file.write_text(json.dumps({name: {**entry, "digest": name} for name in names}))
     return {run.entry(stage.name): (stage.name, stage.settings(run)) for stage, run in stages_of(config)}
 

@@ -1,6 +1,8 @@
 """Read a run's YAML into `RunConfig`, and write the resolved one back. The only importer of omegaconf."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -69,19 +71,19 @@ def _read(file: Path) -> DictConfig:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read as UTF-8 text ({_first_line(error)}).") from error
-    found = _parse(text, str(file))
+    with _parsing(str(file)):
+        _check(text, str(file))
+        found = OmegaConf.create(text)
     if not isinstance(found, DictConfig):
         raise ValueError(f"{file} is not a mapping of keys to values.")
     return found
 
 
-def _parse(text: str, source: str) -> object:
-    """Parse YAML; `source` names it in errors."""
+@contextmanager
+def _parsing(source: str) -> Iterator[None]:
+    """Turn what YAML parsers raise into one line; `source` names the text."""
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is not None:
-            _check_node(root, source, {}, 0)
-        return OmegaConf.create(text)
+        yield
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
@@ -90,6 +92,13 @@ def _parse(text: str, source: str) -> object:
         if isinstance(error, _Mistake):
             raise
         raise ValueError(f"{source} is not valid YAML: {' '.join(_first_line(error).split())}.") from error
+
+
+def _check(text: str, source: str) -> None:
+    """Refuse YAML that no configuration needs; see `_check_node`."""
+    root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    if root is not None:
+        _check_node(root, source, {}, 0)
 
 
 class _Mistake(ValueError):
@@ -143,7 +152,8 @@ def _override(item: str) -> DictConfig:
     source = f"Override {item!r:.200}"
     if not item.isprintable() and any(not (char.isprintable() or char in "\n\t") for char in item):
         raise ValueError(f"{source} contains a control character or half of a character; remove it.")
-    _parse(value, source)
+    with _parsing(source):
+        _check(value, source)
     try:
         return OmegaConf.from_dotlist([item])
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, IndexError) as error:
