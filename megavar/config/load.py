@@ -152,8 +152,13 @@ def _override(item: str) -> DictConfig:
     source = f"Override {item!r:.200}"
     if not item.isprintable() and any(not (char.isprintable() or char in "\n\t") for char in item):
         raise ValueError(f"{source} contains a control character or half of a character; remove it.")
-    with _parsing(source):
-        _check(value, source)
+    try:
+        with _parsing(source):
+            _check(value, source)
+    except _Mistake:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{error} Quote the value.") from error
     try:
         return OmegaConf.from_dotlist([item])
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, IndexError) as error:

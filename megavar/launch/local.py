@@ -115,7 +115,7 @@ def start_ranks(num_ranks: int, entrypoint: Callable[..., None] | str, *argument
         0, or 2 if a rank ended with a user's mistake, 75 or 130 if the ranks were asked to stop, 1 for any other
         failure.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -135,6 +135,7 @@ def start_ranks(num_ranks: int, entrypoint: Callable[..., None] | str, *argument
         max_restarts=0,
         monitor_interval=0.1,
         start_method="fork",
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else a folder in /tmp stays behind
         signals_to_handle=",".join(number.name for number in (*SIGNALS, signal.SIGQUIT)),
     )
     # A rank stops after its step, which may take longer than the agent's 30 seconds.

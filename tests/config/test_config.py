@@ -108,11 +108,12 @@ def test_every_objective_has_a_configuration_that_any_run_can_include(tmp_path, 
 
 
 def test_text_that_is_no_yaml_is_one_line_that_names_the_file_or_the_override(tmp_path):
-    with pytest.raises(ValueError, match=r"run\.yaml is not valid YAML: .*line 2") as error:
+    with pytest.raises(ValueError, match=r"run\.yaml, line 2, column 8 is not valid YAML: mapping values") as error:
         load(tmp_path, text="name: a\n  model: [b\n")
     assert "\n" not in str(error.value)
     with pytest.raises(
-        ValueError, match=r"Override 'templates\.system=\{a\} b: \{' has a value that is not valid YAML"
+        ValueError,
+        match=r"Override 'templates\.system=\{a\} b: \{', line 1, .* is not valid YAML: .* Quote the value\.",
     ):
         load(tmp_path, "templates.system={a} b: {")
 

@@ -196,7 +196,7 @@ def test_files_that_are_gone_and_folders_of_something_else_are_named(run, tmp_pa
 
 def test_lost_metrics_are_said(run):
     (run.folder / "metrics.jsonl").unlink()
-    message = r"small/metrics\.jsonl has no row of stage weigh in round 1; .* entry weigh from"
+    message = r"small/metrics\.jsonl has no complete row of stage weigh in round 1; .* entry weigh from"
     with pytest.raises(ValueError, match=message):
         write_page([run.folder])
 

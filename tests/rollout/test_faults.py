@@ -42,7 +42,7 @@ def test_a_request_is_given_up_after_its_retries(runner: asyncio.Runner, server:
             await engine.check_model(model)
             await engine.generate(REQUEST)
 
-    with pytest.raises(RolloutError, match=r"gave up after 2 tries.*HTTP 500: provoked"):
+    with pytest.raises(RolloutError, match=r"gave up after 2 tries.*HTTP 500: 'provoked'"):
         runner.run(run())
 
 
