@@ -103,12 +103,15 @@ class Job:
     run: Path
     under_torchrun: bool
     process: subprocess.Popen[bytes] = field(init=False)
+    log_start: int = 0
+    """Where this start's part of the log begins."""
 
     def __post_init__(self) -> None:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [*(launcher if self.under_torchrun else [sys.executable]), "examples/pretrain_variational.py"]
         clean = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK")}
         with self.log.open("ab") as log:
+            self.log_start = log.tell()
             self.process = subprocess.Popen(
                 [*command, "--config", str(self.config)], cwd=ROOT, stdout=log, stderr=log,
                 env={**clean, "OMP_NUM_THREADS": "1"}, start_new_session=True,
@@ -144,12 +147,12 @@ class Job:
         return found
 
 
-def stage_now(run: Path) -> str | None:
-    """The stage that has begun and is not finished."""
-    with suppress(OSError, ValueError):
-        entries = json.loads((run / "manifest.json").read_text())
-        return next((stage for stage in STAGES if entries.get(stage, {}).get("status") == "begun"), None)
-    return None
+def stage_now(job: Job) -> str | None:
+    """The stage that this start of the job is in."""
+    with job.log.open(errors="replace") as log:
+        log.seek(job.log_start)
+        begun = re.findall(rf"^({'|'.join(STAGES)}): (?!finished|\d)", log.read(), re.MULTILINE)
+    return begun[-1] if begun and begun[-1] not in finished(job.run) else None
 
 
 def finished(run: Path) -> set[str]:
@@ -227,7 +230,7 @@ def wait_for_moment(campaign: Campaign, job: Job, target: str) -> bool:
     while time.monotonic() < deadline:
         if job.process.poll() is not None:
             return False
-        now = stage_now(job.run)
+        now = stage_now(job)
         if now == target or (now is not None and STAGES.index(now) > STAGES.index(target)):
             if delay is None:
                 delay = campaign.random.uniform(0.0, campaign.stage_seconds.get(target, 1.0))
@@ -258,7 +261,7 @@ def disturbed_run(campaign: Campaign, number: int, kills: int) -> int:
                 )
             if not wait_for_moment(campaign, job, target):
                 break
-            stage = stage_now(run) or target
+            stage = stage_now(job) or target
             usable = [
                 kind for kind in KINDS if kind not in ("server", "SIGSTOP") or (stage in SERVED and job.servers())
             ]
@@ -438,7 +441,7 @@ def full_disk_run(campaign: Campaign, number: int) -> None:
             job = Job(config, run, under_torchrun=False)
             stage: str | None = None
             while job.process.poll() is None:
-                stage = stage_now(run) or stage
+                stage = stage_now(job) or stage
                 time.sleep(0.05)
             if job.process.returncode == 0:
                 break
