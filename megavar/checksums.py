@@ -13,6 +13,7 @@ from pathlib import Path
 
 CHECKSUMS = "SHA256SUMS"
 MAX_THREADS = 16
+MAX_FILE_NAME = 255
 
 
 def file_digest(file: Path) -> str:
@@ -63,7 +64,11 @@ def read_checksums(folder: Path) -> dict[Path, str]:
     found = {}
     for number, line in enumerate(source.read_text(errors="replace").splitlines(), start=1):
         digest, separator, name = line.partition("  ")
-        if len(digest) != 64 or not separator or Path(name).is_absolute() or ".." in Path(name).parts:
+        parts = Path(name).parts
+        is_inside = (
+            parts and not Path(name).is_absolute() and ".." not in parts and max(map(len, parts)) <= MAX_FILE_NAME
+        )
+        if len(digest) != 64 or not separator or not is_inside or "\0" in name:
             raise ValueError(
                 f"{source}, line {number}: expected a SHA-256, two spaces and a file name, got {line!r:.100}."
             )

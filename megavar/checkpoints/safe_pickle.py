@@ -46,6 +46,7 @@ KNOWN = {
 _DAMAGED = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError, TypeError, KeyError, IndexError,
             RuntimeError, OverflowError, MemoryError, RecursionError)  # fmt: skip
 """What unpicklers raise for bytes that are no pickle of theirs."""
+MAX_FILE_NAME = 255
 _FORCES_UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
@@ -103,8 +104,9 @@ def _check_entry(name: Any, entry: Any) -> None:
 def _check_stored(index: Any, stored: Any) -> None:
     if not isinstance(index, MetadataIndex) or not isinstance(stored, _StorageInfo):
         raise TypeError(f"it maps {type(index).__name__} to {type(stored).__name__}")
-    if not stored.relative_path or Path(stored.relative_path).name != stored.relative_path:
-        raise ValueError(f"it refers to {stored.relative_path!r}, which is not a file in its folder")
+    name = stored.relative_path
+    if not 0 < len(name) <= MAX_FILE_NAME or Path(name).name != name:
+        raise ValueError(f"it refers to {name!r:.100}, which is not a file in its folder")
     if not (isinstance(stored.offset, int) and isinstance(stored.length, int)) or min(stored.offset, stored.length) < 0:
         raise ValueError(f"{stored.relative_path} has bytes {stored.offset!r} + {stored.length!r}")
 

@@ -57,7 +57,7 @@ def read_accuracies(file: Path) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
         for row in rows:
             Accuracy(**{key: value + 0 for key, value in row.items()})
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{file} is damaged ({error}); remove it and run the stage eval again.") from error
     return rows
 

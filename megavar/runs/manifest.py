@@ -53,7 +53,7 @@ class Manifest:
                 float(entry["seconds"] if is_finished else 0.0)
                 for output in entry.get("outputs", {}).values():
                     int(output["bytes"]), str(output["sha256"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(
                 f"{self.file} is damaged or of another version ({type(error).__name__}: {error}); restore it, or "
                 "remove it: the same command then finds what the stages wrote, but does not compare the settings they "
