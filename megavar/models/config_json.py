@@ -4,6 +4,7 @@ Optional keys have transformers' defaults. Sizes and the RoPE base have none: a 
 """
 
 import json
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ def read_dims(folder: Path) -> ModelDims:
     if not isinstance(config, dict):
         raise ValueError(f"{file} contains {config!r:.80}, expected a JSON object; re-download it.")
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"{file} has model_type={model_type!r}; supported are {', '.join(FAMILIES)}.")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"{file} has model_type={model_type!r:.100}; supported are {', '.join(FAMILIES)}.")
     family = FAMILIES[model_type]
     for key, value in {"use_sliding_window": False, "hidden_act": "silu", **family.required}.items():
         if config.get(key, value) not in (value, None):
@@ -49,10 +50,14 @@ def _dims(model_type: str, family: Family, config: dict[str, Any], file: Path) -
     def get(key: str, kind: type, default: Any = None) -> Any:
         value = config.get(key)
         value = default if value is None else value
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
         if type(value) is not kind:
-            raise ValueError(f"{file} has {key}={value!r}, expected a value of type {kind.__name__}; re-download it.")
+            raise ValueError(
+                f"{file} has {key}={value!r:.100}, expected a value of type {kind.__name__}; re-download it."
+            )
+        if kind is float and not isfinite(value):
+            raise ValueError(f"{file} has {key}={value}, expected a finite number; re-download it.")
         if isinstance(value, int) and kind is int and value < 1:
             raise ValueError(f"{file} has {key}={value}, expected at least 1; re-download it.")
         return value
@@ -95,7 +100,7 @@ def _rope_base(config: dict[str, Any], file: Path) -> float:
     if kind != "default":
         raise ValueError(f"{file} has RoPE scaling {kind!r}, which is not supported; use a model without it.")
     base = rope.get("rope_theta", config.get("rope_theta"))
-    if not isinstance(base, int | float) or isinstance(base, bool):
+    if not isinstance(base, int | float) or isinstance(base, bool) or not 0 < base < 2**63:
         raise ValueError(
             f"{file} has no rope_theta, and the RoPE base has no default; add it, or re-download the file."
         )
