@@ -56,7 +56,7 @@ def _dims(model_type: str, family: Family, config: dict[str, Any], file: Path) -
             raise ValueError(
                 f"{file} has {key}={value!r:.100}, expected a value of type {kind.__name__}; re-download it."
             )
-        if kind is float and not isfinite(value):
+        if isinstance(value, float) and not isfinite(value):
             raise ValueError(f"{file} has {key}={value}, expected a finite number; re-download it.")
         if isinstance(value, int) and kind is int and value < 1:
             raise ValueError(f"{file} has {key}={value}, expected at least 1; re-download it.")

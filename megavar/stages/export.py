@@ -8,6 +8,7 @@ from megavar.progress import ProgressLine, in_megabytes
 from megavar.ranks import on_rank_zero
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
+from megavar.stopping import stop_if_requested
 
 
 def execute(run: Run, service: RolloutService) -> None:
@@ -29,7 +30,13 @@ def export_newest(folder: Path, target: Path) -> None:
 
     def convert() -> None:
         with ProgressLine("export") as line:
-            to_hugging_face(checkpoints[-1], target, None, MAX_SHARD_BYTES, overwrite=True, progress=in_megabytes(line))
+            show = in_megabytes(line)
+
+            def advance(num_bytes: int, total_bytes: int) -> None:
+                stop_if_requested("the checkpoint is complete, its export is made anew")
+                show(num_bytes, total_bytes)
+
+            to_hugging_face(checkpoints[-1], target, None, MAX_SHARD_BYTES, overwrite=True, progress=advance)
 
     on_rank_zero(convert)
 
