@@ -216,8 +216,9 @@ def kill(campaign: Campaign, job: Job, kind: str) -> str | None:
         time.sleep(0.1)
     campaign.longest_end_seconds = max(campaign.longest_end_seconds, time.monotonic() - started)
     if left := alive(tree):
+        names = [f"{process.pid} {process.name()} {process.status()}" for process in left]
         signal_all(left, signal.SIGKILL)
-        return f"{len(left)} processes outlived the job"
+        return f"processes outlived the job: {names}"
     if kind == "SIGTERM" and not job.under_torchrun and code not in (75, 0):
         return f"exit code {code} after SIGTERM, expected 75"
     return None
