@@ -153,8 +153,7 @@ def reported(work: Callable[[], None]) -> int:
     """Do the work and return the exit code; an error that all ranks share is printed once, by rank 0.
 
     A user's mistake (ValueError), an explained failure and a full disk are one line; anything else comes with its
-    traceback.
-    Whatever the umask, nobody else can write the files that the work makes.
+    traceback. Whatever the umask, nobody else can write the files that the work makes.
     """
     os.umask(os.umask(0) | 0o022)  # which ranks, servers and workers inherit
     try:
@@ -165,6 +164,7 @@ def reported(work: Callable[[], None]) -> int:
 
 
 def _code_of(work: Callable[[], None]) -> int:
+    crashed = False
     try:
         work()
     except RankZeroError:
@@ -193,11 +193,10 @@ def _code_of(work: Callable[[], None]) -> int:
             traceback.print_exception(error)
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not have been imported
             print("error: out of GPU memory; see docs/troubleshooting.md#out-of-memory", flush=True)
-        code = 1
-        share_exit_code(code)
+        code, crashed = 1, True
     else:
         return 0
-    if is_rank_zero():
+    if is_rank_zero() or crashed:  # of what all ranks share, rank 0 tells the others
         share_exit_code(code)
     return code
 

@@ -62,7 +62,8 @@ class RankWatch:
                 self._store.set(f"{_BEAT}/{self._rank}", f"{me} {count}")
                 if code := self._heard(RUN_ENDED):
                     self.heard_the_end.set()
-                    self._over.wait(GRACE_SECONDS) or os._exit(int(code))
+                    if not self._over.wait(GRACE_SECONDS):
+                        os._exit(int(code))
                     return
                 self._pass_on_the_wish_to_stop()
                 beat = self._heard(f"{_BEAT}/{self._next}")

@@ -312,9 +312,8 @@ class SGLangEngine:
                 version = answer["meta_info"]["weight_version"]
                 generation = read_generation(answer, request, seed, self._vocab_size)
             except (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError) as error:
-                message = (
-                    f"{worker.url} sent a malformed sample ({type(error).__name__}: {error}): {str(answer)[:200]!r}"
-                )
+                what = f"{type(error).__name__}: {error!s:.100}"
+                message = f"{worker.url} sent a malformed sample ({what}): {str(answer)[:200]!r}"
                 raise ServerFault(message, broken=False) from error
             if version != self._weight_version:
                 message = f"{worker.url} sampled with weight version {version}, expected {self._weight_version}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megavar.verifiers import get_verifier
-from megavar.verifiers.math import is_too_large
+from megavar.verifiers.expression_size import is_too_large
 from megavar.verifiers.pool import VerifyJob, verify_all
 
 CODE = "__import__('os').system('touch MARKER')"
