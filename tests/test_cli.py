@@ -1,16 +1,20 @@
 """What the command line prints, and what it does not import."""
 
+import contextlib
 import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from megavar.cli import main
+from megavar.ranks import process_exists
 from megavar.runs.plan import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -113,3 +117,25 @@ def test_a_stage_of_one_process_runs_once_however_many_ranks_torchrun_starts(tmp
     command = [*torchrun, "-m", "megavar", "weigh", "--config", f"{tmp_path}/run.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.count("error: No question file none.jsonl") == 1
+
+
+@pytest.mark.parametrize("has_agent", [True, False])
+def test_a_rank_ends_with_the_process_that_started_it_if_that_is_an_agent(tmp_path, has_agent):
+    """It executes nothing at that moment: the kernel ends it."""
+    rank = "import time; from megavar.cli import end_with_agent; end_with_agent()\n"
+    rank += "print('ready', flush=True); time.sleep(30)"
+    agent = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {rank!r}])\n"
+    agent += "print(p.pid, flush=True); p.wait()"
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
+    if has_agent:
+        environment["TORCHELASTIC_RUN_ID"] = "x"
+    command = [sys.executable, "-c", agent]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    lines = sorted([process.stdout.readline().strip(), process.stdout.readline().strip()])
+    assert lines[1] == "ready"
+    process.kill()
+    process.wait()
+    time.sleep(0.5)
+    assert process_exists(int(lines[0])) != has_agent
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(lines[0]), signal.SIGKILL)

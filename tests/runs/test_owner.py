@@ -133,3 +133,13 @@ def test_an_owner_that_was_taken_over_while_it_was_suspended_ends_and_leaves_the
     assert process.wait(5) == 1
     assert "was taken over by process 1 on elsewhere" in process.stdout.read()
     assert json.loads((tmp_path / FILE).read_text())["token"] == "theirs"
+
+
+def test_who_comes_late_to_a_dead_owners_file_leaves_the_next_owner_its_file(tmp_path):
+    """Two find the owner dead; the slower one moves away what the quicker one has made by then."""
+    write_owner(tmp_path)
+    stale = owner._read(tmp_path / FILE)
+    write_owner(tmp_path, token="the quicker one's")
+    owner._remove(tmp_path / FILE, stale)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert json.loads((tmp_path / FILE).read_text())["token"] == "the quicker one's"
