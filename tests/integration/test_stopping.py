@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers.processes import runs
 
 from megavar.runs.metrics import Metrics
 
@@ -73,7 +74,7 @@ def job_in_training(folder: Path, *launcher: str) -> tuple[subprocess.Popen[str]
 
 
 def alive(processes: list[psutil.Process]) -> bool:
-    return any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+    return any(map(runs, processes))
 
 
 def assert_the_rerun_trains_the_other_steps(folder: Path) -> None:

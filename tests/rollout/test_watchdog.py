@@ -1,5 +1,6 @@
 """Nothing of a server outlives it, its watchdog or its parent, whichever is killed."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers.processes import runs
 
 from megavar.rollout import watchdog
 
@@ -46,8 +48,8 @@ class Tree:
 
     def left(self) -> list[object]:
         """Processes below the parent and temporary files that are still there."""
-        processes = [each for each in (self.watchdog, self.server, self.child) if each.is_running()]
-        return [each for each in processes if each.status() != psutil.STATUS_ZOMBIE] + list(self.folder.iterdir())
+        processes = [each for each in (self.watchdog, self.server, self.child) if runs(each)]
+        return [*processes, *self.folder.iterdir()]
 
 
 @pytest.fixture
@@ -66,8 +68,9 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tree]:
         try:
             yield Tree(psutil.Process(parent.pid), guard, server, child, folder)
         finally:
-            for process in (psutil.Process(parent.pid), guard, server, child):
-                if process.is_running():
+            parent.kill()
+            for process in (guard, server, child):
+                with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
 
 
@@ -94,7 +97,7 @@ def test_a_killed_watchdog_takes_the_server_along_and_the_next_one_removes_its_f
     watchdog.remove_stale_folders()
     assert [path.name for folder in tree.folder.iterdir() for path in folder.iterdir()] == ["file"]  # in use
     tree.watchdog.kill()
-    wait_until(lambda: not tree.server.is_running() or tree.server.status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: not runs(tree.server))
     tree.child.kill()
     assert len(list(tree.folder.iterdir())) == 1
     ended = [sys.executable, watchdog.__file__, str(os.getpid()), sys.executable, "-c", "raise SystemExit(3)"]
