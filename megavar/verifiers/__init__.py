@@ -3,10 +3,18 @@
 from collections.abc import Sequence
 from importlib import import_module
 
-from megavar.verifiers import math
+from megavar.records import Question
+from megavar.verifiers import choice, countdown, math, text
 from megavar.verifiers.base import Verifier
 
-VERIFIERS: dict[str, Verifier] = {"math": math.verify}
+VERIFIERS: dict[str, Verifier] = {
+    "math": math.verify,
+    "choice": choice.verify,
+    "text": text.verify,
+    "countdown": countdown.verify,
+}
+NO_VERIFIER = "none"
+"""The `Question.verifier` of questions whose answers are not judged."""
 
 
 def get_verifier(name: str, plugins: Sequence[str] = ()) -> Verifier:
@@ -24,7 +32,8 @@ def get_verifier(name: str, plugins: Sequence[str] = ()) -> Verifier:
         return VERIFIERS[name]
     if name not in plugins:
         advice = f", or allow it if you trust the code: verify.plugins=[{name}]" if ":" in name else ""
-        raise ValueError(f"verifier {name!r} is unknown; use one of {', '.join([*VERIFIERS, *plugins])}{advice}.")
+        allowed = ", ".join([*VERIFIERS, NO_VERIFIER, *plugins])
+        raise ValueError(f"verifier {name!r} is unknown; use one of {allowed}{advice}.")
     module, _, function = name.partition(":")
     try:
         verifier: Verifier = getattr(import_module(module), function)
@@ -34,3 +43,10 @@ def get_verifier(name: str, plugins: Sequence[str] = ()) -> Verifier:
             "installed or on PYTHONPATH."
         ) from error
     return verifier
+
+
+def ground_truth(question: Question) -> str:
+    """What the question's verifier compares with: its answer, and for `choice` the options as well."""
+    if question.verifier == "choice":
+        return choice.with_options(question.answer, question.question)
+    return question.answer

@@ -1,20 +1,33 @@
-"""Verifier `math`: mathematical equivalence of the final answer, by math-verify."""
+"""Verifier `math`: mathematical equivalence of the final answer.
+
+Both answers are brought into one notation (`notation.py`). Numbers, units, number bases, words and the order of
+collections are compared here; everything else by math-verify, whose "equal" gets a second look (`second_look.py`).
+"""
 
 import logging
 import re
+from typing import Any
 
 from megavar.records import Verdict
+from megavar.verifiers import choice
 from megavar.verifiers.expression_size import COMPUTING, is_too_large
+from megavar.verifiers.final_answer import last_box, stated_answer
+from megavar.verifiers.notation import normalise, words
+from megavar.verifiers.plain_number import PlainNumber, equal_numbers, plain_number
+from megavar.verifiers.second_look import DIGITS, differ, is_ordered
+from megavar.verifiers.units import split_unit
 
-# An escaped character (\{ and \} do not open or close a group), the start of a box, or a brace of a group.
-_TOKEN = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_SPACE = r"(?:\s|\$|\\[(\[,;:! ]|\\(?:quad|qquad|displaystyle|left)\b)*"
 _RELATION = re.compile(
-    _SPACE
-    + r"(\\(?:neg|lnot|not|neq|ne|leq|leqslant|le|geq|geqslant|ge|lt|gt|ll|gg|approx|sim|simeq|cong|equiv|propto|prec"
-    r"|succ|preceq|succeq|pm|mp)(?![A-Za-z])|[<>\u2264\u2265\u2260\u2248\u00ac\u223c\u00b1])"
+    r"(\\(?:neg|lnot|not|neq|ne|leq|geq|lt|gt|ll|gg|approx|sim|simeq|cong|equiv|propto|prec|succ|preceq|succeq|pm|mp)"
+    r"(?![A-Za-z])|[<>~\u00ac])"
 )
 """A relation or a negation before the answer, which math-verify overlooks."""
+_QUANTIFIER = re.compile(r"\\(?:forall|exists|nexists)(?![A-Za-z])")
+_NAMED = re.compile(r"((?:\\?[A-Za-z]+|[A-Za-z]\([A-Za-z]\))(?:_\w|_\{\w+\})?'?)\s*(?:=|\\in(?![A-Za-z]))\s*([^=]+)")
+"""A variable with its value, or the set that it is in."""
+_IN_BASE = re.compile(r"([-+]?[0-9A-Za-z]+)\s*(?:_\s*\{?\s*(\d{1,2})\s*\}?|\(?\s*(?:in\s+)?base\s+(\d{1,2})\s*\)?)")
+_ENDS_IN_WORDS = re.compile(r"(.*[\d})%])\s*((?:[^\W\d_]+[\s.'-]*)+)")
+_NO_UNITS = {"not", "no", "none", "never", "false", "wrong", "about", "than", "except", "least", "most"}
 
 MAX_RESPONSE_CHARACTERS = 20_000
 """Of the end of a response, where its answer is."""
@@ -26,55 +39,206 @@ def verify(response: str, gold: str) -> Verdict:
     """Compare the last \\boxed{...} of the response with `gold`; without a box, the answer that math-verify extracts.
 
     Args:
-        gold: the ground-truth answer: an expression, or \\boxed{expression}.
+        gold: the ground-truth answer: an expression, a text, the letter of an option, or one of these in \\boxed{}.
 
     Raises:
-        ValueError: if math-verify cannot parse `gold`.
+        ValueError: if `gold` is no answer: empty, without letters and digits, or not to be parsed.
     """
-    from math_verify import parse
+    response, gold_box = response[-MAX_RESPONSE_CHARACTERS:], last_box(gold)
+    known = gold if gold_box is None else gold_box
+    if choice.is_option(known):
+        return choice.verify(response, known)
+    answer = last_box(response)
+    if answer is None:
+        answer = _unboxed(response[-MAX_UNBOXED_CHARACTERS:], known)
+        if answer is None:
+            return Verdict.NO_ANSWER
+    if answer.strip() == known.strip() and _says_something(answer):
+        return Verdict.CORRECT
+    if is_too_large(answer, known):
+        return Verdict.WRONG
+    one, other = normalise(answer), normalise(known)
+    if not one:
+        return Verdict.NO_ANSWER
+    if not _says_something(other):
+        raise ValueError(f"the ground-truth answer {gold!r} is not a mathematical expression")
+    return Verdict.CORRECT if one == other or _equal(one, other) else Verdict.WRONG
+
+
+def _says_something(answer: str) -> bool:
+    return any(char.isalnum() for char in answer)
+
+
+def _unboxed(response: str, known: str) -> str | None:
+    if is_too_large(response, known, COMPUTING):
+        return "?"
+    if _is_text(normalise(known)):
+        return stated_answer(response)
+    texts = [found for found in _parse(response, boxed=False) if isinstance(found, str)]
+    return texts[-1] if texts else None
+
+
+def _equal(answer: str, known: str) -> bool:
+    relation = _RELATION.match(answer)
+    if relation and relation[1] not in known and not (relation[1] == "\\pm" and "," in known):
+        return False
+    if len(_QUANTIFIER.findall(answer)) != len(_QUANTIFIER.findall(known)):
+        return False
+    answer, known = _without_name(answer, known)
+    if (verdict := _as_numbers(answer, known)) is not None:
+        return verdict
+    answer, known, ratio = _without_units(answer, known)
+    if ratio is None:
+        return False
+    if ratio != 1:
+        one, other = plain_number(answer), plain_number(known)
+        scaled = one and PlainNumber(one.value * ratio, one.unit_in_last_place * ratio)
+        return bool(scaled and other and equal_numbers(scaled, other))
+    for compare in (_as_numbers, _in_bases, _as_texts):
+        if (verdict := compare(answer, known)) is not None:
+            return verdict
+    answer, known = _without_words(answer, known)
+    if words(answer) != words(known):
+        return False
+    order = is_ordered(answer), is_ordered(known)
+    if None not in order and order[0] != order[1]:
+        return False
+    return answer == known or _as_numbers(answer, known) or _as_expressions(answer, known)
+
+
+def _without_name(answer: str, known: str) -> tuple[str, str]:
+    """Both without the `x =` or `x \\in` before them, unless these names differ."""
+    one, other = _NAMED.fullmatch(answer), _NAMED.fullmatch(known)
+    if one and other and one[1] != other[1]:
+        return answer, known
+    return (one[2].strip() if one and "," not in _outside(one[2]) else answer,
+            other[2].strip() if other and "," not in _outside(other[2]) else known)  # fmt: skip
+
+
+def _outside(text: str) -> str:
+    """A text without what is in its brackets."""
+    return re.sub(r"[(\[{].*[)\]}]", "", text)
+
+
+def _as_numbers(answer: str, known: str) -> bool | None:
+    """Whether two plain numbers are equal; None if one of the two is none."""
+    one, other = plain_number(answer), plain_number(known)
+    return None if one is None or other is None else equal_numbers(one, other)
+
+
+def _without_units(answer: str, known: str) -> tuple[str, str, Any]:
+    """Both without their units, and the ratio of these; None if they measure different things."""
+    (answer, of_answer), (known, of_known) = split_unit(answer), split_unit(known)
+    if of_answer is None or of_known is None:
+        return answer, known, 1
+    return answer, known, of_answer[1] / of_known[1] if of_answer[0] == of_known[0] else None
+
+
+def _in_bases(answer: str, known: str) -> bool | None:
+    """Whether two numbers with a base are equal; where only one names a base, whether their digits are."""
+    one, other = _IN_BASE.fullmatch(answer), _IN_BASE.fullmatch(known)
+    if one is None and other is None:
+        return None
+    values = []
+    for match, text in ((one, answer), (other, known)):
+        digits, base = (match[1], int(match[2] or match[3])) if match else (text, 0)
+        try:
+            values.append((digits.lower().lstrip("0"), int(digits, base) if 2 <= base <= 36 else None))
+        except ValueError:  # such as a_1, or 9 in base 8
+            return None
+    if one and other:
+        return values[0][1] == values[1][1] and values[0][1] is not None
+    return values[0][0] == values[1][0]
+
+
+def _is_text(answer: str) -> bool:
+    return bool(words(answer)) and re.fullmatch(r"(?:[^\W\d_]|[\s,.;:!?'\"()&-])+", answer) is not None
+
+
+def _as_texts(answer: str, known: str) -> bool | None:
+    """Whether two texts are equal but for case and punctuation; None if both are mathematics."""
+    if not (_is_text(answer) or _is_text(known)):
+        return None
+    return re.findall(r"\w+", answer.casefold()) == re.findall(r"\w+", known.casefold())
+
+
+def _without_words(answer: str, known: str) -> tuple[str, str]:
+    """Both without the words after the number where only one has words: 5 apples is 5."""
+    of_answer, of_known = words(answer), words(known)
+    if bool(of_answer) == bool(of_known) or _NO_UNITS & {*of_answer, *of_known}:
+        return answer, known
+    match = _ENDS_IN_WORDS.fullmatch(answer if of_answer else known)
+    if match is None or words(match[1]):
+        return answer, known
+    return (match[1], known) if of_answer else (answer, match[1])
+
+
+def _as_expressions(answer: str, known: str) -> bool:
     from math_verify import verify as equal
+    from sympy import Basic, MatrixBase
+
+    expected = _parse(f"\\boxed{{{known}}}")
+    if not expected:
+        raise ValueError(f"the ground-truth answer {known!r} is not a mathematical expression")
+    found = _parse(f"\\boxed{{{answer}}}")
+    if not found:
+        return False
+    one, other = found[0], expected[0]
+    if not (isinstance(one, Basic | MatrixBase) and isinstance(other, Basic | MatrixBase)):
+        return bool(equal(expected, found, timeout_seconds=None))
+    for written, expression in ((plain_number(answer), other), (plain_number(known), one)):
+        if written and (verdict := _number_is(written, expression)) is not None:
+            return verdict
+    one, other = _sets(one, other)
+    # Asymmetric: math-verify expects the ground truth first.
+    return bool(equal(other, one, timeout_seconds=None)) and not differ(other, one)
+
+
+def _parse(text: str, boxed: bool = True) -> list[Any]:
+    """What math-verify reads: an expression and its text, or a text alone."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     # math-verify's timeouts use SIGALRM, which works in the main thread only (math_verify/utils.py, timeout), so they
     # are off, and it logs a warning in every process. The worker process enforces the deadline instead (pool.py).
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    response = response[-MAX_RESPONSE_CHARACTERS:]
-    boxed, gold_box = last_box(response), last_box(gold)
-    known = gold if gold_box is None else gold_box
-    if boxed is None:
-        response = response[-MAX_UNBOXED_CHARACTERS:]
-        if is_too_large(response, known, COMPUTING):
-            return Verdict.WRONG
-    else:
-        if is_too_large(boxed) and boxed.strip() == known.strip():
-            return Verdict.CORRECT
-        if is_too_large(boxed, known):
-            return Verdict.WRONG
-        if (relation := _RELATION.match(boxed)) and relation.group(1) not in known:
-            return Verdict.WRONG
-    # math-verify would parse several boxes as a set.
-    parsed = parse(response if boxed is None else _as_box(boxed), parsing_timeout=None)
-    if not parsed:
-        return Verdict.NO_ANSWER
-    expected = parse(_as_box(known), parsing_timeout=None)
-    if not expected:
-        raise ValueError(f"the ground-truth answer {gold!r} is not a mathematical expression")
-    # Asymmetric: math-verify expects the ground truth first.
-    return Verdict.CORRECT if equal(expected, parsed, timeout_seconds=None) else Verdict.WRONG
+    # Units are compared before; math-verify would drop them, and letters that only look like units.
+    notation = NormalizationConfig(units=not boxed, malformed_operators=True, nits=True)
+    latex = LatexExtractionConfig(normalization_config=notation)
+    found: list[Any] = parse(text, [latex, ExprExtractionConfig()], parsing_timeout=None)
+    return found
 
 
-def last_box(text: str) -> str | None:
-    """Content of the last \\boxed{...} with balanced braces, or None if there is none."""
-    opened: list[re.Match[str]] = []
-    start, content = -1, None
-    for token in _TOKEN.finditer(text):
-        if token.group()[-1] == "{" and len(token.group()) != 2:
-            opened.append(token)
-        elif token.group() == "}" and opened:
-            box = opened.pop()
-            if len(box.group()) > 1 and box.start() > start:
-                start, content = box.start(), text[box.end() : token.start()]
-    return content
+def _number_is(written: PlainNumber, expression: Any) -> bool | None:
+    """Whether an exact expression has the value of a number as written; None if it is not an exact real number."""
+    from sympy import Expr, Float
+
+    if not isinstance(expression, Expr) or expression.has(Float) or written.is_percentage:
+        return None
+    value = expression.doit().evalf(DIGITS) if expression.is_number else None
+    if value is None or not value.is_Float or not value.is_finite:
+        return None
+    exact = plain_number(f"{value:.{DIGITS - 2}e}".replace("e", r"\times 10^{") + "}")
+    return None if exact is None else equal_numbers(PlainNumber(exact.value, exact.unit_in_last_place * 10), written)
 
 
-def _as_box(expression: str) -> str:
-    return f"\\boxed{{{expression}}}"
+def _sets(one: Any, other: Any) -> tuple[Any, Any]:
+    """Where one of two expressions is a set of numbers, the other as one too: m >= 2 as an interval."""
+    from sympy import FiniteSet, Set
+
+    def is_set(expression: Any) -> bool:
+        return isinstance(expression, Set) and not isinstance(expression, FiniteSet)
+
+    if is_set(one) != is_set(other):
+        return (one, _as_set(other)) if is_set(one) else (_as_set(one), other)
+    return one, other
+
+
+def _as_set(expression: Any) -> Any:
+    from sympy import FiniteSet, Union
+
+    parts = expression.args if isinstance(expression, FiniteSet) else [expression]
+    try:
+        return Union(*(part.as_set() for part in parts))
+    except (AttributeError, NotImplementedError, TypeError, ValueError):  # no relation, or of several variables
+        return expression

@@ -8,8 +8,8 @@ import multiprocessing
 import pickle
 import signal
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
@@ -24,6 +24,10 @@ _GRACE_SECONDS = 2.0
 """A worker that was not killed at its deadline (its parent is dead or busy) terminates itself after this time."""
 _ERROR_CHARACTERS = 500
 _STOP_POLL_SECONDS = 0.5
+_MOST_PENDING, _MOST_REMEMBERED = 256, 4096
+"""Jobs that are read ahead, and jobs whose verdicts are remembered."""
+_MOST_AT_ONCE, _QUICK_SECONDS = 32, 0.05
+"""Jobs sent to a worker at once, as long as they take it so little time."""
 _READY, _VERDICT = "ready", "verdict"
 _RETURNABLE = (Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER)
 """Verdicts that a verifier may return; the pool itself sets the others."""
@@ -40,20 +44,23 @@ class VerifyJob:
 
 
 def verify_all(
-    jobs: Sequence[VerifyJob],
+    jobs: Iterable[VerifyJob],
     num_workers: int,
     timeout_seconds: float,
     on_verdict: Callable[[int, str], None],
-) -> list[str]:
-    """Verify all jobs; identical jobs run once.
+) -> int:
+    """Verify all jobs; of identical jobs near each other, one is run.
+
+    Memory does not grow with the number of jobs: they are read as workers become free.
 
     Args:
         num_workers: worker processes.
-        timeout_seconds: of one job, from the moment a running worker receives it.
-        on_verdict: called with (index into `jobs`, verdict) as verdicts arrive.
+        timeout_seconds: of one job, from the moment a running worker begins it.
+        on_verdict: called with (index into `jobs`, verdict) as verdicts arrive: `correct`, `wrong`, `no_answer`,
+            `timeout` or `error: ...`.
 
     Returns:
-        One verdict per job, in the order of `jobs`: `correct`, `wrong`, `no_answer`, `timeout` or `error: ...`.
+        The number of jobs.
 
     Raises:
         ValueError: if `num_workers` or `timeout_seconds` is not positive.
@@ -62,56 +69,80 @@ def verify_all(
     """
     if num_workers < 1 or timeout_seconds <= 0:
         raise ValueError(f"num_workers={num_workers} must be at least 1, timeout_seconds={timeout_seconds} above 0.")
-    indices_of: dict[VerifyJob, list[int]] = defaultdict(list)
-    for index, job in enumerate(jobs):
-        indices_of[job].append(index)
-    pending, verdicts = deque(indices_of), [""] * len(jobs)
-
-    def settle(job: VerifyJob, verdict: str) -> None:
-        for index in indices_of[job]:
-            verdicts[index] = verdict
-            on_verdict(index, verdict)
-
+    queue = _Queue(jobs, on_verdict)
     workers: list[_Worker] = []
     try:
-        for _ in range(min(num_workers, len(pending))):
-            workers.append(_Worker())
-        while pending or any(worker.job for worker in workers):
-            stop_if_requested(f"{len(verdicts) - verdicts.count('')} of {len(jobs)} verdicts are on disk")
-            _advance(workers, pending, timeout_seconds, settle)
+        while queue.fill() or any(worker.jobs for worker in workers):
+            stop_if_requested(f"{queue.num_settled} verdicts are on disk")
+            while len(workers) < num_workers and len(workers) < len(queue.pending) + sum(map(_is_busy, workers)):
+                workers.append(_Worker())
+            _advance(workers, queue, timeout_seconds)
     finally:
         for worker in workers:
             worker.kill()
-    return verdicts
+    return queue.num_read
 
 
-def _advance(
-    workers: list["_Worker"],
-    pending: deque[VerifyJob],
-    timeout_seconds: float,
-    settle: Callable[[VerifyJob, str], None],
-) -> None:
-    """Wait until the next result or deadline, collect results, replace dead or timed-out workers, assign new jobs."""
+class _Queue:
+    """Jobs that wait for a worker, and where the verdicts of jobs like them go."""
+
+    def __init__(self, jobs: Iterable[VerifyJob], on_verdict: Callable[[int, str], None]) -> None:
+        self._jobs, self._on_verdict = enumerate(jobs), on_verdict
+        self._indices_of: dict[VerifyJob, list[int]] = {}
+        self._settled: OrderedDict[VerifyJob, str] = OrderedDict()
+        self.pending: deque[VerifyJob] = deque()
+        self.num_read = self.num_settled = 0
+
+    def fill(self) -> bool:
+        """Read jobs until enough of them wait; False if none does."""
+        while len(self.pending) < _MOST_PENDING and (item := next(self._jobs, None)) is not None:
+            index, job = item
+            self.num_read += 1
+            if (verdict := self._settled.get(job)) is not None:
+                self._report(index, verdict)
+            elif job in self._indices_of:
+                self._indices_of[job].append(index)
+            else:
+                self._indices_of[job] = [index]
+                self.pending.append(job)
+        return bool(self.pending)
+
+    def settle(self, job: VerifyJob, verdict: str) -> None:
+        """Report the verdict of a job, and remember it for the next ones like it."""
+        for index in self._indices_of.pop(job):
+            self._report(index, verdict)
+        self._settled[job] = verdict
+        if len(self._settled) > _MOST_REMEMBERED:
+            self._settled.popitem(last=False)
+
+    def _report(self, index: int, verdict: str) -> None:
+        self._on_verdict(index, verdict)
+        self.num_settled += 1
+
+
+def _advance(workers: list["_Worker"], queue: _Queue, timeout_seconds: float) -> None:
+    """Wait until the next result or deadline, collect results, remove dead or timed-out workers, assign new jobs."""
     until = min(worker.deadline for worker in workers) - time.monotonic()
     wait([worker.connection for worker in workers], min(max(0.0, until), _STOP_POLL_SECONDS))
     for worker in list(workers):
-        verdict = worker.receive()
+        while (verdict := worker.receive(timeout_seconds)) is not None:
+            queue.settle(worker.jobs.popleft(), verdict)
         if worker.dead:
             worker.kill()
             workers.remove(worker)
-            if pending:
-                workers.append(_Worker())
-        if worker.job and verdict is not None:
-            job, worker.job = worker.job, None
-            settle(job, verdict)
-        if not worker.dead and worker.is_ready and worker.job is None:
+            queue.pending.extendleft(reversed(worker.jobs))
+        elif worker.is_ready and not worker.jobs:
             worker.deadline = float("inf")
-            if pending:
-                worker.give(pending.popleft(), timeout_seconds)
+            if queue.pending:
+                worker.give(queue.pending, timeout_seconds)
+
+
+def _is_busy(worker: "_Worker") -> bool:
+    return bool(worker.jobs)
 
 
 class _Worker:
-    """One worker process and its current job."""
+    """One worker process and the jobs that it was given: more at once where they take little time."""
 
     def __init__(self) -> None:
         # Not forked: threads of gloo or CUDA in the caller do not survive a fork.
@@ -120,25 +151,36 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(child_end,), daemon=True)
         self.process.start()
         child_end.close()
-        self.job: VerifyJob | None = None
+        self.jobs: deque[VerifyJob] = deque()
         self.deadline = time.monotonic() + _START_SECONDS
         self.is_ready = False
         self.dead = False
+        self._num_at_once, self._given_at = 1, 0.0
 
-    def give(self, job: VerifyJob, timeout_seconds: float) -> None:
-        self.job, self.deadline = job, time.monotonic() + timeout_seconds
+    def give(self, pending: deque[VerifyJob], timeout_seconds: float) -> None:
+        """Take the next jobs and send them."""
+        now = time.monotonic()
+        quick = self._given_at and now - self._given_at < _QUICK_SECONDS
+        self._num_at_once = min(2 * self._num_at_once, _MOST_AT_ONCE) if quick else 1
+        self.jobs.extend(pending.popleft() for _ in range(min(self._num_at_once, len(pending))))
+        self._given_at, self.deadline = now, now + timeout_seconds
         try:
-            self.connection.send((job, timeout_seconds))
+            self.connection.send((list(self.jobs), timeout_seconds))
         except OSError:
             self.deadline = 0.0  # It died while idle; `receive` reads its exit code.
 
-    def receive(self) -> str | None:
-        """The verdict of the current job if it is available; sets `dead` if the worker died or timed out."""
+    def receive(self, timeout_seconds: float) -> str | None:
+        """The verdict of the first job if it is available; sets `dead` if the worker died or timed out."""
+        if self.dead:
+            return None
         try:
             if self.connection.poll():
                 kind, verdict = self.connection.recv()
                 self.is_ready = True
-                return str(verdict) if kind == _VERDICT else None
+                if kind != _VERDICT:
+                    return None
+                self.deadline = time.monotonic() + timeout_seconds
+                return str(verdict)
             if time.monotonic() < self.deadline:
                 return None
             reason = f"did not start within {_START_SECONDS:.0f} seconds"
@@ -154,9 +196,10 @@ class _Worker:
                 f"a verifier worker {reason} before it was ready; see its output above, and check that the calling "
                 "script has an `if __name__ == '__main__'` guard."
             )
-        return verdict
+        return verdict if self.jobs else None
 
     def kill(self) -> None:
+        """End the process."""
         self.process.kill()
         self.process.join()
         self.connection.close()
@@ -168,19 +211,29 @@ def _serve(connection: Connection) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # Warm-up: importing math-verify takes seconds, which must not count against the first job's timeout.
-    math.verify("\\boxed{1}", "1")
+    math.verify("\\boxed{x+1}", "1+x")
     try:
         connection.send((_READY, ""))
         while True:
-            connection.send((_VERDICT, _verify_next(connection)))
+            message = connection.recv_bytes()
+            for verdict in _verdicts(message):
+                connection.send((_VERDICT, verdict))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
 
-def _verify_next(connection: Connection) -> str:
-    message = connection.recv_bytes()
+def _verdicts(message: bytes) -> Iterator[str]:
     try:
-        job, timeout_seconds = pickle.loads(message)
+        jobs, timeout_seconds = pickle.loads(message)
+    except Exception as error:  # a verifier that cannot be imported here
+        yield _described(error)
+        return
+    for job in jobs:
+        yield _verify(job, timeout_seconds)
+
+
+def _verify(job: VerifyJob, timeout_seconds: float) -> str:
+    try:
         # If the parent dies now, a hanging verifier (even in C code) must terminate soon after.
         signal.setitimer(signal.ITIMER_REAL, timeout_seconds + _GRACE_SECONDS)
         verdict = job.verifier(job.response, job.gold)
@@ -188,6 +241,10 @@ def _verify_next(connection: Connection) -> str:
             return f"error: the verifier returned {verdict!r}, expected one of {', '.join(_RETURNABLE)}"
         return str(verdict)
     except Exception as error:
-        return f"error: {type(error).__name__}: {error}"[:_ERROR_CHARACTERS]
+        return _described(error)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _described(error: Exception) -> str:
+    return f"error: {type(error).__name__}: {error}"[:_ERROR_CHARACTERS]

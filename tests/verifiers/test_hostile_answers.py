@@ -88,14 +88,18 @@ def test_hostile_answers_are_judged_quickly_and_pass_or_run_nothing(tmp_path, mo
     assert len(HOSTILE) >= 60
     jobs = [VerifyJob(get_verifier("math"), f"so \\boxed{{{answer}}}", "4") for answer in HOSTILE]
     jobs += [VerifyJob(get_verifier("math"), answer, "4") for answer in HOSTILE if "4" not in answer]
-    times: dict[int, float] = {}
+    verdicts: dict[int, str] = {}
+    ends: list[float] = []
     started = time.monotonic()
-    verdicts = verify_all(jobs, 2, 10.0, lambda index, verdict: times.setdefault(index, time.monotonic() - started))
-    passed = [jobs[index].response[:80] for index, verdict in enumerate(verdicts) if verdict == "correct"]
-    assert passed == []
-    ends = sorted(times.values())
+
+    def keep(index: int, verdict: str) -> None:
+        verdicts[index] = verdict
+        ends.append(time.monotonic() - started)
+
+    assert verify_all(jobs, 2, 10.0, keep) == len(jobs)
+    assert [jobs[index].response[:80] for index, verdict in verdicts.items() if verdict == "correct"] == []
     seconds = [later - earlier for earlier, later in zip([ends[0], *ends], ends, strict=False)]
-    slow = [(jobs[index].response[:60], verdict) for index, verdict in enumerate(verdicts) if verdict == "timeout"]
+    slow = [(jobs[index].response[:60], verdict) for index, verdict in verdicts.items() if verdict == "timeout"]
     print(f"median {statistics.median(seconds):.3f} s, in all {ends[-1] - ends[0]:.1f} s, time-outs {slow}")
     assert statistics.median(seconds) < 0.2 and len(slow) <= 2
     assert not Path("MARKER").exists() and list(tmp_path.iterdir()) == []

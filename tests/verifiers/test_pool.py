@@ -18,9 +18,8 @@ from megavar.verifiers.pool import VerifyJob, verify_all
 
 def run(jobs, num_workers=2, timeout_seconds=30.0):
     seen = {}
-    verdicts = verify_all(jobs, num_workers, timeout_seconds, lambda index, verdict: seen.setdefault(index, verdict))
-    assert [seen[index] for index in range(len(jobs))] == verdicts
-    return verdicts
+    assert verify_all(jobs, num_workers, timeout_seconds, seen.__setitem__) == len(jobs)
+    return [seen[index] for index in range(len(jobs))]
 
 
 def timed(response, gold="x"):
@@ -29,9 +28,10 @@ def timed(response, gold="x"):
 
 def test_verdicts_stay_with_their_jobs_whatever_finishes_first():
     jobs = [timed("0.6 x"), timed("0 y"), timed("0.3 y"), timed("0 x"), timed("0.01 x")]
-    order = []
-    verdicts = verify_all(jobs, 2, 30.0, lambda index, verdict: order.append(index))
-    assert verdicts == ["correct", "wrong", "wrong", "correct", "correct"]
+    seen = {}
+    verify_all(jobs, 2, 30.0, seen.__setitem__)
+    assert [seen[index] for index in range(5)] == ["correct", "wrong", "wrong", "correct", "correct"]
+    order = list(seen)
     assert sorted(order) == [0, 1, 2, 3, 4] and order != sorted(order)  # as they arrive, not as they were asked
 
 
@@ -71,6 +71,33 @@ def test_equal_jobs_are_judged_once(tmp_path):
         folder.mkdir()
     assert run([VerifyJob(odd_verifiers.count_calls, "r", str(folder)) for folder in folders * 20]) == ["correct"] * 40
     assert [len(list(folder.iterdir())) for folder in folders] == [1, 1]
+
+
+def test_a_death_costs_no_job_that_was_waiting_behind_it():
+    jobs = [timed(f"0 x {index}") for index in range(200)]
+    jobs.insert(150, VerifyJob(odd_verifiers.die, "", ""))
+    verdicts = run(jobs, num_workers=1)
+    assert verdicts.pop(150) == "error: worker died with code 7" and verdicts == ["correct"] * 200
+
+
+def test_jobs_are_read_as_workers_become_free():
+    read, ahead = 0, []
+
+    def jobs():
+        nonlocal read
+        for index in range(3000):
+            read += 1
+            yield timed(f"0 x {index}")
+
+    settled = 0
+
+    def keep(index: int, verdict: str) -> None:
+        nonlocal settled
+        settled += 1
+        ahead.append(read - settled)
+
+    assert verify_all(jobs(), 2, 30.0, keep) == settled == 3000
+    assert max(ahead) < 400
 
 
 def test_workers_do_not_import_torch():
@@ -145,7 +172,8 @@ def test_signals_to_the_whole_job_cost_no_verdict():
         if len(seen) == 2:  # the workers are past their start
             signal_workers()
 
-    assert verify_all([timed(f"0.{index:02d} x") for index in range(8)], 2, 30.0, keep) == ["correct"] * 8
+    assert verify_all([timed(f"0.{index:02d} x") for index in range(8)], 2, 30.0, keep) == 8
+    assert seen == ["correct"] * 8
 
 
 def test_a_stop_keeps_the_verdicts_so_far_and_leaves_no_worker():
@@ -157,7 +185,7 @@ def test_a_stop_keeps_the_verdicts_so_far_and_leaves_no_worker():
         request_stop(signal.SIGTERM)
 
     try:
-        with pytest.raises(Stopped, match="stopped by SIGTERM: 1 of 2 verdicts are on disk"):
+        with pytest.raises(Stopped, match="stopped by SIGTERM: 1 verdicts are on disk"):
             verify_all([timed("0 x"), timed("50 x")], 2, 60.0, keep)
     finally:
         release_signals()
