@@ -93,6 +93,8 @@ class WeightStatus(StrEnum):
     NO_CORRECT_TRACE = "no_correct_trace"
     """No trace of the question has weight by its sampled answers. If the weight is positive, it is computed from the
     reference answer."""
+    UNVERIFIABLE = "unverifiable"
+    """The question has no verifier: the weight is computed from the reference answer, or 0."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Question:
     trace: str | None = None
     """Gold trace, without markers."""
     verifier: str = "math"
-    """Registry key, or `package.module:function`."""
+    """Registry key, or `package.module:function`; `none`: its answers are not judged, and not sampled."""
     source: str | None = None
     """Origin of the question; informative only."""
 
@@ -169,7 +171,7 @@ class Score:
     logp_answer: LogProbs | None
     """[answer tokens] log pi(y'_t | x, z, y'_<t) of the reference answer. None: not scored."""
     num_answers: Int32 | None
-    """Verified answers of the trace; None if it has none."""
+    """Verified answers of the trace; None if it has none, 0 if the question has no verifier."""
     num_correct: Int32 | None
 
 

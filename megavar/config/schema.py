@@ -35,6 +35,8 @@ class DataConfig:
     """Training questions: a .jsonl or .parquet file (docs/records.md#questions)."""
     eval: str | None = None
     """Held-out questions, a file of the same kind; null: nothing is evaluated."""
+    on_bad_reference: str = choice("refuse", "drop", default="refuse")
+    """A question whose reference answer is not correct by its own verifier: an error, or left out."""
     questions_per_round: int | None = None
     """Questions of the train file that traces are sampled for in a round: its first N; null: all."""
     fresh_questions: bool = False
@@ -248,6 +250,8 @@ class ObjectiveConfig:
     """The answers trained on after a trace: its distinct correct ones, the first of them, or the reference answer."""
     on_no_correct_trace: str = choice("drop", "gold", "geometric_mean", default="drop")
     """A question without a correct trace: left out, its gold trace instead, or weights by the geometric mean."""
+    on_unverifiable: str = choice("geometric_mean", "drop", default="geometric_mean")
+    """A question with the verifier `none`: weights by the geometric mean of its reference answer, or left out."""
     selection: str = choice("weighted", "resample", "best", default="weighted")
     """Train every trace with its weight, one resampled trace a question, or the one of the largest weight."""
     min_weight: float = at_least(0, default=0.0)

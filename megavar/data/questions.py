@@ -1,6 +1,8 @@
 """Reads and validates question files (JSONL or Parquet)."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -9,35 +11,90 @@ from typing import Any
 from megavar.records import Question, read_rows
 
 _FIELDS = {item.name: item for item in fields(Question)}
+MOST_SHOWN = 10
+"""Bad rows that a message describes."""
 _REQUIRED = [name for name, item in _FIELDS.items() if item.default is MISSING]
 
 
 def read_questions(file: Path) -> list[Question]:
     """Read and validate all questions of a file.
 
+    An answer that is all in one \\boxed{...} is read without it: templates put their own around it.
+
     Args:
         file: `.parquet`; any other suffix is read as JSONL.
 
     Raises:
-        ValueError: if the file is missing or empty, or naming file, line (from 1) and field: invalid JSON, a missing,
-            unknown or empty field, a value that is not a string, a duplicate id.
+        ValueError: if the file is missing or empty, or naming file, line (from 1), id and field of up to ten bad rows
+            with their number: invalid JSON, a key twice, a missing, unknown or empty field, a value that is not a
+            string, a duplicate id.
     """
     if not file.is_file():
         raise ValueError(f"No question file {file}; give a .jsonl or .parquet file.")
     questions: list[Question] = []
     line_of_id: dict[str, int] = {}
+    problems = Problems(str(file))
     for line, row in _rows(file):
-        question = _check(row, f"{file}, line {line}")
-        if question.id in line_of_id:
-            raise ValueError(f"{file}, line {line}: id {question.id!r} was already on line {line_of_id[question.id]}.")
+        try:
+            question = _check(row)
+            if question.id in line_of_id:
+                raise ValueError(f"id {question.id!r} was already on line {line_of_id[question.id]}.")
+        except ValueError as error:
+            problems.add("cannot be read", line, str(error))
+            continue
         line_of_id[question.id] = line
         questions.append(question)
+    problems.refuse(len(questions) + len(problems))
     if not questions:
         raise ValueError(f"{file} contains no questions.")
     return questions
 
 
+class Problems:
+    """Rows of a question file that cannot be used.
+
+    Args:
+        file: as messages name it.
+    """
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._counts: Counter[str] = Counter()
+        self._shown: list[str] = []
+
+    def __len__(self) -> int:
+        return self._counts.total()
+
+    def add(self, kind: str, line: int, description: str) -> None:
+        """Count a row.
+
+        Args:
+            kind: completes "3 rows ...".
+            line: from 1.
+        """
+        self._counts[kind] += 1
+        if len(self._shown) < MOST_SHOWN:
+            self._shown.append(f"line {line}: {description}")
+
+    def refuse(self, num_rows: int, advice: str = "") -> None:
+        """Raise ValueError if there was any: with the only one, or with the numbers of each kind and the first ten."""
+        if not self._counts:
+            return
+        if len(self) == 1:
+            raise ValueError(f"{self._file}, {self._shown[0]}{advice}")
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self._counts.most_common())
+        lines = "\n  ".join(self._shown)
+        more = "" if len(self) <= MOST_SHOWN else f" The first {MOST_SHOWN} are shown."
+        raise ValueError(f"{self._file}, {lines}\n{len(self)} of {num_rows} rows are bad: {kinds}.{more}{advice}")
+
+
+def line_of(file: Path, question_id: str) -> int:
+    """The line, or row, of a question that was read from a file, from 1."""
+    return next(line for line, row in _rows(file) if isinstance(row, dict) and row.get("id") == question_id)
+
+
 def _rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """Line and row; the error, where a line is no JSON."""
     if file.suffix == ".parquet":
         yield from enumerate(read_rows(file), start=1)
         return
@@ -47,26 +104,59 @@ def _rows(file: Path) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(line, object_pairs_hook=_object)
             except ValueError as error:
-                raise ValueError(f"{file}, line {number}: invalid JSON ({error}).") from error
+                yield number, error
 
 
-def _check(row: Any, where: str) -> Question:
+class _RowError(ValueError):
+    """A row that is JSON, but no question."""
+
+
+def _named(row: dict[str, Any]) -> str:
+    return f" (id {row['id']!r:.80})" if isinstance(row.get("id"), str) else ""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise _RowError(f"key {key!r:.80} occurs twice; remove one of the two{_named(row)}.")
+    return row
+
+
+def _check(row: Any) -> Question:
+    if isinstance(row, ValueError):
+        raise row if isinstance(row, _RowError) else ValueError(f"invalid JSON ({row}).")
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object with the fields {', '.join(_FIELDS)}, got {row!r:.80}.")
+        raise ValueError(f"expected a JSON object with the fields {', '.join(_FIELDS)}, got {row!r:.80}.")
     missing = [name for name in _REQUIRED if row.get(name) is None]
     if missing:
-        raise ValueError(f"{where}: field {missing[0]!r} is missing; required are {', '.join(_REQUIRED)}.")
+        raise ValueError(f"field {missing[0]!r} is missing; required are {', '.join(_REQUIRED)}{_named(row)}.")
     unknown = sorted(row.keys() - _FIELDS.keys())
     if unknown:
-        raise ValueError(f"{where}: unknown field {unknown[0]!r}; allowed are {', '.join(_FIELDS)}.")
+        raise ValueError(f"unknown field {unknown[0]!r}; allowed are {', '.join(_FIELDS)}{_named(row)}.")
     given = {name: value for name, value in row.items() if value is not None}
     for name, value in given.items():
         if not isinstance(value, str):
-            raise ValueError(f"{where}: field {name!r} must be a string, got {value!r:.80}.")
+            raise ValueError(f"field {name!r} must be a string, got {value!r:.80}{_named(row)}.")
         if any("\ud800" <= char <= "\udfff" for char in value):
-            raise ValueError(f"{where}: field {name!r} has half of a surrogate pair, which no text has; correct it.")
+            raise ValueError(
+                f"field {name!r} has half of a surrogate pair, which no text has; correct it{_named(row)}."
+            )
         if not value.strip():
-            raise ValueError(f"{where}: field {name!r} is empty; give a text or omit the field.")
-    return Question(**given)
+            raise ValueError(f"field {name!r} is empty; give a text or omit the field{_named(row)}.")
+    return Question(**{**given, "answer": _unboxed(given["answer"])})
+
+
+def _unboxed(answer: str) -> str:
+    """What a box holds, if it is all of the answer and there is no other in it."""
+    box = re.fullmatch(r"\s*\$?\s*\\boxed\s*\{(.*)\}\s*\$?\s*", answer, re.DOTALL)
+    if box is None or "\\boxed" in box[1] or not box[1].strip():
+        return answer
+    depth = 0
+    for char in re.sub(r"\\.", "", box[1], flags=re.DOTALL):
+        depth += (char == "{") - (char == "}")
+        if depth < 0:
+            return answer
+    return answer if depth else box[1]

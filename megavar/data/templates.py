@@ -76,8 +76,17 @@ class Templates:
     def answer(self, question: Question) -> TokenIds:
         """int32 ids [answer tokens] of the reference answer y', up to and including the end-of-sequence token."""
         self._reject_control_tokens(question, "answer" if question.solution is None else "solution")
-        text = question.solution or _fill(self.config.solution, question)
-        return np.append(self._ids(text), np.int32(self._tokenizer.eos_token_id))
+        return np.append(self._ids(reference_answer(question, self.config.solution)), np.int32(self.end_token))
+
+    @property
+    def end_token(self) -> int:
+        """Token id that ends an answer: the tokenizer's end of sequence."""
+        return int(self._tokenizer.eos_token_id)
+
+    @property
+    def largest_token(self) -> int:
+        """The largest token id of the tokenizer."""
+        return int(max(self._tokenizer.get_vocab().values()))
 
     @property
     def close_token(self) -> int | None:
@@ -112,6 +121,12 @@ class Templates:
 
     def _reject_control_tokens(self, question: Question, name: str) -> None:
         match = self._control.search(getattr(question, name))
+        if match and name == "trace" and match.group() in (self.config.open_marker.strip(), self.config.close_marker):
+            raise ValueError(
+                f"question {question.id!r} has {match.group()!r} in its trace, which seems to be a whole generation: put "
+                f"what is between {self.config.open_marker.strip()} and {self.config.close_marker} into `trace`, and what "
+                "follows into `solution`."
+            )
         if match:
             raise ValueError(
                 f"question {question.id!r} contains the control token {match.group()!r} in its {name}, which would end "
@@ -129,9 +144,23 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
 
 
+def reference_answer(question: Question, template: str) -> str:
+    """The text y' that the policy should write after its trace: `solution`, or the answer in `templates.solution`."""
+    return question.solution or _fill(template, question)
+
+
+def shown_answer(question: Question) -> str:
+    """The answer as texts show it: the first of several aliases; the solution, where `answer` holds tests or a task."""
+    if question.verifier == "text":
+        return question.answer.split("|")[0].strip()
+    if question.verifier in ("code", "countdown") and question.solution is not None:
+        return question.solution.strip()
+    return question.answer
+
+
 def _fill(template: str, question: Question) -> str:
     """Fill in question and answer verbatim; braces in them are not interpreted."""
-    return template.format(question=question.question, answer=question.answer)
+    return template.format(question=question.question, answer=shown_answer(question))
 
 
 def _check_placeholders(name: str, template: str, required: set[str], allowed: set[str]) -> None:

@@ -72,7 +72,8 @@ def policy_sequences(
 ) -> list[TrainSequence]:
     """Policy sequences of weighted traces: prompt -> trace, answer (docs/method.md, equation 6 and the answer term).
 
-    Skips traces of weight 0. Traces with the status `no_correct_trace` train on the reference answer.
+    Skips traces of weight 0. Traces with the status `no_correct_trace` or `unverifiable` train on the
+    reference answer.
 
     Args:
         traces: the sampled traces.
@@ -94,7 +95,8 @@ def policy_sequences(
             sequences.append(_gold(question, templates, weight.weight))
             continue
         trace, prompt = _trace_of(trace_of, weight), templates.policy_prompt(question)
-        if train_answers == "reference" or weight.status == WeightStatus.NO_CORRECT_TRACE:
+        by_reference = weight.status in (WeightStatus.NO_CORRECT_TRACE, WeightStatus.UNVERIFIABLE)
+        if train_answers == "reference" or by_reference:
             answer_ids = [templates.answer(question)]
         else:
             distinct = _distinct_correct(answers_of[weight.question_id, weight.trace_index], weight)

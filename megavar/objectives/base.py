@@ -43,5 +43,7 @@ class Objective:
     weights_from_log_weights: bool = False
     """Weights are proportional to exp(log_weight) within a question, so the weights of any subset of its traces follow
     from the records."""
+    weigh_unverifiable: Weigh | None = None
+    """For questions without a verifier; None: `importance.weigh_by_reference`."""
     implied_weight: ImpliedWeight | None = None
     """Plotted in the report; None: not plotted."""

@@ -25,4 +25,4 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
     return make_weights(scores, truncated, ratios, answers, raw_weights=[0.0 if cut else 1.0 for cut in truncated])
 
 
-OBJECTIVE = Objective(weigh, needs_reference_answer=True)
+OBJECTIVE = Objective(weigh, needs_reference_answer=True, weigh_unverifiable=weigh)

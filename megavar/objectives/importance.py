@@ -153,6 +153,31 @@ def make_weights(
     ]
 
 
+def importance_weights(
+    scores: Sequence[Score], truncated: Sequence[bool], ratio: str, answer_estimator: str
+) -> list[Weight]:
+    """Normalised rho_k of one question's traces (equation 8), in the order of `scores`."""
+    pairs = list(zip(scores, truncated, strict=True))
+    ratios = [0.0 if cut else log_ratio(score, ratio) for score, cut in pairs]
+    answers = [-np.inf if cut else log_answer(score, answer_estimator) for score, cut in pairs]
+    return make_weights(scores, truncated, ratios, answers)
+
+
+def weigh_by_reference(
+    scores: Sequence[Score],
+    truncated: Sequence[bool],
+    config: ObjectiveConfig,
+    status: WeightStatus = WeightStatus.UNVERIFIABLE,
+) -> list[Weight]:
+    """Weights by the geometric mean of the reference answer, which training then uses, whatever was sampled.
+
+    Args:
+        status: of closed traces.
+    """
+    weights = importance_weights(scores, truncated, config.ratio, "geometric_mean")
+    return [row if row.status == WeightStatus.TRUNCATED else replace(row, status=status) for row in weights]
+
+
 def implied_weights(
     scores: Sequence[Score],
     truncated: Sequence[bool],

@@ -1,8 +1,8 @@
 """Best-trace selection of the paper's released scripts, accuracy variant: argmax of accuracy x exp(d), weight 1.
 
 Candidates are traces of less than 28,000 tokens with a correct answer; a question without one trains on its gold
-trace. Set `policy.mix_gold=true` to mix in the gold data as those scripts do. Departure: the scripts fall back to
-`reference_gml` for sources without a rule verifier; here every question has a verifier.
+trace. Questions without a verifier are weighed by `reference_gml`. Set `policy.mix_gold=true` to mix in the gold data
+as those scripts do.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from megavar.config.schema import ObjectiveConfig
 from megavar.objectives.base import Objective
 from megavar.objectives.importance import best_trace, check_traces, gold_weight, log_answer, log_ratio
 from megavar.objectives.reference_gml import MAX_TRACE_TOKENS
+from megavar.objectives.reference_gml import weigh as weigh_by_reference
 from megavar.records import Score, Weight
 
 
@@ -32,4 +33,4 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
     return weights if any(row.weight for row in weights) else [*weights, gold_weight(scores[0])]
 
 
-OBJECTIVE = Objective(weigh, needs_gold_traces=True)
+OBJECTIVE = Objective(weigh, needs_gold_traces=True, weigh_unverifiable=weigh_by_reference)

@@ -31,4 +31,4 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
     return best_trace(scores, truncated, ratios, answers)
 
 
-OBJECTIVE = Objective(weigh, needs_reference_answer=True)
+OBJECTIVE = Objective(weigh, needs_reference_answer=True, weigh_unverifiable=weigh)

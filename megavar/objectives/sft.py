@@ -27,4 +27,4 @@ def _weight(score: Score, cut: bool) -> Weight:
     return Weight(score.question_id, score.trace_index, score.round, 0.0, log_answer, log_answer, weight, status)
 
 
-OBJECTIVE = Objective(weigh, needs_reference_answer=True)
+OBJECTIVE = Objective(weigh, needs_reference_answer=True, weigh_unverifiable=weigh)

@@ -12,6 +12,7 @@ from megavar.runs.folder import Run
 from megavar.stages.run_files import log_values, templates
 from megavar.stages.sample import Sampling, sample_policy
 from megavar.stages.verify import verify_answers
+from megavar.verifiers import NO_VERIFIER
 
 
 def execute(run: Run, service: RolloutService) -> None:
@@ -22,7 +23,8 @@ def execute(run: Run, service: RolloutService) -> None:
 def _evaluate(run: Run, service: RolloutService) -> None:
     config = run.config
     assert config.data.eval is not None
-    questions = read_questions(Path(config.data.eval))
+    every = read_questions(Path(config.data.eval))
+    questions = [question for question in every if question.verifier != NO_VERIFIER]
     models = {"pi_0": run.sft / "hf"} if run.round_index == 1 and "pi_0" in config.eval.models else {}
     if "policy" in config.eval.models:
         models[f"pi_{run.round_index}"] = run.policy / "hf"

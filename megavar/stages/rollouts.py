@@ -11,6 +11,7 @@ from megavar.stages.run_files import log_values, round_questions, templates
 from megavar.stages.sample import Sampling, sample_policy
 from megavar.stages.verify import verify_answers
 from megavar.stages.weigh import counted_scores, weigh_traces
+from megavar.verifiers import NO_VERIFIER
 
 
 def execute(run: Run, service: RolloutService) -> None:
@@ -18,7 +19,7 @@ def execute(run: Run, service: RolloutService) -> None:
     config, folder = run.config, run.round / "rollouts"
 
     def work() -> None:
-        questions = round_questions(run)
+        questions = [question for question in round_questions(run) if question.verifier != NO_VERIFIER]
         sampling = Sampling(config.sample, templates(run), config.seed, run.round_index)
 
         async def sample(engine: Engine) -> tuple[list[Trace], list[Answer]]:

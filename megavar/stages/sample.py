@@ -18,6 +18,7 @@ from megavar.rollout.requests import run_requests
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
 from megavar.stages.run_files import round_questions, sampler_folder, templates
+from megavar.verifiers import NO_VERIFIER
 
 logger = logging.getLogger(__name__)
 
@@ -159,20 +160,24 @@ async def sample_answers(
 ) -> list[Answer]:
     """Sample `num_answers` answers after each closed trace, from the policy's prompt, into `folder`.
 
+    Questions without a verifier get none: nothing would be learnt from them.
+
     The prompt is the policy's whoever sampled the trace, and the trace follows it as ids, so that the answers of a
     trace share their prefix on the server.
     """
     config = sampling.config
     writer = RecordWriter(folder, Answer, config.flush_seconds)
     have = answers_by_trace(writer.existing())
-    prompt_of = {question.id: sampling.templates.policy_prompt(question) for question in questions}
+    judged = [question for question in questions if question.verifier != NO_VERIFIER]
+    prompt_of = {question.id: sampling.templates.policy_prompt(question) for question in judged}
+    answered = [trace for trace in traces if trace.finish == TraceFinish.CLOSED and trace.question_id in prompt_of]
     missing: dict[Key, list[int]] = {}
     requests: list[tuple[Key, GenerateRequest]] = []
-    for trace in traces:
+    for trace in answered:
         key = (trace.question_id, trace.trace_index)
         present = {answer.answer_index for answer in have[key]}
         missing[key] = [index for index in range(num_answers) if index not in present]
-        if trace.finish == TraceFinish.CLOSED and missing[key]:
+        if missing[key]:
             request = GenerateRequest(
                 np.concatenate([prompt_of[trace.question_id], trace.trace_ids]),
                 max_tokens=config.max_answer_tokens,
@@ -194,8 +199,7 @@ async def sample_answers(
 
     await _run(engine, requests, keep, writer, "answers")
     sampled: list[Answer] = writer.finish()
-    closed = [trace for trace in traces if trace.finish == TraceFinish.CLOSED]
-    expected = ((trace.question_id, trace.trace_index, n) for trace in closed for n in range(num_answers))
+    expected = ((trace.question_id, trace.trace_index, n) for trace in answered for n in range(num_answers))
     check_complete(sampled, expected, folder)
     return sampled
 

@@ -20,6 +20,7 @@ from megavar.stages.run_files import read_output, round_questions, sampler_folde
 from megavar.stopping import Stopped
 from megavar.training.parallel import agree
 from megavar.training.scorer import Scorer
+from megavar.verifiers import NO_VERIFIER
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def _under_policy(trace_set: TraceSet) -> _Pass:
 
     def record(trace: Trace, logps: LogProbs) -> Score:
         key, length = (trace.question_id, trace.trace_index), len(trace.trace_ids)
-        num_answers, num_correct = counts.get(key, (None, None))
+        unjudged = (0, 0) if question_of[trace.question_id].verifier == NO_VERIFIER else (None, None)
+        num_answers, num_correct = counts.get(key, unjudged)
         return Score(*key, trace.round, logps[:length], None, logps[length:], num_answers, num_correct)
 
     return _Pass(trace_set.closed, sequence, record)

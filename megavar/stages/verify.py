@@ -16,7 +16,8 @@ from megavar.records import Answer, Question, RecordWriter, Verdict, identity
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
 from megavar.stages.run_files import read_output, round_questions
-from megavar.verifiers import get_verifier
+from megavar.verifiers import get_verifier, ground_truth
+from megavar.verifiers.base import Verifier
 from megavar.verifiers.pool import VerifyJob, verify_all
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,8 @@ def verify_answers(
     _refuse_others(verified, answers, folder)
     have = {identity(row) for row in verified}
     pending = [answer for answer in answers if identity(answer) not in have]
-    question_of = {question.id: question for question in questions}
-    jobs = [_job(answer, question_of, config.plugins) for answer in pending]
+    judge_of = _judges(pending, {question.id: question for question in questions}, config.plugins)
+    jobs = (VerifyJob(judge, answer.text, gold) for answer in pending for judge, gold in [judge_of[answer.question_id]])
     with ProgressLine("verdicts") as progress:
         num_verified = 0
 
@@ -58,7 +59,7 @@ def verify_answers(
             nonlocal num_verified
             writer.append(replace(pending[index], correct=verdict == Verdict.CORRECT, verdict=verdict))
             num_verified += 1
-            progress.update(num_verified, len(jobs), "answers")
+            progress.update(num_verified, len(pending), "answers")
 
         try:
             verify_all(jobs, config.num_workers, config.timeout_seconds, keep)
@@ -86,11 +87,19 @@ def _warn_of_errors(results: Sequence[Answer]) -> None:
         )
 
 
-def _job(answer: Answer, question_of: dict[str, Question], plugins: Sequence[str]) -> VerifyJob:
-    if answer.question_id not in question_of:
-        raise ValueError(f"{_name(answer)} has no question in the question file; restore that, or sample again.")
-    question = question_of[answer.question_id]
-    return VerifyJob(get_verifier(question.verifier, plugins), answer.text, question.answer)
+def _judges(
+    answers: Sequence[Answer], question_of: dict[str, Question], plugins: Sequence[str]
+) -> dict[str, tuple[Verifier, str]]:
+    """Verifier and ground truth of the questions of these answers."""
+    judge_of = {}
+    for answer in answers:
+        if answer.question_id in judge_of:
+            continue
+        question = question_of.get(answer.question_id)
+        if question is None:
+            raise ValueError(f"{_name(answer)} has no question in the question file; restore that, or sample again.")
+        judge_of[question.id] = (get_verifier(question.verifier, plugins), ground_truth(question))
+    return judge_of
 
 
 def _refuse_others(verified: Sequence[Answer], answers: Sequence[Answer], folder: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import numpy as np
 from megavar.config.schema import ObjectiveConfig, RunConfig
 from megavar.joins import OUTPUTS_DO_NOT_MATCH, answers_by_trace, check_complete, count_correct
 from megavar.objectives import get_objective
+from megavar.objectives.base import Objective
 from megavar.objectives.bounds import question_bounds
-from megavar.objectives.importance import effective_sample_size
+from megavar.objectives.importance import effective_sample_size, weigh_by_reference
 from megavar.ranks import on_rank_zero
 from megavar.records import Answer, Bound, Score, Trace, TraceFinish, Weight, WeightStatus, identity, write_records
 from megavar.rollout.service import RolloutService
@@ -77,7 +79,7 @@ def weigh_traces(
             f"scores and traces differ in {differing[:3] or 'duplicate rows'}; run `megavar score` again "
             f"({OUTPUTS_DO_NOT_MATCH})."
         )
-    weigh = get_objective(objective).weigh
+    chosen = get_objective(objective)
     weights: list[Weight] = []
     sizes: list[float] = []
     bounds: list[Bound] = []
@@ -85,7 +87,7 @@ def weigh_traces(
         every = sorted(of_question[question_id], key=lambda score: score.trace_index)
         truncated = [finish_of[question_id, score.trace_index] != TraceFinish.CLOSED for score in every]
         group = every[: config.num_traces]
-        group_weights = weigh(group, truncated[: len(group)], config)
+        group_weights = _weigh_question(chosen, group, truncated[: len(group)], config)
         weights += group_weights + [_unused(score) for score in every[len(group) :]]
         if (bound := question_bounds(every, truncated, group_weights)) is not None:
             bounds.append(bound)
@@ -104,6 +106,19 @@ def weigh_traces(
         **_mean_bounds(bounds),
         **{f"traces_{status}": float(count) for status, count in sorted(statuses.items())},
     }
+
+
+def _weigh_question(
+    objective: Objective, group: Sequence[Score], truncated: Sequence[bool], config: ObjectiveConfig
+) -> list[Weight]:
+    """Weights of one question's traces; one without a verifier is weighed by its reference answer, or not at all."""
+    if all(score.num_answers != 0 for score in group):
+        return objective.weigh(group, truncated, config)
+    weights = (objective.weigh_unverifiable or weigh_by_reference)(group, truncated, config)
+    if config.on_unverifiable == "drop":
+        weights = [replace(row, weight=0.0) for row in weights if row.trace_index >= 0]
+    kept = (WeightStatus.TRUNCATED, WeightStatus.GOLD)
+    return [row if row.status in kept else replace(row, status=WeightStatus.UNVERIFIABLE) for row in weights]
 
 
 def _unused(score: Score) -> Weight:
