@@ -236,11 +236,38 @@ def show(arguments: Sequence[str]) -> int:
     return reported(work)
 
 
+def check(arguments: Sequence[str]) -> int:
+    """Check a run and print what it will take."""
+    parser = argparse.ArgumentParser(
+        "megavar check", description="Check a run before it starts, and print its tokens, steps, memory and disk."
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
+    parser.add_argument("--ranks", type=int, metavar="N", help="GPUs of the run (default: the fewest of its layout)")
+    parser.add_argument(
+        "--tokens-per-second", type=float, metavar="RATE", help="say how long the run takes at this rate"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to change")
+    chosen = parser.parse_intermixed_args(arguments)
+
+    def work() -> None:
+        from megavar.config.load import load_config
+        from megavar.stages.check import check_run
+
+        if chosen.tokens_per_second is not None and not 0 < chosen.tokens_per_second < float("inf"):
+            raise ValueError(f"--tokens-per-second={chosen.tokens_per_second} is not a rate; give a number above 0.")
+        config = load_config(chosen.config, chosen.overrides)
+        show_logs(config.logging.level)
+        check_run(config, chosen.ranks or config.parallel.least_ranks).print(chosen.tokens_per_second)
+
+    return reported(work)
+
+
 LOOKING: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
+    "check": ("check a run before it starts, its data and model too, and print what it will take", check),
     "report": ("write a run's results, figures and traces as one HTML page", report),
     "show": ("print records of a run", show),
 }
-"""Commands that look at a run: what they do, and the function that does it."""
+"""Commands that write no records: what they do, and the function that does it."""
 
 
 def _help() -> str:

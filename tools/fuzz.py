@@ -152,7 +152,7 @@ def change_file(file: Path, random: Random) -> None:
 
 # -- kinds of input --
 
-Call = Callable[[], None]
+Call = Callable[[], object]
 """Gives the mutated input to what reads it."""
 
 

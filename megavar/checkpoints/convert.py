@@ -23,6 +23,7 @@ from megavar.checkpoints.huggingface import (
     atomic_folder,
     bytes_of,
     copy_side_files,
+    name_end_token,
 )
 from megavar.checkpoints.megatron import SIDE_FILES, Description, ShardedCheckpoint, ShardedWriter, find_checkpoint
 from megavar.checksums import check_checksums, write_checksums
@@ -95,6 +96,11 @@ class Model:
     def num_bytes(self) -> int:
         """Total size of all tensors."""
         return sum(info.num_bytes for item in self.pieces() for _, info in self.infos(*item))
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model; a tied output layer counts once."""
+        return sum(torch.Size(info.shape).numel() for item in self.pieces() for _, info in self.infos(*item))
 
     @property
     def is_megatron(self) -> bool:
@@ -182,6 +188,7 @@ def to_hugging_face(
     max_shard_bytes: int,
     overwrite: bool,
     progress: Progress = lambda *_: None,
+    end_token: int | None = None,
 ) -> ConversionResult:
     """Convert a Megatron checkpoint into a Hugging Face folder that transformers and SGLang can load.
 
@@ -191,6 +198,7 @@ def to_hugging_face(
         template: see `Model`.
         max_shard_bytes: maximum size of a safetensors file, unless one tensor is larger.
         overwrite: replace an existing model or checkpoint at `target`.
+        end_token: of a trained model, for its configuration (`name_end_token`); None: as in the source.
 
     Raises:
         ValueError: see `to_megatron`.
@@ -216,6 +224,8 @@ def to_hugging_face(
         writer.finish()
         dtypes = {info.dtype for _, info in rows}
         copy_side_files(model.side_files, partial, dtypes.pop() if len(dtypes) == 1 else None)
+        if end_token is not None:
+            name_end_token(partial, end_token)
         write_checksums(partial, writer.digest_of)
     source_digest = model.description.source_digest if model.description else None
     return ConversionResult(digest.hexdigest(), num_bytes, digest.nonfinite, source_digest == digest.hexdigest())

@@ -290,6 +290,19 @@ def copy_side_files(source: Path, target: Path, dtype: torch.dtype | None = None
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def name_end_token(folder: Path, end_token: int) -> None:
+    """Let a folder's config.json and generation_config.json name the token that a trained model ends its texts with.
+
+    Of the base's generation_config.json only the other token ids are kept: its sampling settings are of another model.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": end_token}, indent=2) + "\n")
+    file = folder / "generation_config.json"
+    old = json.loads(file.read_text()) if file.exists() else {}
+    kept = {key: old[key] for key in ("bos_token_id", "pad_token_id", "transformers_version") if key in old}
+    file.write_text(json.dumps({**kept, "eos_token_id": end_token}, indent=2) + "\n")
+
+
 @contextmanager
 def atomic_folder(target: Path, overwrite: bool, num_bytes: int) -> Iterator[Path]:
     """Context manager: yields a temporary folder, renamed to `target` on success and removed on failure.

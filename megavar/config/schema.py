@@ -146,6 +146,10 @@ class TrainConfig:
     log_interval: int = at_least(1, default=1)
     """Optimizer steps between rows of metrics."""
 
+    def steps_of(self, num_sequences: int) -> int:
+        """Optimizer steps on this many sequences; the shuffled stream continues across epoch boundaries."""
+        return self.num_steps or max(1, round(self.epochs * num_sequences / self.batch_sequences))
+
 
 @dataclass
 class RolloutConfig:

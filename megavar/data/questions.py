@@ -33,7 +33,7 @@ def read_questions(file: Path) -> list[Question]:
         raise ValueError(f"No question file {file}; give a .jsonl or .parquet file.")
     questions: list[Question] = []
     line_of_id: dict[str, int] = {}
-    problems = Problems(str(file))
+    problems = Problems(file)
     for line, row in _rows(file):
         try:
             question = _check(row)
@@ -54,10 +54,10 @@ class Problems:
     """Rows of a question file that cannot be used.
 
     Args:
-        file: as messages name it.
+        file: that they are in.
     """
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: Path) -> None:
         self._file = file
         self._counts: Counter[str] = Counter()
         self._shown: list[str] = []
@@ -65,30 +65,34 @@ class Problems:
     def __len__(self) -> int:
         return self._counts.total()
 
-    def add(self, kind: str, line: int, description: str) -> None:
+    def add(self, kind: str, place: int | Question, description: str) -> None:
         """Count a row.
 
         Args:
             kind: completes "3 rows ...".
-            line: from 1.
+            place: its line, from 1, or the question that was read from it.
         """
         self._counts[kind] += 1
         if len(self._shown) < MOST_SHOWN:
+            line = _line_of(self._file, place.id) if isinstance(place, Question) else place
             self._shown.append(f"line {line}: {description}")
 
-    def refuse(self, num_rows: int, advice: str = "") -> None:
-        """Raise ValueError if there was any: with the only one, or with the numbers of each kind and the first ten."""
-        if not self._counts:
-            return
+    def summary(self, num_rows: int) -> str:
+        """The only one, or the first ten and the numbers of each kind."""
         if len(self) == 1:
-            raise ValueError(f"{self._file}, {self._shown[0]}{advice}")
+            return f"{self._file}, {self._shown[0]}"
         kinds = ", ".join(f"{count} {kind}" for kind, count in self._counts.most_common())
         lines = "\n  ".join(self._shown)
         more = "" if len(self) <= MOST_SHOWN else f" The first {MOST_SHOWN} are shown."
-        raise ValueError(f"{self._file}, {lines}\n{len(self)} of {num_rows} rows are bad: {kinds}.{more}{advice}")
+        return f"{self._file}, {lines}\n{len(self)} of {num_rows} rows are bad: {kinds}.{more}"
+
+    def refuse(self, num_rows: int, advice: str = "") -> None:
+        """Raise ValueError with the summary and the advice, if there is any."""
+        if self._counts:
+            raise ValueError(self.summary(num_rows) + advice)
 
 
-def line_of(file: Path, question_id: str) -> int:
+def _line_of(file: Path, question_id: str) -> int:
     """The line, or row, of a question that was read from a file, from 1."""
     return next(line for line, row in _rows(file) if isinstance(row, dict) and row.get("id") == question_id)
 

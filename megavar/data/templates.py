@@ -99,10 +99,18 @@ class Templates:
         text: str = self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         return text
 
+    def policy_text(self, question: Question) -> tuple[str, str]:
+        """The policy's prompt as text, and the user's message in it."""
+        message = _fill(self.config.policy, question)
+        return self._render(message), message
+
     def _prompt(self, template: str, question: Question) -> TokenIds:
         self._reject_control_tokens(question, "question")
         self._reject_control_tokens(question, "answer")
-        messages = [{"role": "user", "content": _fill(template, question)}]
+        return self._ids(self._render(_fill(template, question)))
+
+    def _render(self, message: str) -> str:
+        messages = [{"role": "user", "content": message}]
         if self.config.system is not None:
             messages.insert(0, {"role": "system", "content": self.config.system})
         try:
@@ -110,11 +118,14 @@ class Templates:
         except Exception as error:  # of jinja and of what the template calls
             raise ValueError(
                 f"{self._model}: its chat template cannot be rendered ({_described(error)}); correct "
-                "chat_template.jinja, or chat_template in tokenizer_config.json."
+                f"chat_template.jinja, or chat_template in tokenizer_config.json{self._about_system()}."
             ) from error
         # Some chat templates already append the marker, and Jinja strips a template's trailing newline.
         marker = self.config.open_marker
-        return self._ids(text.removesuffix(marker).removesuffix(marker.rstrip()) + marker)
+        return text.removesuffix(marker).removesuffix(marker.rstrip()) + marker
+
+    def _about_system(self) -> str:
+        return "" if self.config.system is None else ", or leave out templates.system if it takes no system message"
 
     def _ids(self, text: str) -> TokenIds:
         return np.array(self._encoder.encode(text, add_special_tokens=False).ids, np.int32)
@@ -123,9 +134,9 @@ class Templates:
         match = self._control.search(getattr(question, name))
         if match and name == "trace" and match.group() in (self.config.open_marker.strip(), self.config.close_marker):
             raise ValueError(
-                f"question {question.id!r} has {match.group()!r} in its trace, which seems to be a whole generation: put "
-                f"what is between {self.config.open_marker.strip()} and {self.config.close_marker} into `trace`, and what "
-                "follows into `solution`."
+                f"question {question.id!r} contains the control token {match.group()!r} in its trace, which seems to "
+                f"be a whole generation: put what is between {self.config.open_marker.strip()} and "
+                f"{self.config.close_marker} into `trace`, and what follows into `solution`."
             )
         if match:
             raise ValueError(

@@ -12,6 +12,12 @@ from megavar.models import FAMILIES
 from megavar.models.dims import ModelDims
 from megavar.models.family import Family
 
+_REFUSED = {
+    "quantization_config": "a leftover of quantized weights; give the folder of the original weights, or remove the "
+    "key if these are not quantized",
+    "dual_chunk_attention_config": "attention in chunks, which is not supported; remove the key to use full attention",
+}
+
 
 def read_dims(folder: Path) -> ModelDims:
     """Read the sizes of the model in a Hugging Face folder.
@@ -37,6 +43,9 @@ def read_dims(folder: Path) -> ModelDims:
     for key, value in {"use_sliding_window": False, "hidden_act": "silu", **family.required}.items():
         if config.get(key, value) not in (value, None):
             raise ValueError(f"{file} has {key}={config[key]!r}, which is not supported; only {value!r} is.")
+    for key, what in _REFUSED.items():
+        if config.get(key) is not None:
+            raise ValueError(f"{file} has {key}, {what}.")
     layer_types, num_layers = config.get("layer_types"), config.get("num_hidden_layers")
     if layer_types is not None and layer_types != ["full_attention"] * (num_layers if type(num_layers) is int else 0):
         raise ValueError(

@@ -106,7 +106,7 @@ def _reference(run: Run) -> str:
 
 def _posterior_keys(config: RunConfig) -> Sequence[str]:
     source = config.posterior.source
-    keys = (*_TRAINED, *_POSTERIOR_PROMPT, "data.train", "posterior.train", "posterior.source")
+    keys = (*_TRAINED, *_POSTERIOR_PROMPT, *_TRAIN_FILE, "posterior.train", "posterior.source")
     if source == "gold":
         return keys
     weighed = ("objective.num_traces", "objective.answer_estimator") if source == "reverse_kl" else ()
@@ -167,10 +167,12 @@ _MARKERS = ("model", "templates.system", "templates.open_marker", "templates.clo
 _POLICY_PROMPT = (*_MARKERS, "templates.policy")
 _POSTERIOR_PROMPT = (*_MARKERS, "templates.posterior")
 _TRAINED = ("seed", "precision")
-_ROUND_QUESTIONS = ("data.train", "data.questions_per_round", "data.fresh_questions")
+_TRAIN_FILE = ("data.train", "data.on_bad_reference")
+_ROUND_QUESTIONS = (*_TRAIN_FILE, "data.questions_per_round", "data.fresh_questions")
 _SAMPLED = ("seed", *_POLICY_PROMPT, "rollout.dtype", "rollout.deterministic")
 _WEIGHED = tuple(
-    f"objective.{key}" for key in ("name", "num_traces", "ratio", "answer_estimator", "on_no_correct_trace")
+    f"objective.{key}"
+    for key in ("name", "num_traces", "ratio", "answer_estimator", "on_no_correct_trace", "on_unverifiable")
 )
 _OF_A_SAMPLE = ("sample.temperature", "sample.top_p", "sample.max_trace_tokens", "sample.max_answer_tokens")
 
@@ -180,7 +182,7 @@ STAGES = (
         "train pi_0 from the base model on the gold traces",
         "base model, gold traces",
         "sft/ (pi_0)",
-        lambda config: (*_TRAINED, *_POLICY_PROMPT, "templates.solution", "data.train", "sft"),
+        lambda config: (*_TRAINED, *_POLICY_PROMPT, "templates.solution", *_TRAIN_FILE, "sft"),
         outputs=lambda run: [run.sft / "hf" / CHECKSUMS],
         first_round_only=lambda config: True,
         all_ranks=True,
@@ -297,7 +299,7 @@ STAGES = (
         "accuracy on the held-out questions, before and after",
         "data.eval, pi_0, the round's policy",
         "eval/",
-        lambda config: (*_SAMPLED, "data.eval", *_OF_A_SAMPLE, "verify", "eval"),
+        lambda config: (*_SAMPLED, "data.eval", "data.on_bad_reference", *_OF_A_SAMPLE, "verify", "eval"),
         inputs=_eval_inputs,
         outputs=_eval_outputs,
         is_used=lambda config: config.data.eval is not None,

@@ -4,55 +4,93 @@ What needs least is checked first: configuration and question files within a sec
 everything that needs the tokenizer.
 """
 
-from collections.abc import Callable
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megavar.config.schema import RunConfig
-from megavar.data.questions import read_questions
+from megavar.data.questions import Problems, read_questions
 from megavar.data.templates import Templates
-from megavar.data.tokens import gold_posterior_sequences, gold_sequences
 from megavar.objectives import check_objective
-from megavar.records import Question, TokenIds
+from megavar.records import Question
 from megavar.runs.folder import Run
-from megavar.verifiers import get_verifier
+from megavar.stages.check_model import check_model_files
+from megavar.stages.check_questions import count_tokens, require_gold_traces
+from megavar.stages.forecast import Forecast
+from megavar.stages.references import bad_references
+from megavar.verifiers import NO_VERIFIER, get_verifier
 
 if TYPE_CHECKING:
     from megavar.models.dims import ModelDims
 
+logger = logging.getLogger(__name__)
 
-def check_run(config: RunConfig, ranks: int | None) -> None:
-    """Check settings, questions, model, parallel layout, precision and servers of a run.
+
+def check_run(config: RunConfig, ranks: int | None) -> Forecast:
+    """Check settings, questions, reference answers, model, parallel layout, precision and servers of a run.
 
     Args:
         ranks: world size, or None for a stage that runs without torchrun.
 
+    Returns:
+        What the run will take.
+
     Raises:
-        ValueError: for the first thing that is wrong.
+        ValueError: for the first thing that is wrong; of questions, all that are.
     """
     objective = check_objective(config.objective, config.sample)
     _check_packages(config)
     _check_microbatches(config)
-    train = _read(config.data.train, config)
-    held_out = [] if config.data.eval is None else _read(config.data.eval, config)
+    train = usable_questions(config, config.data.train)
+    held_out = [] if config.data.eval is None else usable_questions(config, config.data.eval)
     sampled = _sampled_questions(config, train)
     if config.objective.on_no_correct_trace == "gold":
-        _check_gold_traces(sampled, config.data.train, "objective.on_no_correct_trace=gold")
+        require_gold_traces(sampled, Path(config.data.train), "objective.on_no_correct_trace=gold")
     if objective.needs_gold_traces:
-        _check_gold_traces(sampled, config.data.train, f"objective.name={config.objective.name}")
+        judged = [question for question in sampled if question.verifier != NO_VERIFIER]
+        require_gold_traces(judged, Path(config.data.train), f"objective.name={config.objective.name}")
     if config.rollout.mode == "managed":
         _check_servers(config)
     if config.rollout.mode == "external":
         _check_external_key(config)
-    dims = _check_model(config, ranks)
-    limit = config.data.max_sequence_tokens
-    if limit > dims.max_positions:
+    dims, num_parameters = _check_model(config, ranks)
+    limit, longest = config.data.max_sequence_tokens, dims.max_positions
+    if limit > longest:
         raise ValueError(
-            f"data.max_sequence_tokens={limit} is more than the model's max_position_embeddings="
-            f"{dims.max_positions}; lower it."
+            f"data.max_sequence_tokens={limit} is more than the model's max_position_embeddings={longest}; lower it."
         )
-    _check_tokens(config, train, sampled, held_out)
+    templates = Templates(Path(config.model), config.templates)
+    counts = count_tokens(Path(config.data.train), train, sampled, templates, config)
+    _check_gold(config, train)
+    if config.data.eval is not None:
+        count_tokens(Path(config.data.eval), [], held_out, templates, config)
+        if all(question.verifier == NO_VERIFIER for question in held_out):
+            raise ValueError(f"{config.data.eval}: every question has the verifier none, so there is nothing to count.")
+    check_model_files(Path(config.model), dims, templates, train[0])
+    ranks = config.parallel.least_ranks if ranks is None else ranks
+    return Forecast(config, dims, num_parameters, ranks, train, len(sampled), counts)
+
+
+def usable_questions(config: RunConfig, file: str) -> list[Question]:
+    """The questions of a file; those with a bad reference answer are refused, or left out with `on_bad_reference=drop`.
+
+    Raises:
+        ValueError: for bad rows, reference answers that are not correct by their own verifier, an unknown verifier.
+    """
+    questions = _read(file, config)
+    bad = bad_references(Path(file), questions, config.verify, config.templates.solution)
+    problems = Problems(Path(file))
+    for question in questions:
+        if question.id in bad:
+            problems.add(bad[question.id][0], question, f"question {question.id!r}: {bad[question.id][1]}")
+    if config.data.on_bad_reference == "refuse":
+        problems.refuse(len(questions), " Correct them, or leave them out with data.on_bad_reference=drop.")
+    elif bad:
+        logger.warning("check: %s; left out (data.on_bad_reference=drop).", problems.summary(len(questions)))
+    if len(bad) == len(questions):
+        raise ValueError(f"{file}: no question has a reference answer that is correct by its own verifier.")
+    return [question for question in questions if question.id not in bad]
 
 
 def _check_packages(config: RunConfig) -> None:
@@ -81,7 +119,7 @@ def _check_microbatches(config: RunConfig) -> None:
 def _read(file: str, config: RunConfig) -> list[Question]:
     """The questions of a file, each with a known verifier."""
     questions = read_questions(Path(file))
-    for name in sorted({question.verifier for question in questions}):
+    for name in sorted({question.verifier for question in questions} - {NO_VERIFIER}):
         try:
             get_verifier(name, config.verify.plugins)
         except ValueError as error:
@@ -103,16 +141,6 @@ def _sampled_questions(config: RunConfig, train: list[Question]) -> list[Questio
     return train[: needed if config.data.fresh_questions else number]
 
 
-def _check_gold_traces(questions: list[Question], file: str, setting: str) -> None:
-    """Check that every question has a gold trace, which this setting may train on instead of the sampled ones."""
-    for question in questions:
-        if question.trace is None:
-            raise ValueError(
-                f"{file}: question {question.id!r} has no trace, which {setting} may need; "
-                "add it, or choose another setting."
-            )
-
-
 def _check_servers(config: RunConfig) -> None:
     from megavar.rollout.sglang_servers import check_interpreter, device_slices, visible_gpus
 
@@ -126,8 +154,8 @@ def _check_external_key(config: RunConfig) -> None:
     external_key(config.rollout)
 
 
-def _check_model(config: RunConfig, ranks: int | None) -> "ModelDims":
-    """Check the model's files, and that it can be split and computed as configured."""
+def _check_model(config: RunConfig, ranks: int | None) -> tuple["ModelDims", int]:
+    """Check the model's files, and that it can be split and computed as configured; returns also its parameters."""
     # Not above: these import torch, and what is checked before needs none.
     from megavar.checkpoints.convert import Model
     from megavar.models.config_json import read_dims
@@ -140,46 +168,19 @@ def _check_model(config: RunConfig, ranks: int | None) -> "ModelDims":
             from megavar.training.precision import check_precision
 
             check_precision(config.precision)
-    Model(Path(config.model)).check_tied_head()
-    return dims
+    model = Model(Path(config.model))
+    model.check_tied_head()
+    return dims, model.num_parameters
 
 
-def _check_tokens(config: RunConfig, train: list[Question], sampled: list[Question], held_out: list[Question]) -> None:
-    """Tokenize what will be trained on or sampled: all of it must fit, and nothing may hold a control token."""
-    templates, limit = Templates(Path(config.model), config.templates), config.data.max_sequence_tokens
-    gold_sequences(train, templates, limit)
-    if config.posterior.source != "rollout" and config.sample.sampler == "posterior":
-        gold_posterior_sequences(train, templates, limit)
+def _check_gold(config: RunConfig, train: list[Question]) -> None:
+    """Check that there are gold traces where gold ones are trained on."""
+    needed = [(train, "sft trains on")]
     if config.policy.mix_gold:
         for round_index in range(1, config.rounds + 1):
-            gold_sequences(Run(config, round_index).take_questions(train), templates, limit)
-    _check_room([*sampled, *held_out], templates.policy_prompt, templates.answer, config)
-    if config.sample.sampler == "posterior":
-        _check_room(sampled, templates.posterior_prompt, templates.answer, config)
-
-
-def _check_room(
-    questions: list[Question],
-    prompt_of: Callable[[Question], TokenIds],
-    answer_of: Callable[[Question], TokenIds],
-    config: RunConfig,
-) -> None:
-    """Check that the longest trace and the longest answer, sampled or reference, fit after every prompt."""
-    limits = [
-        (key, limit)
-        for key, limit in (
-            ("data.max_sequence_tokens", config.data.max_sequence_tokens),
-            ("rollout.context_length", config.rollout.context_length),
-        )
-        if limit is not None
-    ]
-    for question in questions:
-        answer_tokens = max(config.sample.max_answer_tokens, len(answer_of(question)))
-        num_tokens = len(prompt_of(question)) + config.sample.max_trace_tokens + answer_tokens
-        for key, limit in limits:
-            if num_tokens > limit:
-                raise ValueError(
-                    f"question {question.id!r}: its prompt, a trace of sample.max_trace_tokens="
-                    f"{config.sample.max_trace_tokens} and an answer of {answer_tokens} tokens (the most sampled, or "
-                    f"the reference answer) make {num_tokens} tokens, over {key}={limit}; raise that or lower the rest."
-                )
+            needed.append((Run(config, round_index).take_questions(train), "policy.mix_gold=true adds"))
+    for questions, purpose in needed:
+        if all(question.trace is None for question in questions):
+            raise ValueError(
+                f"{config.data.train}: no question has a gold trace, which {purpose}; add `trace` to the question file."
+            )

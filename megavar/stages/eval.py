@@ -2,17 +2,15 @@
 
 from pathlib import Path
 
-from megavar.data.questions import read_questions
 from megavar.evaluation.pass_at_k import evaluate_model
 from megavar.ranks import on_rank_zero
 from megavar.records import Answer, Question
 from megavar.rollout.engine import Engine
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
-from megavar.stages.run_files import log_values, templates
+from megavar.stages.run_files import eval_questions, log_values, templates
 from megavar.stages.sample import Sampling, sample_policy
 from megavar.stages.verify import verify_answers
-from megavar.verifiers import NO_VERIFIER
 
 
 def execute(run: Run, service: RolloutService) -> None:
@@ -22,9 +20,7 @@ def execute(run: Run, service: RolloutService) -> None:
 
 def _evaluate(run: Run, service: RolloutService) -> None:
     config = run.config
-    assert config.data.eval is not None
-    every = read_questions(Path(config.data.eval))
-    questions = [question for question in every if question.verifier != NO_VERIFIER]
+    questions = eval_questions(run)
     models = {"pi_0": run.sft / "hf"} if run.round_index == 1 and "pi_0" in config.eval.models else {}
     if "policy" in config.eval.models:
         models[f"pi_{run.round_index}"] = run.policy / "hf"

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 from megavar.checkpoints.convert import MAX_SHARD_BYTES, to_hugging_face
+from megavar.checkpoints.megatron import SIDE_FILES
+from megavar.data.decode import end_token
 from megavar.progress import ProgressLine, in_megabytes
 from megavar.ranks import on_rank_zero
 from megavar.rollout.service import RolloutService
@@ -36,7 +38,8 @@ def export_newest(folder: Path, target: Path) -> None:
                 stop_if_requested("the checkpoint is complete, its export is made anew")
                 show(num_bytes, total_bytes)
 
-            to_hugging_face(checkpoints[-1], target, None, MAX_SHARD_BYTES, overwrite=True, progress=advance)
+            token = end_token(checkpoints[-1] / SIDE_FILES)
+            to_hugging_face(checkpoints[-1], target, None, MAX_SHARD_BYTES, True, advance, token)
 
     on_rank_zero(convert)
 

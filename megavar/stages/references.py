@@ -16,6 +16,7 @@ from megavar.checksums import file_digest
 from megavar.config.schema import VerifyConfig
 from megavar.data.templates import reference_answer
 from megavar.progress import ProgressLine
+from megavar.ranks import ExplainedFailure
 from megavar.records import Question, Verdict, atomic_write
 from megavar.verifiers import NO_VERIFIER, VERIFIERS, get_verifier, ground_truth
 from megavar.verifiers.notation import normalise, words
@@ -45,11 +46,11 @@ def bad_references(
     """
     kept = _cache_file(file, questions, config, solution_template)
     if kept is not None:
-        with suppress(OSError, ValueError, TypeError):
+        with suppress(OSError, ValueError, TypeError, AttributeError):  # missing, or damaged
             return {question_id: (kind, text) for question_id, (kind, text) in json.loads(kept.read_text()).items()}
     found = _judge(file, questions, config, solution_template)
     if kept is not None:
-        with suppress(OSError):  # a cache that cannot be written is none
+        with suppress(OSError, ExplainedFailure):  # a cache that cannot be written is none
             kept.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(kept) as aside:
                 aside.write_text(json.dumps(found))
@@ -112,8 +113,8 @@ def _misplaced(question: Question) -> tuple[str, str] | None:
     if _WHOLE_SOLUTION.search(answer):
         final = answer.rsplit("####", 1)[1].strip()
         return "whole solutions as answer", (
-            f"`answer` holds a whole solution; put {final!r:.80}, which follows the ####, into `answer` and what precedes "
-            "it into `trace`."
+            f"`answer` holds a whole solution; put {final!r:.80}, which follows the ####, into `answer`, and what "
+            "precedes it into `trace`."
         )
     if answer.count("\\boxed") > 1 or re.search(r"\\boxed\s*\{\s*\\boxed", answer):
         return (
@@ -127,8 +128,8 @@ def _misplaced(question: Question) -> tuple[str, str] | None:
         return "empty answers", f"`answer` is {answer!r:.80}, which says nothing that a verifier could compare."
     if len(words(text)) > MOST_WORDS:
         return "prose as answer", (
-            f"`answer` is prose of {len(words(text))} words, {answer!r:.60}...; give the final answer alone, or verifier "
-            f"{NO_VERIFIER} for a question that cannot be judged."
+            f"`answer` is prose of {len(words(text))} words, {answer!r:.60}...; give the final answer alone, or the "
+            f"verifier {NO_VERIFIER} to a question that cannot be judged."
         )
     return None
 

@@ -1,17 +1,50 @@
 """What the stages read from a run and log into it: questions, templates, earlier outputs, metrics; on rank 0."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from megavar.checksums import file_digest
 from megavar.data.questions import read_questions
 from megavar.data.templates import Templates
-from megavar.records import Question, Record, read_records
+from megavar.records import Question, Record, atomic_write, make_folder, read_records
 from megavar.runs.folder import Run
 from megavar.runs.metrics import Metrics
+from megavar.stages.references import bad_references
+from megavar.verifiers import NO_VERIFIER
 
 
 def train_questions(run: Run) -> list[Question]:
-    """All questions of the train file."""
-    return read_questions(Path(run.config.data.train))
+    """All questions of the train file but those that were left out (`data.on_bad_reference=drop`)."""
+    return _kept(run, run.config.data.train)
+
+
+def eval_questions(run: Run) -> list[Question]:
+    """The held-out questions whose answers are judged."""
+    assert run.config.data.eval is not None
+    return [question for question in _kept(run, run.config.data.eval) if question.verifier != NO_VERIFIER]
+
+
+def _kept(run: Run, file: str) -> list[Question]:
+    questions = read_questions(Path(file))
+    if run.config.data.on_bad_reference == "refuse":
+        return questions
+    bad = left_out(run, Path(file), questions)
+    return [question for question in questions if question.id not in bad]
+
+
+def left_out(run: Run, file: Path, questions: Sequence[Question]) -> set[str]:
+    """Ids of the questions with a bad reference answer; kept with the run, so that every stage leaves out the same."""
+    kept = run.folder / "left_out" / f"{file_digest(file)}.json"
+    if not kept.exists():
+        bad = bad_references(file, questions, run.config.verify, run.config.templates.solution)
+        make_folder(kept.parent)
+        with atomic_write(kept) as aside:
+            aside.write_text(json.dumps(sorted(bad)))
+    try:
+        return set(json.loads(kept.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{kept} is damaged ({error}); remove it, and the same command writes it again.") from error
 
 
 def round_questions(run: Run) -> list[Question]:

@@ -10,7 +10,7 @@ from megavar.records import TrainSequence
 from megavar.runs.folder import Run
 from megavar.runs.metrics import Metrics
 from megavar.training.checkpoint import list_checkpoints, step_of
-from megavar.training.loop import num_training_steps, train_model
+from megavar.training.loop import train_model
 
 
 def train_stage(
@@ -45,7 +45,7 @@ def train_stage(
     existing = list_checkpoints(checkpoints)
     steps_before = step_of(existing[-1]) if existing else 0
     metrics = Metrics(run.folder, config.logging, config.name)
-    metrics.drop(name, range(steps_before + 1, num_training_steps(len(sequences), train) + 1))
+    metrics.drop(name, range(steps_before + 1, train.steps_of(len(sequences)) + 1))
     with ProgressLine(name, steps_before) as progress:
         work(progress, metrics)
     metrics.close()

@@ -26,11 +26,6 @@ Report = Callable[[int, int, dict[str, float]], None]
 """Called on every rank with (steps done, steps in all, metrics of the last step)."""
 
 
-def num_training_steps(num_sequences: int, train: TrainConfig) -> int:
-    """Optimizer steps of the job; the shuffled data stream continues across epoch boundaries."""
-    return train.num_steps or max(1, round(train.epochs * num_sequences / train.batch_sequences))
-
-
 def loss_normalizer(sequences: Sequence[TrainSequence], train: TrainConfig) -> float:
     """C of the loss: B x the mean over the data set of (|weight| x trained tokens), unless set by config."""
     if train.loss_normalizer is not None:
@@ -62,7 +57,7 @@ def train_model(
         Stopped: on every rank after the same step, which is saved, if any was asked to stop.
     """
     model = Model(init)
-    num_steps = num_training_steps(len(sequences), train)
+    num_steps = train.steps_of(len(sequences))
     normalizer = loss_normalizer(sequences, train)
     config = transformer_config(model.dims, parallel, precision, train.recompute)
     configure_gradients(config)

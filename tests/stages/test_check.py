@@ -73,7 +73,7 @@ def test_wrong_settings_are_refused_by_name(config_file, overrides, ranks, messa
         ),
         ({"question": "x<|im_end|>"}, r"question 'a' contains the control token"),
         ({"question": "1" * 60}, r"question 'a': its prompt, a trace of .* over data\.max_sequence_tokens=160"),
-        ({"solution": "7" * 70}, r"an answer of 71 tokens .* over data\.max_sequence_tokens=160"),
+        ({"solution": "7" * 67 + "\\boxed{2}"}, r"an answer of 71 tokens .* over data\.max_sequence_tokens=160"),
     ],
 )
 def test_questions_the_run_cannot_use_are_refused(config_file, row, message):
@@ -87,7 +87,7 @@ def test_gold_as_the_last_resort_needs_gold_traces(config_file, setting):
     rows = [GOOD, {**GOOD, "id": "b", "trace": None}]
     (config_file.parent / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     overrides = [setting]
-    with pytest.raises(ValueError, match=rf"t\.jsonl: question 'b' has no trace, which {setting} may need"):
+    with pytest.raises(ValueError, match=rf"t\.jsonl, line 2: question 'b' has no trace, which {setting} may need"):
         check_run(load_config(config_file, overrides), 1)
     check_run(load_config(config_file, [*overrides, "data.questions_per_round=1"]), 1)
 

@@ -1,0 +1,108 @@
+"""Tokenizes the questions of a run before it starts: all that is trained on or sampled must fit and hold no control
+token. Rows that do not are counted by kind, and the first ten described."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megavar.config.schema import RunConfig
+from megavar.data.questions import Problems
+from megavar.data.templates import Templates
+from megavar.records import Question
+
+
+@dataclass
+class TokenCounts:
+    """Tokens of each question of a file that has the text."""
+
+    prompts: list[int] = field(default_factory=list)
+    """The policy's prompts."""
+    hinted: list[int] = field(default_factory=list)
+    """The posterior's prompts, if it is sampled or trained."""
+    traces: list[int] = field(default_factory=list)
+    """Gold traces."""
+    answers: list[int] = field(default_factory=list)
+    """Reference answers."""
+    gold: list[int] = field(default_factory=list)
+    """Prompt, gold trace and reference answer."""
+    gold_hinted: list[int] = field(default_factory=list)
+    """The posterior's prompt and gold trace."""
+
+
+def count_tokens(
+    file: Path, questions: Sequence[Question], sampled: Sequence[Question], templates: Templates, config: RunConfig
+) -> TokenCounts:
+    """Count the tokens of a question file.
+
+    Args:
+        questions: all of the file that are trained on.
+        sampled: those that traces are sampled for; the longest trace and answer must fit after their prompts.
+
+    Raises:
+        ValueError: with the rows that cannot be used, or if there is no gold trace.
+    """
+    counts, problems = TokenCounts(), Problems(file)
+    hinted = config.sample.sampler == "posterior"
+    trained_by_hint = hinted and config.posterior.source != "rollout"
+    trained = {question.id for question in questions}
+    sampled_ids = {question.id for question in sampled}
+    every = {question.id: question for question in (*questions, *sampled)}.values()
+    limit = config.data.max_sequence_tokens
+    for question in every:
+        try:
+            prompt, answer = len(templates.policy_prompt(question)), len(templates.answer(question))
+            with_hint = len(templates.posterior_prompt(question)) if hinted else 0
+            trace = None if question.trace is None else len(templates.trace(question))
+        except ValueError as error:
+            problems.add("with text that cannot be used", question, str(error))
+            continue
+        counts.prompts.append(prompt)
+        counts.answers.append(answer)
+        counts.hinted += [with_hint] if hinted else []
+        if trace is not None and question.id in trained:
+            counts.traces.append(trace)
+            counts.gold.append(prompt + trace + answer)
+            counts.gold_hinted += [with_hint + trace] if trained_by_hint else []
+            longest = max(counts.gold[-1], with_hint + trace if trained_by_hint else 0)
+            if longest > limit:
+                problems.add("longer than data.max_sequence_tokens", question, (
+                    f"question {question.id!r} has a gold sequence of {longest} tokens, more than "
+                    f"data.max_sequence_tokens={limit}; raise the limit or remove the question."
+                ))  # fmt: skip
+                continue
+        if question.id in sampled_ids and (text := _without_room(question, max(prompt, with_hint), answer, config)):
+            problems.add("without room for a longest trace and answer", question, text)
+    problems.refuse(len(every))
+    return counts
+
+
+def _without_room(question: Question, prompt_tokens: int, answer_tokens: int, config: RunConfig) -> str | None:
+    """What is wrong if the longest trace and the longest answer, sampled or reference, do not fit after a prompt."""
+    answer_tokens = max(config.sample.max_answer_tokens, answer_tokens)
+    num_tokens = prompt_tokens + config.sample.max_trace_tokens + answer_tokens
+    for key, limit in (
+        ("data.max_sequence_tokens", config.data.max_sequence_tokens),
+        ("rollout.context_length", config.rollout.context_length),
+    ):
+        if limit is not None and num_tokens > limit:
+            return (
+                f"question {question.id!r}: its prompt, a trace of sample.max_trace_tokens="
+                f"{config.sample.max_trace_tokens} and an answer of {answer_tokens} tokens (the most sampled, or "
+                f"the reference answer) make {num_tokens} tokens, over {key}={limit}; raise that or lower the rest."
+            )
+    return None
+
+
+def require_gold_traces(questions: Sequence[Question], file: Path, setting: str) -> None:
+    """Refuse questions without a gold trace, which this setting may train on instead of the sampled ones.
+
+    Raises:
+        ValueError: naming the rows.
+    """
+    problems = Problems(file)
+    for question in questions:
+        if question.trace is None:
+            problems.add("without a trace", question, (
+                f"question {question.id!r} has no trace, which {setting} may need; add it, or choose another setting."
+            ))  # fmt: skip
+    problems.refuse(len(questions))
