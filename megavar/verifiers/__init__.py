@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from importlib import import_module
 
-from megavar.verifiers import math
+from megavar.verifiers import code, math
 from megavar.verifiers.base import Verifier
 
-VERIFIERS: dict[str, Verifier] = {"math": math.verify}
+VERIFIERS: dict[str, Verifier] = {"math": math.verify, "code": code.verify}
 
 
 def get_verifier(name: str, plugins: Sequence[str] = ()) -> Verifier:
