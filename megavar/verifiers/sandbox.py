@@ -31,6 +31,12 @@ _START_SECONDS = 30.0
 """Until the program starts, on a machine that is busy."""
 _TMP_BYTES = 64 * 2**20
 _LIBRARIES = ("lib", "lib64")
+_SYSCTLS = {
+    "kernel.unprivileged_userns_clone": "0",
+    "kernel.apparmor_restrict_unprivileged_userns": "1",
+    "user.max_user_namespaces": "0",
+}
+"""Settings of some kernels, and the value with which they forbid user namespaces."""
 
 # System calls that a program for one test has no use for: memory that no limit counts, more namespaces (whose file
 # systems no limit counts), other processes, and sockets, since not every kind stays inside a network namespace.
@@ -39,15 +45,15 @@ _FORBIDDEN = {
         "socket": 41, "shmget": 29, "msgget": 68, "semget": 64, "mq_open": 240, "memfd_create": 319,
         "memfd_secret": 447, "unshare": 272, "setns": 308, "mount": 165, "pivot_root": 155, "chroot": 161,
         "open_tree": 428, "move_mount": 429, "fsopen": 430, "ptrace": 101, "process_vm_readv": 310,
-        "process_vm_writev": 311, "add_key": 248, "request_key": 249, "keyctl": 250, "bpf": 321, "perf_event_open": 298, "userfaultfd": 323,
-        "io_uring_setup": 425,
+        "process_vm_writev": 311, "add_key": 248, "request_key": 249, "keyctl": 250, "bpf": 321,
+        "perf_event_open": 298, "userfaultfd": 323, "io_uring_setup": 425,
     },
     "aarch64": {
         "socket": 198, "shmget": 194, "msgget": 186, "semget": 190, "mq_open": 180, "memfd_create": 279,
-        "memfd_secret": 447, "unshare": 97, "setns": 268, "mount": 40, "pivot_root": 41, "chroot": 51, "open_tree": 428,
-        "move_mount": 429, "fsopen": 430, "ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271,
-        "add_key": 217, "request_key": 218, "keyctl": 219, "bpf": 280, "perf_event_open": 241, "userfaultfd": 282,
-        "io_uring_setup": 425,
+        "memfd_secret": 447, "unshare": 97, "setns": 268, "mount": 40, "pivot_root": 41, "chroot": 51,
+        "open_tree": 428, "move_mount": 429, "fsopen": 430, "ptrace": 117, "process_vm_readv": 270,
+        "process_vm_writev": 271, "add_key": 217, "request_key": 218, "keyctl": 219, "bpf": 280,
+        "perf_event_open": 241, "userfaultfd": 282, "io_uring_setup": 425,
     },
 }  # fmt: skip
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -167,7 +173,7 @@ def _follow(
     exit_code = process.wait()
     if not received[result]:
         reason = received[errors].decode(errors="replace").strip()[-300:] or f"no sign within {_START_SECONDS:.0f} s"
-        raise RuntimeError(f"bwrap did not start a program: {reason}")
+        raise RuntimeError(f"bwrap did not start a program: {reason}; {_advice()}")
     return Outcome(None if is_killed else exit_code, received[output], received[result][1:])
 
 
@@ -220,6 +226,17 @@ def _bwrap() -> str:
             "bubblewrap."
         )
     return path
+
+
+def _advice() -> str:
+    for name, forbidding in _SYSCTLS.items():
+        file = Path("/proc/sys", name.replace(".", "/"))
+        if file.is_file() and file.read_text().strip() == forbidding:
+            return f"the kernel forbids user namespaces ({name}={forbidding}); change that with sysctl."
+    return (
+        "use bubblewrap 0.7 or newer, where programs may make user namespaces (in a container, its seccomp profile and "
+        "capabilities decide)."
+    )
 
 
 def _is_root_of_the_machine() -> bool:
