@@ -29,7 +29,7 @@ def test_a_plugin_judges_in_the_pool(plugin):
 def test_a_name_from_a_data_file_runs_nothing_that_the_configuration_does_not_list(plugin):
     for name in (plugin, "os:system"):
         with pytest.raises(
-            ValueError, match=rf"{name}' is unknown; use one of math, or allow it if you trust .*verify\.plugins"
+            ValueError, match=rf"{name}' is unknown; use one of math, code, or allow it if you trust .*verify\.plugins"
         ):
             get_verifier(name)
 
