@@ -144,7 +144,7 @@ def _follow(
     """Start the program when the sandbox is ready, and read what it writes until all its processes have ended."""
     assert process.stdout is not None and process.stderr is not None
     output, errors, result = process.stdout.fileno(), process.stderr.fileno(), control.fileno()
-    received = {output: b"", errors: b"", result: b""}
+    received = {output: bytearray(), errors: bytearray(), result: bytearray()}
     poller = select.poll()
     for fd in received:
         poller.register(fd, select.POLLIN)
@@ -174,7 +174,7 @@ def _follow(
     if not received[result]:
         reason = received[errors].decode(errors="replace").strip()[-300:] or f"no sign within {_START_SECONDS:.0f} s"
         raise RuntimeError(f"bwrap did not start a program: {reason}; {_advice()}")
-    return Outcome(None if is_killed else exit_code, received[output], received[result][1:])
+    return Outcome(None if is_killed else exit_code, bytes(received[output]), bytes(received[result][1:]))
 
 
 def _read(fd: int) -> bytes:

@@ -111,6 +111,13 @@ def test_no_network_not_even_this_machine():
         assert printed(attack).startswith("failed")
 
 
+def test_the_only_interface_is_one_of_its_own():
+    lines = printed("print(open('/proc/net/dev').read())").splitlines()[2:]
+    assert [line.split(":")[0].strip() for line in lines] == ["lo"]
+    received = lines[0].split(":")[1].split()[0]
+    assert received == "0"  # nothing of what this machine's own has carried
+
+
 @pytest.mark.parametrize("family", ["AF_INET", "AF_INET6", "AF_UNIX", "AF_NETLINK", "AF_VSOCK"])
 def test_no_sockets(family):
     assert printed(attempt(f"socket.socket(socket.{family})")) == "failed PermissionError"
