@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from megavar.records import Question
-from megavar.verifiers import choice, countdown, math, text
+from megavar.verifiers import choice, code, countdown, math, text
 from megavar.verifiers.base import Verifier
 
 VERIFIERS: dict[str, Verifier] = {
@@ -12,6 +12,7 @@ VERIFIERS: dict[str, Verifier] = {
     "choice": choice.verify,
     "text": text.verify,
     "countdown": countdown.verify,
+    "code": code.verify,
 }
 NO_VERIFIER = "none"
 """The `Question.verifier` of questions whose answers are not judged."""
