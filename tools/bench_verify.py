@@ -10,6 +10,9 @@ warm-up. Memory of this process is measured while answers stream through it.
 import argparse
 import logging
 import resource
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -18,6 +21,7 @@ from rich.table import Table
 
 from megavar.verifiers import get_verifier
 from megavar.verifiers.pool import VerifyJob, verify_all
+from megavar.verifiers.sandbox import run
 
 EXPRESSIONS = (
     ("x^2+{n}x+1", "{n}x+x^2+1"), ("\\sqrt{{{n}}}", "\\sqrt{{{n}}}+0"), ("\\frac{{x}}{{{n}}}", "x/{n}"),
@@ -74,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--numbers", type=int, default=20_000)
     parser.add_argument("--expressions", type=int, default=300)
+    parser.add_argument("--programs", type=int, default=40)
     parser.add_argument("--workers", type=int, default=2)
     chosen = parser.parse_args()
     table = Table("answers", "count", "pool, a second", "math-verify, a second", "ratio")
@@ -89,6 +94,11 @@ def main() -> None:
     )
     console = Console()
     console.print(table)
+    boxed, bare = sandbox_seconds(chosen.programs)
+    console.print(
+        f"one program in the sandbox {1000 * boxed:.1f} ms, the same interpreter without it {1000 * bare:.1f} ms: "
+        f"{1000 * (boxed - bare):.1f} ms for the sandbox"
+    )
     console.print(f"this process grew by {grown / 1024:.1f} MiB over {chosen.numbers:,} streamed answers")
 
 

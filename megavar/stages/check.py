@@ -19,7 +19,7 @@ from megavar.stages.check_model import check_model_files
 from megavar.stages.check_questions import count_tokens, require_gold_traces
 from megavar.stages.forecast import Forecast
 from megavar.stages.references import bad_references
-from megavar.verifiers import NO_VERIFIER, get_verifier
+from megavar.verifiers import NO_VERIFIER, check_verifiers
 
 if TYPE_CHECKING:
     from megavar.models.dims import ModelDims
@@ -119,11 +119,10 @@ def _check_microbatches(config: RunConfig) -> None:
 def _read(file: str, config: RunConfig) -> list[Question]:
     """The questions of a file, each with a known verifier."""
     questions = read_questions(Path(file))
-    for name in sorted({question.verifier for question in questions} - {NO_VERIFIER}):
-        try:
-            get_verifier(name, config.verify.plugins)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+    try:
+        check_verifiers((question.verifier for question in questions), config.verify.plugins)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     return questions
 
 

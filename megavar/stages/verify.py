@@ -16,7 +16,7 @@ from megavar.records import Answer, Question, RecordWriter, Verdict, identity
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
 from megavar.stages.run_files import read_output, round_questions
-from megavar.verifiers import get_verifier, ground_truth
+from megavar.verifiers import check_verifiers, get_verifier, ground_truth
 from megavar.verifiers.base import Verifier
 from megavar.verifiers.pool import VerifyJob, verify_all
 
@@ -98,6 +98,7 @@ def _judges(
         question = question_of.get(answer.question_id)
         if question is None:
             raise ValueError(f"{_name(answer)} has no question in the question file; restore that, or sample again.")
+        check_verifiers([question.verifier], plugins)
         judge_of[question.id] = (get_verifier(question.verifier, plugins), ground_truth(question))
     return judge_of
 

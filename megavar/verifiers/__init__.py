@@ -1,11 +1,12 @@
 """Verifier registry, keyed by `Question.verifier`; `package.module:function` names one from another package."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 
 from megavar.records import Question
 from megavar.verifiers import choice, code, countdown, math, text
 from megavar.verifiers.base import Verifier
+from megavar.verifiers.sandbox import check_sandbox
 
 VERIFIERS: dict[str, Verifier] = {
     "math": math.verify,
@@ -44,6 +45,20 @@ def get_verifier(name: str, plugins: Sequence[str] = ()) -> Verifier:
             "installed or on PYTHONPATH."
         ) from error
     return verifier
+
+
+def check_verifiers(names: Iterable[str], plugins: Sequence[str] = ()) -> None:
+    """Check that questions with these verifiers can be judged on this machine.
+
+    Raises:
+        ValueError: if one is unknown, or programs cannot be run in a sandbox here.
+    """
+    for name in sorted(set(names) - {NO_VERIFIER}):
+        if get_verifier(name, plugins) is code.verify:
+            try:
+                check_sandbox()
+            except RuntimeError as error:
+                raise ValueError(f"verifier {name!r}: {error}") from error
 
 
 def ground_truth(question: Question) -> str:
