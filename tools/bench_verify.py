@@ -73,6 +73,20 @@ def direct_rate(pairs: Iterator[tuple[str, str]]) -> float:
     return count / (time.perf_counter() - started)
 
 
+def sandbox_seconds(count: int) -> tuple[float, float]:
+    """Median seconds of an empty program in the sandbox, and of the bare interpreter, taken in turn."""
+    times: tuple[list[float], list[float]] = ([], [])
+    bare = [sys.executable, "-P", "-s", "-S", "-X", "utf8", "-c", "pass"]
+    for index in range(2 * count):
+        started = time.perf_counter()
+        if index % 2:
+            subprocess.run(bare, check=True, stdout=subprocess.PIPE)
+        else:
+            run("pass")
+        times[index % 2].append(time.perf_counter() - started)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
 def main() -> None:
     """Time every kind and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

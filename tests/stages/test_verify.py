@@ -95,7 +95,7 @@ def test_a_finished_folder_is_not_verified_again(tmp_path, monkeypatch):
 
 
 def assert_empty(jobs):
-    assert jobs == []
+    assert list(jobs) == []
 
 
 @pytest.mark.parametrize("change", [{"answer_ids": np.array([9], np.int32)}, {"answer_index": 4}])
