@@ -109,8 +109,8 @@ def _posterior_keys(config: RunConfig) -> Sequence[str]:
     keys = (*_TRAINED, *_POSTERIOR_PROMPT, *_TRAIN_FILE, "posterior.train", "posterior.source")
     if source == "gold":
         return keys
-    weighed = ("objective.num_traces", "objective.answer_estimator") if source == "reverse_kl" else ()
-    return (*keys, *_ROUND_QUESTIONS, *weighed)
+    weighed = ("num_traces", "answer_estimator", "on_unverifiable") if source == "reverse_kl" else ()
+    return (*keys, *_ROUND_QUESTIONS, *(f"objective.{key}" for key in weighed))
 
 
 def _posterior_inputs(run: Run) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import re
 
 # An escaped character (\{ and \} do not open or close a group), the start of a box, or a brace of a group.
-_TOKEN = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
+_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _STATED = re.compile(
     r"(?:\banswer|\b(?:correct|right|best)\s+(?:option|choice)|\u7b54\u6848)\s*"
     r"(?:(?:is|was|would\s+be)(?![A-Za-z])|[\u662f\u4e3a]|[:=\uff1a])[\s*:]*",

@@ -6,6 +6,7 @@ collections are compared here; everything else by math-verify, whose "equal" get
 
 import logging
 import re
+from fractions import Fraction
 from typing import Any
 
 from megavar.records import Verdict
@@ -72,8 +73,9 @@ def _says_something(answer: str) -> bool:
 def _unboxed(response: str, known: str) -> str | None:
     if is_too_large(response, known, COMPUTING):
         return "?"
-    if _is_text(normalise(known)):
-        return stated_answer(response)
+    stated = stated_answer(response)
+    if _is_text(normalise(known)) or (stated and plain_number(split_unit(normalise(stated))[0])):
+        return stated
     texts = [found for found in _parse(response, boxed=False) if isinstance(found, str)]
     return texts[-1] if texts else None
 
@@ -84,7 +86,7 @@ def _equal(answer: str, known: str) -> bool:
         return False
     if len(_QUANTIFIER.findall(answer)) != len(_QUANTIFIER.findall(known)):
         return False
-    answer, known = _without_name(answer, known)
+    answer, known = _without_name(stated_answer(answer) or answer, known)
     if (verdict := _as_numbers(answer, known)) is not None:
         return verdict
     answer, known, ratio = _without_units(answer, known)
@@ -109,7 +111,7 @@ def _equal(answer: str, known: str) -> bool:
 def _without_name(answer: str, known: str) -> tuple[str, str]:
     """Both without the `x =` or `x \\in` before them, unless these names differ."""
     one, other = _NAMED.fullmatch(answer), _NAMED.fullmatch(known)
-    if one and other and one[1] != other[1]:
+    if (one and other and one[1] != other[1]) or (one is None and "=" in answer) or (other is None and "=" in known):
         return answer, known
     return (one[2].strip() if one and "," not in _outside(one[2]) else answer,
             other[2].strip() if other and "," not in _outside(other[2]) else known)  # fmt: skip
@@ -177,6 +179,7 @@ def _as_expressions(answer: str, known: str) -> bool:
     from math_verify import verify as equal
     from sympy import Basic, MatrixBase
 
+    answer, known = _with_cases_apart(answer, known)
     expected = _parse(f"\\boxed{{{known}}}")
     if not expected:
         raise ValueError(f"the ground-truth answer {known!r} is not a mathematical expression")
@@ -192,6 +195,16 @@ def _as_expressions(answer: str, known: str) -> bool:
     one, other = _sets(one, other)
     # Asymmetric: math-verify expects the ground truth first.
     return bool(equal(other, one, timeout_seconds=None)) and not differ(other, one)
+
+
+def _with_cases_apart(answer: str, known: str) -> tuple[str, str]:
+    """Both with an index at capital letters that occur as small ones too: math-verify reads M and m as the same."""
+    variables = set("".join(re.findall(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", f"{answer} {known}")))
+    for letter in variables:
+        if letter.isupper() and letter.lower() in variables:
+            variable = re.compile(rf"(?<![\\A-Za-z]){letter}(?![A-Za-z])(_\{{?)?")
+            answer, known = (variable.sub(rf"{letter}_{{99}}", text) for text in (answer, known))
+    return answer, known
 
 
 def _parse(text: str, boxed: bool = True) -> list[Any]:
@@ -215,11 +228,18 @@ def _number_is(written: PlainNumber, expression: Any) -> bool | None:
 
     if not isinstance(expression, Expr) or expression.has(Float) or written.is_percentage:
         return None
-    value = expression.doit().evalf(DIGITS) if expression.is_number else None
+    value = expression.doit() if expression.is_number else None
+    if value is not None and value.is_Rational:
+        return equal_numbers(PlainNumber(Fraction(int(value.p), int(value.q))), written)
+    value = None if value is None else value.evalf(DIGITS)
     if value is None or not value.is_Float or not value.is_finite:
         return None
-    exact = plain_number(f"{value:.{DIGITS - 2}e}".replace("e", r"\times 10^{") + "}")
-    return None if exact is None else equal_numbers(PlainNumber(exact.value, exact.unit_in_last_place * 10), written)
+    close = plain_number(f"{value:.{DIGITS - 2}e}".replace("e", r"\times 10^{") + "}")
+    if close is None:
+        return None
+    if not written.unit_in_last_place:  # such as 2 for the square root of 4
+        return bool(abs(close.value - written.value) <= abs(written.value) / 10 ** (DIGITS - 5))
+    return equal_numbers(PlainNumber(close.value), written)
 
 
 def _sets(one: Any, other: Any) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ _NUMBER = re.compile(
     r"(?P<sign>[-+]?)\s*(?:"
     rf"(?:{_DIGITS})?\s*(?:(?:\\times|\\cdot|\*)?\s*(?P<power>10\s*\^\s*\{{?\s*(?P<exponent>[-+]?\d+)\s*\}}?))?"
     r"|(?P<whole>\d+)?\s*\\frac\s*\{\s*(?P<top>-?\d+)\s*\}\s*\{\s*(?P<bottom>\d+)\s*\}"
-    r"|(?P<left>\d+)\s*/\s*(?P<right>\d+)"
+    r"|(?:(?P<mixed>\d+)\s+)?(?P<left>\d+)\s*/\s*(?P<right>\d+)"
     r")\s*(?P<percent>\\?%|percent)?"
 )
 
@@ -38,9 +38,10 @@ def plain_number(text: str) -> PlainNumber | None:
     sign, percent = -1 if part["sign"] == "-" else 1, part["percent"] is not None
     if part["top"] or part["left"]:
         top, bottom = int(part["top"] or part["left"]), int(part["bottom"] or part["right"])
-        if bottom == 0 or (part["whole"] and top < 0):
+        whole = part["whole"] or part["mixed"]
+        if bottom == 0 or (whole and top < 0):
             return None
-        return PlainNumber(sign * (int(part["whole"] or 0) + Fraction(top, bottom)), is_percentage=percent)
+        return PlainNumber(sign * (int(whole or 0) + Fraction(top, bottom)), is_percentage=percent)
     if not part["digits"] and not part["power"]:
         return None
     if part["power"] and part["digits"] and part["digits"].endswith("."):
@@ -65,6 +66,8 @@ def _has_point(digits: str | None) -> bool:
 def equal_numbers(one: PlainNumber, other: PlainNumber) -> bool:
     """Whether two numbers are the same: exact ones exactly, decimals to six significant digits and the last one given.
 
+    That may differ by one between two decimals.
+
     A percentage equals the number with or without its sign: 50% is 50 and 0.5.
     """
     if one.is_percentage != other.is_percentage:
@@ -84,4 +87,6 @@ def _equal(one: PlainNumber, other: PlainNumber) -> bool:
     difference, size = abs(one.value - other.value), max(abs(one.value), abs(other.value))
     if difference <= _ROUNDING * size:
         return True
-    return difference < last_place and difference <= RELATIVE_ERROR * size
+    both_rounded = one.unit_in_last_place and other.unit_in_last_place
+    in_last_place = difference <= last_place if both_rounded else difference < last_place
+    return in_last_place and difference <= RELATIVE_ERROR * size

@@ -62,6 +62,9 @@ _FACTOR = re.compile(
     r"\s*(?P<divided>/|per\b|\\cdot|\\times|\*)?\s*(?P<area>(?:square|sq|cubic|cu)\b\.?)?\s*"
     r"(?P<unit>[A-Za-zµμΩ¢]+)\.?\s*(?:\^\s*\{?\s*(?P<exponent>-?\d)\s*\}?)?"
 )
+_AT_END = re.compile(
+    r"(?<=[\d})%])(\s*)((?=[A-Za-zµμΩ¢/])(?:/|per\b|\\cdot|\\times|\*|[A-Za-zµμΩ¢.\s]|\^\s*\{?\s*-?\d\s*\}?)+)$"
+)
 
 
 def split_unit(answer: str) -> tuple[str, tuple[Dimensions, Fraction] | None]:
@@ -69,9 +72,7 @@ def split_unit(answer: str) -> tuple[str, tuple[Dimensions, Fraction] | None]:
 
     A single letter without a space before it is a variable: 5 m is a length, 5m is five times m.
     """
-    match = re.search(
-        r"(?<=[\d})%])(\s*)((?:/|per\b|\\cdot|\\times|\*|[A-Za-zµμΩ¢.\s]|\^\s*\{?\s*-?\d\s*\}?)+)$", answer
-    )
+    match = _AT_END.search(answer)
     if match is None or not match[2].strip() or (not match[1] and len(match[2].strip()) == 1):
         return answer, None
     unit = _parsed(match[2].strip())

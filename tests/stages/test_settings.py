@@ -120,6 +120,7 @@ def seen(tmp_path_factory):
             monkeypatch.chdir(folder)
             rows = [{"id": f"q{n}", "question": "1+1", "answer": answer, "trace": "7+3\n0\n"}
                     for n, answer in enumerate("2223")]  # fmt: skip
+            rows.append({**rows[0], "id": "unjudged", "verifier": "none"})
             for name in ("train", "eval"):
                 Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
             Path("run.yaml").write_text(

@@ -229,8 +229,9 @@ def test_in_the_pool_an_unreadable_test_is_an_error_and_a_loop_is_wrong():
     jobs = [VerifyJob(get_verifier("code"), fenced(ADD), gold) for gold in (ADD_TESTS, "{}")]
     jobs += [VerifyJob(get_verifier("code"), loop, ADD_TESTS), VerifyJob(get_verifier("code"), "3", ADD_TESTS)]
     started = time.monotonic()
-    verdicts = verify_all(jobs, 2, 20.0, lambda index, verdict: None)
-    assert verdicts[0] == "correct" and verdicts[2:] == ["wrong", "no_answer"]
+    verdicts: dict[int, str] = {}
+    verify_all(jobs, 2, 20.0, verdicts.__setitem__)
+    assert verdicts[0] == "correct" and [verdicts[2], verdicts[3]] == ["wrong", "no_answer"]
     assert verdicts[1].startswith("error: ValueError: code tests")
     assert time.monotonic() - started < 40
 

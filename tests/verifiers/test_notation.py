@@ -32,12 +32,17 @@ ROWS = {
     ],
     "bare root": [(r"\sqrt2", r"\sqrt{2}"), (r"\sqrt x", r"\sqrt{x}")],
     "empty set": [(r"\varnothing", r"\emptyset "), (r"\{\}", r"\emptyset ")],
+    "matrices": [
+        (r"\begin{bmatrix}1\end{bmatrix}", r"\begin{pmatrix}1\end{pmatrix}"),
+        (r"\begin{vmatrix}", r"\begin{vmatrix}"),
+    ],
     "slanted relations": [(r"x\le 2", r"x\leq 2"), (r"x\geqslant 2", r"x\geq 2"), (r"\left", r"\left")],
     "scientific": [("1e3", r"1\times 10^{3}"), ("6.02E+23", r"6.02\times 10^{+23}"), ("2e", "2e"), ("1e3x", "1e3x")],
     "bare exponent": [("x^12", "x^{12}")],
     "plus sign of an exponent": [("10^{+3}", "10^{3}")],
     "degree": [(r"90^\circ", "90 degrees "), (r"90^{\circ}", "90 degrees ")],
     "repeated spaces": [("1 \n\t 2", "1 2")],
+    "spaces in brackets": [("( 1, 2 )", "(1,2)"), (r"2 \sqrt{3}", r"2\sqrt{3}"), ("{3} m", "{3} m")],
     "thousands": [
         ("1 234 567", "1234567"),
         ("1,234.5", "1234.5"),
@@ -99,7 +104,7 @@ def test_what_is_no_plain_number(text):
     ("one", "other", "same"),
     [
         ("0.333333", "1/3", True), ("0.33333", "1/3", False), ("1.0", "1", True), ("1.0000001", "1", False),
-        ("1e-300", "2e-300", False), ("0.0", "1e-300", False), ("2.50", "2.5", True), ("1234567.1", "1234567.2", False),
+        ("1e-300", "2e-300", False), ("0.0", "1e-300", False), ("2.50", "2.5", True), ("1234567.1", "1234567.3", False),
         ("0.1", "0.10000000000000001", True), ("50\\%", "0.5", True), ("50\\%", "50", True), ("50\\%", "5", False),
         ("50\\%", "0.5\\%", False), ("0.\\overline{142857}", "1/7", True), ("-0.5", "0.5", False),
         ("-0.5", "-\\frac{1}{2}", True),
