@@ -5,6 +5,7 @@ avoids. Weights can be negative and sum to 0 over a question.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -40,6 +41,11 @@ def weigh(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveC
     return make_weights(scores, truncated, ratios, answers, raw_weights=weights.tolist(), normalised=False)
 
 
+def weigh_by_reference(scores: Sequence[Score], truncated: Sequence[bool], config: ObjectiveConfig) -> list[Weight]:
+    """The same for a question without a verifier: a_k is the geometric mean of the reference answer."""
+    return weigh(scores, truncated, replace(config, answer_estimator="geometric_mean"))
+
+
 def _smoothed_log_answer(score: Score, estimator: str) -> float:
     if estimator != "accuracy":
         return log_answer(score, estimator)
@@ -48,4 +54,4 @@ def _smoothed_log_answer(score: Score, estimator: str) -> float:
     return float(np.log((score.num_correct + 0.5) / (score.num_answers + 1)))
 
 
-OBJECTIVE = Objective(weigh, posterior_source="reverse_kl")
+OBJECTIVE = Objective(weigh, posterior_source="reverse_kl", weigh_unverifiable=weigh_by_reference)
