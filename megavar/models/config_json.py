@@ -19,8 +19,8 @@ def read_dims(folder: Path) -> ModelDims:
 
     Raises:
         ValueError: if config.json is missing, a key is missing or has the wrong type, `model_type` is unknown, or the
-            model has features that the training engine would silently compute differently (RoPE scaling other than YaRN,
-            sliding windows, attention biases, dense layers in an MoE model).
+            model has features that the training engine would silently compute differently (RoPE scaling other than
+            YaRN, sliding windows, attention biases, dense layers in an MoE model).
     """
     file = folder / "config.json"
     if not file.is_file():

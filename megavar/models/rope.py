@@ -62,7 +62,7 @@ def _read_yarn(rope: dict[str, Any], config: dict[str, Any], file: Path) -> Yarn
         )
 
     def number(key: str, default: float | None = None, least: float = 0.0) -> float:
-        value = rope.get(key, default)
+        value: Any = rope.get(key, default)
         if type(value) not in (int, float) or not (isfinite(value) and value > 0 and value >= least):
             expected = f"a number of at least {least:g}" if least else "a number above 0"
             raise ValueError(f"{file} has {key}={value!r:.100} in its YaRN scaling, expected {expected}; correct it.")

@@ -35,7 +35,7 @@ def text_logps(model: Model, text: str) -> Tensor:
 
 def _by_transformers(model: Model, ids: list[int]) -> Tensor:
     config = AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
-    # transformers 4 reads RoPE here only: from a folder that transformers 5 has written it takes 10000, without scaling.
+    # transformers 4 reads RoPE here only, and takes base 10000 and no scaling from a folder that 5 has written.
     config.rope_theta = model.dims.rope_base
     if config.rope_scaling is None:
         config.rope_scaling = getattr(config, "rope_parameters", None)
