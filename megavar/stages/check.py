@@ -48,9 +48,11 @@ def check_run(config: RunConfig, ranks: int | None) -> None:
     dims = _check_model(config, ranks)
     limit = config.data.max_sequence_tokens
     if limit > dims.max_positions:
+        source = (
+            "max_position_embeddings, or the length that YaRN extends to" if dims.yarn else "max_position_embeddings"
+        )
         raise ValueError(
-            f"data.max_sequence_tokens={limit} is more than the model's max_position_embeddings="
-            f"{dims.max_positions}; lower it."
+            f"data.max_sequence_tokens={limit} is more than the model's {source}={dims.max_positions}; lower it."
         )
     _check_tokens(config, train, sampled, held_out)
 
