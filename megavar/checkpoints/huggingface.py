@@ -272,7 +272,7 @@ def bytes_of(tensor: Tensor) -> Any:
 def copy_side_files(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
     """Copy the non-weight files (configuration, tokenizer), without README.md, .gitattributes and SHA256SUMS.
 
-    config.json gets the RoPE base under the keys of both transformers 4 and transformers 5.
+    config.json gets the RoPE base and scaling under the keys of both transformers 4 and transformers 5.
 
     Args:
         dtype: to set in config.json; None keeps what it says.
@@ -284,9 +284,12 @@ def copy_side_files(source: Path, target: Path, dtype: torch.dtype | None = None
     config = json.loads((source / "config.json").read_text())
     if dtype is not None:
         config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
-    if "rope_theta" in (config.get("rope_parameters") or {}):
-        # transformers 4 reads this key only, and would silently use its default base of 10000.
-        config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        # transformers 4 reads these keys only, and would silently use its default base of 10000 without scaling.
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from megavar.models import FAMILIES
 from megavar.models.dims import ModelDims
 from megavar.models.family import Family
+from megavar.models.rope import read_rope
 
 _REFUSED = {
     "quantization_config": "a leftover of quantized weights; give the folder of the original weights, or remove the "
@@ -24,8 +25,8 @@ def read_dims(folder: Path) -> ModelDims:
 
     Raises:
         ValueError: if config.json is missing, a key is missing or has the wrong type, `model_type` is unknown, or the
-            model has features that the training engine would silently compute differently (RoPE scaling, sliding
-            windows, attention biases, dense layers in an MoE model).
+            model has features that the training engine would silently compute differently (RoPE scaling other than
+            YaRN, sliding windows, attention biases, dense layers in an MoE model).
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -40,7 +41,8 @@ def read_dims(folder: Path) -> ModelDims:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{file} has model_type={model_type!r:.100}; supported are {', '.join(FAMILIES)}.")
     family = FAMILIES[model_type]
-    for key, value in {"use_sliding_window": False, "hidden_act": "silu", **family.required}.items():
+    required = {"use_sliding_window": False, "hidden_act": "silu", "partial_rotary_factor": 1.0, **family.required}
+    for key, value in required.items():
         if config.get(key, value) not in (value, None):
             raise ValueError(f"{file} has {key}={config[key]!r}, which is not supported; only {value!r} is.")
     for key, what in _REFUSED.items():
@@ -79,6 +81,7 @@ def _dims(model_type: str, family: Family, config: dict[str, Any], file: Path) -
             f"{file} has num_experts_per_tok=1 and norm_topk_prob=true: the routing weight would always be 1, whatever "
             "the router computes; this is not supported."
         )
+    rope_base, yarn = read_rope(config, file)
     return ModelDims(
         family=model_type,
         num_layers=get("num_hidden_layers", int),
@@ -89,28 +92,13 @@ def _dims(model_type: str, family: Family, config: dict[str, Any], file: Path) -
         ffn_size=get("moe_intermediate_size" if is_moe else "intermediate_size", int),
         vocab_size=get("vocab_size", int),
         tied_embeddings=get("tie_word_embeddings", bool, False),
-        rope_base=_rope_base(config, file),
+        rope_base=rope_base,
+        yarn=yarn,
         norm_eps=get("rms_norm_eps", float),
-        max_positions=get("max_position_embeddings", int),
+        max_positions=max(get("max_position_embeddings", int), yarn.positions if yarn else 0),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
         num_experts=get("num_experts" if "num_experts" in config else "num_local_experts", int) if is_moe else 0,
         experts_per_token=get("num_experts_per_tok", int) if is_moe else 0,
         normalise_routing=norm_topk_prob,
     )
-
-
-def _rope_base(config: dict[str, Any], file: Path) -> float:
-    """RoPE base: in `rope_parameters` (transformers 5) or `rope_theta` (transformers 4); there is no default."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{file} has RoPE parameters {rope!r:.100}, expected an object; re-download it.")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{file} has RoPE scaling {kind!r}, which is not supported; use a model without it.")
-    base = rope.get("rope_theta", config.get("rope_theta"))
-    if not isinstance(base, int | float) or isinstance(base, bool) or not 0 < base < 2**63:
-        raise ValueError(
-            f"{file} has no rope_theta, and the RoPE base has no default; add it, or re-download the file."
-        )
-    return float(base)

@@ -5,6 +5,25 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """RoPE scaling by YaRN: a model trained at one length, used at `factor` times that."""
+
+    factor: float
+    original_positions: int
+    attention_factor: float
+    """What rotated queries and keys are both multiplied by."""
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+    """Whether the ramp between kept and divided frequencies starts and ends at whole dimensions."""
+
+    @property
+    def positions(self) -> int:
+        """The extended length: factor x original length."""
+        return int(self.factor * self.original_positions)
+
+
+@dataclass(frozen=True)
 class ModelDims:
     """Sizes of a dense or MoE decoder: of the full model, not of one rank's shard."""
 
@@ -21,8 +40,11 @@ class ModelDims:
     """Rows of the embedding; can be more than the tokenizer has tokens."""
     tied_embeddings: bool
     rope_base: float
+    yarn: Yarn | None
+    """None: RoPE is not scaled."""
     norm_eps: float
     max_positions: int
+    """`max_position_embeddings`, or the length that YaRN extends to where that is more."""
     qkv_bias: bool
     qk_norm: bool
     num_experts: int

@@ -125,6 +125,10 @@ class Server:
         environment = {**inherited_environment(), KEY: self._api_key}
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus)
+        longest = extended_length(self._model)
+        if longest and (self._config.context_length or 0) <= longest:
+            # SGLang takes max_position_embeddings for the limit, which is less where YaRN was switched on afterwards.
+            environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             log.write(f"\n$ {' '.join(command)}\n".encode())
@@ -154,7 +158,7 @@ class Server:
             "--dtype": dtype,
             "--tensor-parallel-size": config.tensor_parallel_size,
             "--max-total-tokens": max_total_tokens,
-            "--context-length": config.context_length,
+            "--context-length": config.context_length or extended_length(self._model),
             "--mem-fraction-static": config.mem_fraction,
         }
         for option, value in options.items():
@@ -411,6 +415,14 @@ def cpu_dtype(dtype: str, model: Path) -> str:
     config = json.loads((model / "config.json").read_text())
     stored = config.get("dtype", config.get("torch_dtype", "float32"))
     return "float32" if dtype == "auto" and stored == "float32" else dtype
+
+
+def extended_length(model: Path) -> int | None:
+    """Positions of a model with YaRN, tokens; None without it: SGLang finds the length of such a model itself."""
+    from megavar.models.config_json import read_dims  # imports torch, which a command without servers does not need
+
+    dims = read_dims(model)
+    return dims.max_positions if dims.yarn else None
 
 
 def free_port() -> int:

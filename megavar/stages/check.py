@@ -57,9 +57,9 @@ def check_run(config: RunConfig, ranks: int | None) -> Forecast:
     dims, num_parameters = _check_model(config, ranks)
     limit, longest = config.data.max_sequence_tokens, dims.max_positions
     if limit > longest:
-        raise ValueError(
-            f"data.max_sequence_tokens={limit} is more than the model's max_position_embeddings={longest}; lower it."
-        )
+        source = "max_position_embeddings"
+        source += ", or the length that YaRN extends to" if dims.yarn else ""
+        raise ValueError(f"data.max_sequence_tokens={limit} is more than the model's {source}={longest}; lower it.")
     templates = Templates(Path(config.model), config.templates)
     counts = count_tokens(Path(config.data.train), train, sampled, templates, config)
     _check_gold(config, train)

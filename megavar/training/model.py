@@ -22,6 +22,7 @@ from megavar.training.attention import PackedAttention, RMSNorm
 from megavar.training.logprobs import token_logps
 from megavar.training.megatron_on_cpu import device
 from megavar.training.precision import has_transformer_engine, transformer_config_arguments
+from megavar.training.rope import yarn_frequencies
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=dims.qkv_bias,
         qk_layernorm=dims.qk_norm,
+        # YaRN's factor on rotated queries and keys, as one on their products: fused rotations know no factor.
+        softmax_scale=dims.yarn.attention_factor**2 / dims.head_dim**0.5 if dims.yarn else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
@@ -156,6 +159,9 @@ def build_model(config: TransformerConfig, dims: ModelDims) -> list[torch.nn.Mod
             vp_stage=vp_stage,
         ).to(device())
         chunk.vocab_rows = dims.vocab_size
+        if dims.yarn:
+            frequencies = yarn_frequencies(dims.yarn, dims.rope_base, dims.head_dim)
+            chunk.rotary_pos_emb.inv_freq = frequencies.to(device())
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
     return chunks
 

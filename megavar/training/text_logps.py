@@ -35,8 +35,10 @@ def text_logps(model: Model, text: str) -> Tensor:
 
 def _by_transformers(model: Model, ids: list[int]) -> Tensor:
     config = AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
-    # transformers 4 reads the RoPE base here only, and takes 10000 from a folder that transformers 5 has written.
+    # transformers 4 reads RoPE here only, and takes base 10000 and no scaling from a folder that 5 has written.
     config.rope_theta = model.dims.rope_base
+    if config.rope_scaling is None:
+        config.rope_scaling = getattr(config, "rope_parameters", None)
     network = AutoModelForCausalLM.from_pretrained(
         model.path, config=config, dtype=torch.float32, local_files_only=True
     ).eval()

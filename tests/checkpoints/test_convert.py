@@ -272,8 +272,8 @@ BROKEN = {
         r"model_type='llama'; supported are qwen2, qwen3, qwen3_moe",
     ),
     "rope": (
-        lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}),
-        "RoPE scaling 'yarn', which is not supported",
+        lambda f: edit_config(f, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}),
+        "RoPE scaling 'linear', which is not supported",
     ),
     "no rope base": (
         lambda f: edit_config(f, rope_parameters={"rope_type": "default"}, rope_theta=None),

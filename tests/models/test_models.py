@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from megavar.checkpoints.huggingface import HuggingFaceFolder
 from megavar.models import operators
 from megavar.models.config_json import read_dims
+from megavar.models.dims import Yarn
 from megavar.models.ops import names_at, pieces
 
 FAMILIES = [(family, tied) for family in ("qwen2", "qwen3", "qwen3_moe") for tied in (False, True)]
@@ -56,7 +57,8 @@ def test_the_rope_base_is_read_from_either_layout(folder, tmp_path, layout):
     ("changes", "message"),
     [
         ({"model_type": "llama"}, "model_type='llama'; supported are qwen2, qwen3"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "RoPE scaling 'yarn'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}}, "RoPE scaling 'linear'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5, which is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         (
             {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
@@ -70,6 +72,66 @@ def test_configs_the_engine_would_get_wrong_are_refused(folder, tmp_path, change
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(ValueError, match=message):
         read_dims(tmp_path)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+
+
+def write_scaling(folder, target, scaling, **changes):
+    """config.json as transformers 4 writes it."""
+    config = json.loads((folder / "config.json").read_text())
+    config = {**config, "rope_parameters": None, "rope_scaling": scaling, "rope_theta": 1e6, **changes}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_yarn_is_read_from_either_layout_and_extends_the_positions(folder, tmp_path, key):
+    scaling = {key: "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    dims = read_dims(write_scaling(folder, tmp_path, scaling))
+    assert dims.rope_base == 1e6
+    assert dims.yarn == Yarn(4.0, 256, pytest.approx(1.1386294361), beta_fast=32.0, beta_slow=1.0, truncate=True)
+    assert dims.max_positions == 1024  # max_position_embeddings says 512
+    of_5 = {"rope_scaling": None, "rope_theta": None, "rope_parameters": {**scaling, "rope_theta": 1e6}}
+    assert read_dims(write_scaling(folder, tmp_path, None, **of_5)) == dims
+    assert read_dims(write_scaling(folder, tmp_path, scaling, max_position_embeddings=5000)).max_positions == 5000
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"original_max_position_embeddings": None}, "original_max_position_embeddings=None in its YaRN scaling"),
+        ({"factor": None}, "factor=None in its YaRN scaling, expected a number of at least 1"),
+        ({"factor": 0.5}, "factor=0.5 in its YaRN scaling, expected a number of at least 1"),
+        ({"factor": "4"}, "factor='4' in its YaRN scaling"),
+        ({"beta_fast": 0}, "beta_fast=0 in its YaRN scaling, expected a number above 0"),
+        ({"truncate": None}, "truncate=None in its YaRN scaling, expected true or false"),
+        ({"extrapolation_factor": 2.0}, r"extrapolation_factor=2\.0 in its YaRN scaling, which is not supported"),
+        ({"mscale": 1.0, "mscale_all_dim": 0}, "mscale_all_dim=0 in its YaRN scaling"),
+        ({"attention_factor": 1.0}, r"scale queries and keys by 1 and 1\.138629\. .*or attn_factor=0\.87824885"),
+        # As in DeepSeek-R1-0528-Qwen3-8B.
+        ({"attn_factor": 0.8782488562869419}, r"by 1\.138629 and 1\. Have .* attention_factor=1\.0 next to this"),
+        ({"attention_factor": 1.0, "attn_factor": 0.9}, "Have both keys say which is meant"),
+    ],
+)
+def test_yarn_that_transformers_and_sglang_understand_differently_is_refused(folder, tmp_path, scaling, message):
+    with pytest.raises(ValueError, match=message):
+        read_dims(write_scaling(folder, tmp_path, {**YARN, **scaling}))
+
+
+def test_yarn_of_which_two_keys_disagree_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="original_max_position_embeddings=128, and 256 in its YaRN scaling"):
+        read_dims(write_scaling(folder, tmp_path, YARN, original_max_position_embeddings=128))
+    other = {**YARN, "factor": 2.0, "rope_theta": 1e6}
+    with pytest.raises(ValueError, match="another scaling in rope_parameters"):
+        read_dims(write_scaling(folder, tmp_path, YARN, rope_parameters=other))
+    with pytest.raises(ValueError, match="another scaling in rope_parameters"):
+        read_dims(write_scaling(folder, tmp_path, YARN, rope_parameters={"rope_type": "default", "rope_theta": 1e6}))
+
+
+def test_an_attention_factor_that_both_keys_agree_on_is_taken(folder, tmp_path):
+    agreed = {"attention_factor": 1.0, "attn_factor": 0.8782488562869419}
+    assert read_dims(write_scaling(folder, tmp_path, {**YARN, **agreed})).yarn.attention_factor == 1.0
 
 
 def test_routing_to_one_expert_with_weight_one_is_refused(tmp_path):

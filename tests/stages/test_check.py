@@ -122,6 +122,21 @@ def test_a_head_that_is_no_copy_of_its_tied_embedding_is_refused(config_file, tm
         check_run(load_config(config_file, [f"model={tmp_path}/base"]), 1)
 
 
+def test_sequences_may_be_as_long_as_yarn_extends_the_model(config_file, tmp_path):
+    shutil.copytree(BASE, tmp_path / "base")
+    config = json.loads((BASE / "config.json").read_text())
+
+    def check(original):
+        scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": original, "rope_theta": 1e4}
+        changes = {"rope_parameters": scaling, "max_position_embeddings": original}
+        (tmp_path / "base" / "config.json").write_text(json.dumps({**config, **changes}))
+        check_run(load_config(config_file, [f"model={tmp_path}/base"]), 1)
+
+    check(40)  # 160 tokens
+    with pytest.raises(ValueError, match=r"max_sequence_tokens=160 is more than .* that YaRN extends to=156"):
+        check(39)
+
+
 def test_fresh_questions_must_last_for_all_rounds(config_file):
     overrides = ["rounds=2", "data.questions_per_round=1", "data.fresh_questions=true"]
     with pytest.raises(ValueError, match=r"rounds x questions_per_round = 2 x 1 = 2 questions, but .* has 1"):
