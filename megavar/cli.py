@@ -61,9 +61,30 @@ def end_with_agent() -> None:
     """Let the kernel end this process when the agent that started it ends, however that goes.
 
     A rank that lives on would write beside the rerun. One that no agent started may outlive whatever started it.
+    What this process forks ends with it, in any case: Megatron forks the writers of a checkpoint, which would wait for a
+    dead rank for ever (dist_checkpointing/strategies/filesystem_async.py, write_preloaded_data_multiproc).
     """
+    global _forks_end_with_it
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
+    if not _forks_end_with_it:
+        os.register_at_fork(before=_note_parent, after_in_child=_end_with_parent)
+        _forks_end_with_it = True
+
+
+_forks_end_with_it = False
+_parent = 0
+
+
+def _note_parent() -> None:
+    global _parent
+    _parent = os.getpid()
+
+
+def _end_with_parent() -> None:
+    die_with_parent()
+    if os.getppid() != _parent:  # it died before the kernel was asked
+        os._exit(1)
 
 
 def _launch(config_file: Path, overrides: list[str], stage: str) -> None:

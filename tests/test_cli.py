@@ -11,7 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from helpers.processes import runs
 
 from megavar.cli import main
 from megavar.ranks import process_exists
@@ -117,6 +119,24 @@ def test_a_stage_of_one_process_runs_once_however_many_ranks_torchrun_starts(tmp
     command = [*torchrun, "-m", "megavar", "weigh", "--config", f"{tmp_path}/run.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.count("error: No question file none.jsonl") == 1
+
+
+def test_what_a_rank_forks_ends_with_it():
+    """Megatron forks the writers of a checkpoint; killed in between, a rank would leave them waiting for ever."""
+    rank = "import os, time; from megavar.cli import end_with_agent; end_with_agent(); end_with_agent()\n"
+    rank += "pid = os.fork()\n"
+    rank += "print(pid, flush=True) if pid else None\n"
+    rank += "time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", rank], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    forked = psutil.Process(int(process.stdout.readline()))
+    time.sleep(0.2)
+    assert runs(forked)
+    process.kill()
+    process.wait()
+    limit = time.monotonic() + 5
+    while runs(forked) and time.monotonic() < limit:
+        time.sleep(0.02)
+    assert not runs(forked)
 
 
 @pytest.mark.parametrize("has_agent", [True, False])
