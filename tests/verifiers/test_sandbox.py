@@ -51,6 +51,34 @@ def wait_until(condition, seconds=10.0):
     return condition()
 
 
+class Watch:
+    """Looks at the processes of all sandboxes of this process, as long as the `with` block lasts."""
+
+    def __enter__(self):
+        self.seen, self.most_threads, self.ended = set(), 0, threading.Event()
+        self.thread = threading.Thread(target=self.look)
+        self.thread.start()
+        return self
+
+    def look(self):
+        while not self.ended.wait(0.02):
+            num_threads = 0
+            with suppress(psutil.NoSuchProcess):
+                for bwrap in psutil.Process().children():
+                    if bwrap.name() == "bwrap":
+                        for process in [bwrap, *bwrap.children(recursive=True)]:
+                            self.seen.add(process)
+                            num_threads += process.num_threads()
+            self.most_threads = max(self.most_threads, num_threads)
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.thread.join()
+
+    def all_ended(self):
+        return wait_until(lambda: not any(map(runs, self.seen)))
+
+
 def test_a_program_gets_its_input_and_nothing_else():
     program = "import os, sys\nprint(sys.stdin.read(), os.getcwd(), sorted(os.environ), sys.argv, __name__)"
     output = printed(program, "naïve\n")
@@ -262,15 +290,6 @@ print(any(found))
 # Filling the machine
 
 
-def num_threads_below():
-    """Threads of the processes below this one, whatever the sandbox has made them."""
-    num_threads = 0
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            num_threads += process.num_threads()
-    return num_threads
-
-
 FORKS = """
 import os
 while True:
@@ -301,21 +320,11 @@ while True:
 
 @pytest.mark.parametrize("bomb", [FORKS, SESSIONS, THREADS], ids=["forks", "sessions", "threads"])
 def test_a_fork_bomb_stays_small_and_ends(bomb):
-    most, ended = [0], threading.Event()
-
-    def watch():
-        while not ended.wait(0.05):
-            most[0] = max(most[0], num_threads_below())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     started = time.monotonic()
-    outcome = run(bomb, wall_seconds=2)
-    ended.set()
-    watcher.join()
-    assert outcome.exit_code is None and time.monotonic() - started < 10
-    assert 2 < most[0] <= 12, most
-    assert wait_until(lambda: num_threads_below() == 0)
+    with Watch() as watch:
+        assert run(bomb, wall_seconds=2).exit_code is None
+    assert time.monotonic() - started < 10
+    assert 5 < watch.most_threads <= 12 and watch.all_ended()
 
 
 def test_an_endless_loop_is_killed_for_its_time():
@@ -405,11 +414,12 @@ if os.fork() == 0:
     os._exit(0)
 os.wait()
 print('started', flush=True)
+time.sleep(0.3)
 {ending}
 """
-    outcome = run(program, wall_seconds=1)
-    assert outcome.output == b"started\n"
-    assert wait_until(lambda: num_threads_below() == 0)
+    with Watch() as watch:
+        assert run(program, wall_seconds=1).output == b"started\n"
+    assert len(watch.seen) >= 5 and watch.all_ended()
 
 
 @pytest.mark.parametrize("when", ["at once", "later"])
@@ -448,10 +458,10 @@ print(input(), len([name for name in os.listdir('/proc') if name.isdecimal()]))
     assert max(int(outcome.output.split()[1]) for outcome in outcomes) <= 6
 
 
-def test_runs_after_the_sandbox_has_ended_have_no_exit_code():
-    with Sandbox("import os\nos.kill(os.getppid(), 9)") as opened:
+def test_a_program_that_kills_what_started_it_has_no_exit_code():
+    with Watch() as watch, Sandbox("import os, time\ntime.sleep(0.3)\nos.kill(os.getppid(), 9)") as opened:
         assert opened.run("").exit_code is None
-    assert wait_until(lambda: num_threads_below() == 0)
+    assert len(watch.seen) >= 4 and watch.all_ended()
 
 
 def test_file_descriptors_are_not_left_open():
