@@ -42,14 +42,18 @@ from builtins import *
 """
 
 
-def _limit(cpu_seconds: int, uid: int) -> None:
+def _limit(kind: int, limit: int) -> None:
+    known = resource.getrlimit(kind)[1]
+    limit = limit if known == resource.RLIM_INFINITY else min(limit, known)
+    resource.setrlimit(kind, (limit, limit))
+
+
+def _confine(uid: int) -> None:
     """Take limits and, where `uid` is not 0, another user, from which neither can be undone."""
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # Where memory runs out, this ends before the training does.
-    for kind, limit in {**_LIMITS, resource.RLIMIT_CPU: cpu_seconds}.items():
-        known = resource.getrlimit(kind)[1]
-        limit = limit if known == resource.RLIM_INFINITY else min(limit, known)
-        resource.setrlimit(kind, (limit, limit))
+    for kind, limit in _LIMITS.items():
+        _limit(kind, limit)
     if uid:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
@@ -106,7 +110,7 @@ def _with_integer_keys(argument: object) -> object:
 
 def main(control_fd: int, cpu_seconds: int, uid: int) -> None:
     """Announce that the limits hold, receive the program, run it in a process of its own for each test."""
-    _limit(cpu_seconds, uid)
+    _confine(uid)
     control = _socket.socket(fileno=control_fd)
     control.send(b"+")
     job = _receive_job(control)
@@ -130,6 +134,7 @@ def main(control_fd: int, cpu_seconds: int, uid: int) -> None:
         given, output = test
         pid = os.fork()
         if pid == 0:
+            _limit(resource.RLIMIT_CPU, cpu_seconds)
             control.close()
             os.dup2(given, 0)
             os.dup2(nowhere if function else output, 1)
