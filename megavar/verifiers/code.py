@@ -23,7 +23,7 @@ from math import isclose, isfinite
 from typing import Any
 
 from megavar.records import Verdict
-from megavar.verifiers.sandbox import MAX_OUTPUT_BYTES, WALL_SECONDS, Call, check_sandbox, run
+from megavar.verifiers.sandbox import MAX_OUTPUT_BYTES, WALL_SECONDS, Outcome, Sandbox, check_sandbox
 
 ALL_TESTS_SECONDS = 60.0
 MAX_TESTS_BYTES = 2**27
@@ -73,10 +73,13 @@ def verify(response: str, gold: str) -> Verdict:
         return Verdict.NO_ANSWER
     check_sandbox()
     deadline = time.monotonic() + ALL_TESTS_SECONDS
-    for case in tests.cases:
-        seconds = min(WALL_SECONDS, deadline - time.monotonic())
-        if seconds <= 0 or not _passes(program, case, tests, seconds):
-            return Verdict.WRONG
+    with Sandbox(program, tests.function) as sandbox:
+        for case in tests.cases:
+            # Some tests expect more than the usual limit.
+            max_bytes = MAX_OUTPUT_BYTES + 4 * len(case.expected)
+            seconds = min(WALL_SECONDS, deadline - time.monotonic())
+            if seconds <= 0 or not _passes(sandbox.run(case.given, seconds, max_bytes), case.expected, tests):
+                return Verdict.WRONG
     return Verdict.CORRECT
 
 
@@ -232,20 +235,16 @@ def _refusal(what: str, found: Any, expected: str) -> ValueError:
     return ValueError(f"code tests, {what}: got {str(found)[:200]}, expected {expected}; correct `answer` in the data.")
 
 
-def _passes(program: str, case: Case, tests: Tests, seconds: float) -> bool:
-    call = Call(tests.function, case.given) if tests.function else None
-    # Some tests expect more than the usual limit.
-    limit = MAX_OUTPUT_BYTES + 4 * len(case.expected)
-    outcome = run(program, "" if call else case.given, call, seconds, limit)
+def _passes(outcome: Outcome, expected: str, tests: Tests) -> bool:
     if outcome.exit_code != 0:
         return False
-    if not call:
+    if not tests.function:
         output = outcome.output.decode(errors="surrogateescape")
-        return _same_tokens(output.split(), case.expected.split(), tests.tolerance)
+        return _same_tokens(output.split(), expected.split(), tests.tolerance)
     try:
-        result, expected = json.loads(outcome.result), json.loads(case.expected)
-        return _equal(result, expected, tests.tolerance) or (
-            tests.is_wrapped and _equal(result, expected[0], tests.tolerance)
+        result, wanted = json.loads(outcome.output), json.loads(expected)
+        return _equal(result, wanted, tests.tolerance) or (
+            tests.is_wrapped and _equal(result, wanted[0], tests.tolerance)
         )
     except (ValueError, RecursionError):  # not JSON, or too deep
         return False

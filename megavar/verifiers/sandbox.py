@@ -1,7 +1,7 @@
 """Runs one Python program that nobody trusts, in namespaces of its own (bubblewrap) and under limits.
 
 The program sees the Python interpreter, its libraries, an empty /tmp and its input; no network, no other file and no
-process of the host. Nothing of it is left when `run` returns, or when the process that called `run` is killed.
+process of the host. Nothing of it is left when its sandbox is closed, or the process that opened it killed.
 """
 
 import errno
@@ -16,16 +16,15 @@ import struct
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 CPU_SECONDS = 4
-"""CPU time of one process of the program, its start included."""
+"""CPU time of one process of the program."""
 WALL_SECONDS = 8.0
-"""Of one program, from the moment at which it starts."""
+"""Of one run."""
 MAX_OUTPUT_BYTES = 2**20
 _START_SECONDS = 30.0
 """Until the program starts, on a machine that is busy."""
@@ -64,130 +63,130 @@ _NEW_NAMESPACES = 0x7E020000
 
 
 @dataclass(frozen=True)
-class Call:
-    """A function of the program to call, instead of running it as a script."""
-
-    function: str
-    """Its name, or that of a method of class `Solution`."""
-    arguments: str
-    """JSON list."""
-
-
-@dataclass(frozen=True)
 class Outcome:
-    """How a program ended."""
+    """How one run of a program ended."""
 
     exit_code: int | None
-    """0 if it ended well; above 128 if a signal ended it; None if it was killed for its time or its output."""
+    """0 if it ended well; above 128 if a signal ended it; None if the sandbox ended, for its time or its output."""
     output: bytes
-    """Its standard output."""
-    result: bytes
-    """JSON text of what the called function returned. The program can write here as well, but knows nothing of what is
-    expected, so it gains no more by that than by returning."""
+    """Its standard output; of a function, the JSON text of what it returned."""
 
 
-def run(
-    program: str,
-    stdin: str = "",
-    call: Call | None = None,
-    wall_seconds: float = WALL_SECONDS,
-    max_output_bytes: int = MAX_OUTPUT_BYTES,
-) -> Outcome:
-    """Run a Python program in a sandbox of its own.
+class Sandbox:
+    """A Python program in a sandbox, in which each run of it is a new process. To be used in a `with` statement.
 
-    Args:
-        program: its source text.
-        stdin: its standard input.
-        call: what to call after the program was imported; without it the program runs as a script.
-        wall_seconds: from the moment at which it starts; beyond them it is killed.
-        max_output_bytes: of output and result together; a program that writes more is killed at once.
-
-    Raises:
-        RuntimeError: if there is no sandbox here, or it did not start.
+    A run that ends without an exit code ends the sandbox. Files in /tmp stay from run to run.
     """
-    # As root of the machine the program gets a user of its own, since the kernel limits no number of processes for
-    # root. For others the sandbox has a user namespace, in which they are nobody.
-    uid = random.SystemRandom().randrange(1_880_000_000, 2_140_000_000) if _is_root_of_the_machine() else 0
-    bwrap, python = _bwrap(), Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
-    ours, theirs = socket.socketpair()
-    with (
-        ours,
-        theirs,
-        _memory_file(stdin.encode(errors="surrogateescape")) as input_file,
-        _memory_file(_system_call_filter()) as filter_file,
-        subprocess.Popen(
-            [
-                *(bwrap, *_isolation(python, own_user=bool(uid)), "--seccomp", str(filter_file.fileno()), "--"),
-                # Isolated as by -I, which would ignore PYTHONHASHSEED: the same program ends in the same way again.
-                *(str(python), "-P", "-s", "-S", "-X", "utf8", "-c", _runner()),
-                *map(str, (theirs.fileno(), CPU_SECONDS, uid)),
-            ],
-            stdin=input_file,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=(filter_file.fileno(), theirs.fileno()),
-            # The program can read the environment of bwrap, which is the first process of its namespace.
-            env={},
-        ) as process,
-    ):
-        theirs.close()
+
+    def __init__(self, program: str, function: str = "") -> None:
+        """Start the sandbox.
+
+        Args:
+            program: source text.
+            function: what to call in each run: a function or a method of class `Solution`. Without it the program runs
+                as a script.
+
+        Raises:
+            RuntimeError: if there is no sandbox here, or it did not start.
+        """
+        # As root of the machine the program gets a user of its own, since the kernel limits no number of processes for
+        # root. For others the sandbox has a user namespace, in which they are nobody.
+        uid = random.SystemRandom().randrange(1_880_000_000, 2_140_000_000) if _is_root_of_the_machine() else 0
+        python = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
+        command = [_bwrap(), *_isolation(python, own_user=bool(uid))]
+        self._control, theirs = socket.socketpair()
+        with theirs, _memory_file(_system_call_filter()) as filter_file:
+            command += ["--seccomp", str(filter_file.fileno()), "--"]
+            # Isolated as by -I, which would ignore PYTHONHASHSEED: the same program ends in the same way again.
+            command += [str(python), "-P", "-s", "-S", "-X", "utf8", "-c", _runner()]
+            self._process = subprocess.Popen(
+                [*command, *map(str, (theirs.fileno(), CPU_SECONDS, uid))],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=(filter_file.fileno(), theirs.fileno()),
+                # The program can read the environment of bwrap, which is the first process of its namespace.
+                env={},
+            )
         try:
-            job = marshal.dumps((program, call.function if call else "", call.arguments if call else ""))
-            return _follow(process, ours, job, wall_seconds, max_output_bytes)
+            self._control.settimeout(_START_SECONDS)
+            if not self._control.recv(1):
+                raise RuntimeError(f"bwrap did not start a program: {self._messages()}; {_advice()}")
+            self._control.settimeout(None)
+            # If this process has died by now, the program never starts, even where bwrap was too young to be told.
+            job = marshal.dumps((program, function))
+            self._control.sendall(len(job).to_bytes(8) + job)
+        except TimeoutError as error:
+            self.close()
+            raise RuntimeError(f"bwrap did not start a program within {_START_SECONDS:.0f} seconds.") from error
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # It has ended; so `run` will say.
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, given: str, wall_seconds: float = WALL_SECONDS, max_output_bytes: int = MAX_OUTPUT_BYTES) -> Outcome:
+        """Run the program once.
+
+        Args:
+            given: its standard input; of a function, the JSON list of its arguments.
+            wall_seconds: beyond them the sandbox is killed.
+            max_output_bytes: the same.
+        """
+        deadline, output, code = time.monotonic() + wall_seconds, bytearray(), None
+        reader, writer = os.pipe()
+        try:
+            with open(writer, "wb"), _memory_file(given.encode(errors="surrogateescape")) as given_file:
+                socket.send_fds(self._control, [b"t"], [given_file.fileno(), writer])
+            poller = select.poll()
+            unfinished = {reader, self._control.fileno()}
+            for fd in unfinished:
+                poller.register(fd, select.POLLIN)
+            while unfinished:
+                ready = poller.poll(max(0.0, deadline - time.monotonic()) * 1000 + 1)
+                for fd, _ in ready:
+                    chunk = os.read(fd, 2**16 if fd == reader else 1)
+                    if fd == reader:
+                        output += chunk
+                    else:
+                        code = chunk[0] if chunk else None
+                    if fd != reader or not chunk:
+                        poller.unregister(fd)
+                        unfinished.remove(fd)
+                if time.monotonic() > deadline or len(output) > max_output_bytes:
+                    code = None
+                    break
+        except (BrokenPipeError, ConnectionResetError):  # The sandbox has ended.
+            code = None
         finally:
-            process.kill()
+            os.close(reader)
+        if code is None:
+            self.close()
+        return Outcome(code, bytes(output))
 
+    def close(self) -> None:
+        """Kill everything in the sandbox, and wait until it has ended."""
+        self._process.kill()
+        self._messages()
+        self._process.wait()
+        self._control.close()
 
-def _follow(
-    process: subprocess.Popen[bytes], control: socket.socket, job: bytes, wall_seconds: float, max_output_bytes: int
-) -> Outcome:
-    """Start the program when the sandbox is ready, and read what it writes until all its processes have ended."""
-    assert process.stdout is not None and process.stderr is not None
-    output, errors, result = process.stdout.fileno(), process.stderr.fileno(), control.fileno()
-    received = {output: bytearray(), errors: bytearray(), result: bytearray()}
-    poller = select.poll()
-    for fd in received:
-        poller.register(fd, select.POLLIN)
-    unfinished = set(received)
-    is_killed, deadline = False, time.monotonic() + _START_SECONDS
-    # bwrap and the first process of its namespace hold `output` and `errors` as long as they live, and all others end
-    # with that process.
-    while unfinished:
-        seconds = max(0.0, deadline - time.monotonic())
-        for fd, _ in poller.poll(None if is_killed else seconds * 1000 + 1):
-            chunk = _read(fd)
-            if not chunk:
-                poller.unregister(fd)
-                unfinished.remove(fd)
-            elif not is_killed:
-                is_start = fd == result and not received[result]
-                received[fd] += chunk
-                if is_start:
-                    deadline = time.monotonic() + wall_seconds
-                    # If this process dies before this point, the program never starts, even where bwrap was too young
-                    # to be told of the death.
-                    _send(control, job)
-        if not is_killed and (time.monotonic() > deadline or sum(map(len, received.values())) > max_output_bytes):
-            process.kill()
-            is_killed = True
-    exit_code = process.wait()
-    if not received[result]:
-        reason = received[errors].decode(errors="replace").strip()[-300:] or f"no sign within {_START_SECONDS:.0f} s"
-        raise RuntimeError(f"bwrap did not start a program: {reason}; {_advice()}")
-    return Outcome(None if is_killed else exit_code, bytes(received[output]), bytes(received[result][1:]))
-
-
-def _read(fd: int) -> bytes:
-    try:
-        return os.read(fd, 2**16)
-    except ConnectionResetError:  # The program ended before it read what was sent to it.
-        return b""
-
-
-def _send(control: socket.socket, job: bytes) -> None:
-    with suppress(BrokenPipeError, ConnectionResetError):
-        control.sendall(job)
-        control.shutdown(socket.SHUT_WR)
+    def _messages(self) -> str:
+        """What bwrap says until it has ended: it and the first process in its namespace hold its end of the pipe."""
+        assert self._process.stderr is not None
+        if self._process.stderr.closed:
+            return ""
+        with self._process.stderr as stream:
+            text = stream.read(2**16)
+            while stream.read(2**16):
+                pass
+        return text.decode(errors="replace").strip()[-300:]
 
 
 @cache
@@ -197,7 +196,8 @@ def check_sandbox() -> None:
     Raises:
         RuntimeError: if it cannot be run in a sandbox here, or is not held by it.
     """
-    outcome = run(_PROBE)
+    with Sandbox(_PROBE) as probe:
+        outcome = probe.run("")
     if outcome.output != b"held":
         raise RuntimeError(
             f"bwrap does not hold programs here: a program that starts processes ended with {outcome}, expected the "

@@ -1,26 +1,26 @@
-"""What `sandbox.py` starts inside the sandbox, as `python -c`: it limits itself, then runs one program.
+"""What `sandbox.py` starts inside the sandbox, as `python -c`: it limits itself, then runs one program test by test.
 
-It imports no more than it needs, since every test of every answer waits for it.
+It imports no more than it needs, since every answer waits for it.
 """
 
+import _socket
 import builtins
 import marshal
 import os
 import resource
 import sys
-from types import ModuleType
+from types import CodeType, ModuleType
 
 _MIB = 2**20
 _LIMITS = {
     resource.RLIMIT_AS: 1024 * _MIB,
-    resource.RLIMIT_NPROC: 8,  # processes and threads
+    resource.RLIMIT_NPROC: 10,  # processes and threads, with this one and that of bwrap
     resource.RLIMIT_FSIZE: 16 * _MIB,
     resource.RLIMIT_NOFILE: 64,
     resource.RLIMIT_CORE: 0,
     resource.RLIMIT_MEMLOCK: 0,
     resource.RLIMIT_STACK: 64 * _MIB,  # more than usual, for programs that recurse
 }
-_PR_SET_DUMPABLE = 4
 
 # The names that coding platforms import before a submitted function. The built-in names come last: pow and open are
 # names of math and os, too.
@@ -42,34 +42,63 @@ from builtins import *
 """
 
 
-def _limit(cpu_seconds: int, uid: int) -> None:
+def _limit(kind: int, limit: int) -> None:
+    known = resource.getrlimit(kind)[1]
+    limit = limit if known == resource.RLIM_INFINITY else min(limit, known)
+    resource.setrlimit(kind, (limit, limit))
+
+
+def _confine(uid: int) -> None:
     """Take limits and, where `uid` is not 0, another user, from which neither can be undone."""
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # Where memory runs out, this ends before the training does.
-    for kind, limit in {**_LIMITS, resource.RLIMIT_CPU: cpu_seconds}.items():
-        known = resource.getrlimit(kind)[1]
-        limit = limit if known == resource.RLIM_INFINITY else min(limit, known)
-        resource.setrlimit(kind, (limit, limit))
+    for kind, limit in _LIMITS.items():
+        _limit(kind, limit)
     if uid:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-        # The kernel closes /proc/self, and so /dev/stdin, to a process that changed its user.
-        from ctypes import CDLL
-
-        CDLL(None).prctl(_PR_SET_DUMPABLE, 1)
 
 
-def _call(module: ModuleType, program: str, function: str, arguments: str) -> str:
-    """The JSON text of what the function, or the method of class Solution, returns."""
+def _receive_job(control: _socket.socket) -> bytes:
+    """The job after its length, and nothing of what follows it; empty if who started this has died."""
+    job, num_bytes = b"", int.from_bytes(control.recv(8, _socket.MSG_WAITALL))
+    while len(job) < num_bytes and (chunk := control.recv(num_bytes - len(job))):
+        job += chunk
+    return job
+
+
+def _next_test(control: _socket.socket) -> tuple[int, int] | None:
+    """Descriptors to read the input from and to write the output to; None after the last test."""
+    _, ancillary, _, _ = control.recvmsg(1, _socket.CMSG_SPACE(8))
+    if not ancillary:
+        return None
+    given, output = memoryview(ancillary[0][2]).cast("i")
+    return given, output
+
+
+def _end_test(pid: int) -> int:
+    """Wait for the process of a test, then kill what it has left; as a shell, 128 and more is a signal."""
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:  # noqa: SIM105 - contextlib takes longer to import than the rest of this file
+        os.kill(-1, 9)
+    except ProcessLookupError:
+        pass
+    return code if code >= 0 else 128 - code
+
+
+def _call(module: ModuleType, code: CodeType, function: str, output: int) -> None:
+    """Write the JSON text of what the function, or the method of class Solution, returns."""
     import json
 
-    exec(_PRELUDE, module.__dict__)
-    exec(compile(program, "program.py", "exec", dont_inherit=True), module.__dict__)
+    arguments = json.loads(sys.stdin.read())
+    exec(code, module.__dict__)
     names = module.__dict__
     is_method = hasattr(names.get("Solution"), function)
     called = getattr(names["Solution"](), function) if is_method else names[function]
-    return json.dumps(called(*map(_with_integer_keys, json.loads(arguments))))
+    result = json.dumps(called(*map(_with_integer_keys, arguments)))
+    with open(output, "w") as file:
+        file.write(result)
 
 
 def _with_integer_keys(argument: object) -> object:
@@ -79,18 +108,17 @@ def _with_integer_keys(argument: object) -> object:
     return argument
 
 
-def main(control: int, cpu_seconds: int, uid: int) -> None:
-    """Announce that the limits hold, receive the program, run it."""
-    _limit(cpu_seconds, uid)
-    os.write(control, b"+")
-    with open(control, "rb", closefd=False) as file:
-        job = file.read()
-    if not job:  # Who started this has died.
+def main(control_fd: int, cpu_seconds: int, uid: int) -> None:
+    """Announce that the limits hold, receive the program, run it in a process of its own for each test."""
+    _confine(uid)
+    control = _socket.socket(fileno=control_fd)
+    control.send(b"+")
+    job = _receive_job(control)
+    if not job:
         return
-    program, function, arguments = marshal.loads(job)
+    program, function = marshal.loads(job)
     nowhere = os.open("/dev/null", os.O_WRONLY)
     os.dup2(nowhere, 2)
-    os.close(nowhere)
     # Module `site`, which is left out, would define these.
     for name in ("exit", "quit"):
         setattr(builtins, name, sys.exit)
@@ -100,12 +128,26 @@ def main(control: int, cpu_seconds: int, uid: int) -> None:
     module = ModuleType("solution" if function else "__main__")
     sys.modules[module.__name__] = module
     if function:
-        result = _call(module, program, function, arguments)
-        with open(control, "w") as out:
-            out.write(result)
-    else:
-        os.close(control)
-        exec(compile(program, "program.py", "exec", dont_inherit=True), module.__dict__)
+        exec(_PRELUDE, module.__dict__)
+    code = compile(program, "program.py", "exec", dont_inherit=True)
+    while test := _next_test(control):
+        given, output = test
+        pid = os.fork()
+        if pid == 0:
+            _limit(resource.RLIMIT_CPU, cpu_seconds)
+            control.close()
+            os.dup2(given, 0)
+            os.dup2(nowhere if function else output, 1)
+            sys.stdin = os.fdopen(0, errors="surrogateescape", closefd=False)
+            sys.stdout = os.fdopen(1, "w", errors="surrogateescape", closefd=False)
+            os.close(given)
+            if function:
+                return _call(module, code, function, output)
+            os.close(output)
+            return exec(code, module.__dict__)
+        os.close(given)
+        os.close(output)
+        control.send(bytes([_end_test(pid)]))
 
 
 if __name__ == "__main__":

@@ -279,10 +279,23 @@ print([name.decode(errors='replace') for name in found if name[7:].isalnum()])
 def test_what_is_expected_cannot_be_found_anywhere(monkeypatch):
     """A program that searches its environment, files, open files and all memory it can read finds the input only."""
     outcomes, given, expected = [], "hidden-input12345", f"hidden-{os.urandom(5).hex()}"
-    monkeypatch.setattr(code, "run", lambda *args: outcomes.append(sandbox.run(*args)) or outcomes[-1])
+    run = sandbox.Sandbox.run
+    monkeypatch.setattr(sandbox.Sandbox, "run", lambda *args: outcomes.append(run(*args)) or outcomes[-1])
     assert verify(fenced(SEARCH), apps([given], [expected])) == "wrong"
     assert outcomes[0].exit_code == 0 and given in outcomes[0].output.decode()  # so the search works
     assert expected not in outcomes[0].output.decode()
+
+
+SCRIBBLE = """
+import os
+def f():
+    for fd in range(3, 20):
+        try:
+            os.write(fd, b'42')
+        except OSError:
+            pass
+    return 42
+"""
 
 
 @needs_bwrap
@@ -292,7 +305,7 @@ def test_what_is_expected_cannot_be_found_anywhere(monkeypatch):
         "class Always:\n    def __eq__(self, other): return True\ndef f(): return Always()",
         "class Always(int):\n    def __eq__(self, other): return True\ndef f(): return Always(1)",
         "import json\njson.dumps = lambda *a, **k: 'true'\ndef f(): return 1",
-        "import os\ndef f():\n    os.write(3, b'42')\n    return 42",
+        SCRIBBLE,
         "import os, sys\ndef f():\n    os.closerange(3, 20)\n    os._exit(0)",
         "import os\nos._exit(0)",
         "import sys\nsys.exit(0)",
