@@ -61,7 +61,7 @@ def end_with_agent() -> None:
     """Let the kernel end this process when the agent that started it ends, however that goes.
 
     A rank that lives on would write beside the rerun. One that no agent started may outlive whatever started it.
-    What this process forks ends with it, in any case: Megatron forks the writers of a checkpoint, which would wait for a
+    What this process forks ends with it in any case: Megatron forks the writers of a checkpoint, which would wait for a
     dead rank for ever (dist_checkpointing/strategies/filesystem_async.py, write_preloaded_data_multiproc).
     """
     global _forks_end_with_it

@@ -3,17 +3,19 @@
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megavar.data.decode import end_token
 from megavar.data.templates import Templates
-from megavar.models.dims import ModelDims
 from megavar.records import Question
+
+if TYPE_CHECKING:
+    from megavar.models.dims import ModelDims
 
 logger = logging.getLogger(__name__)
 
 
-def check_model_files(model: Path, dims: ModelDims, templates: Templates, question: Question) -> None:
+def check_model_files(model: Path, dims: "ModelDims", templates: Templates, question: Question) -> None:
     """Check what would be trained or sampled wrongly without an error; a stop token that differs is only said.
 
     Args:

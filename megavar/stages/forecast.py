@@ -3,14 +3,17 @@
 from collections import Counter
 from collections.abc import Sequence
 from statistics import mean
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from megavar.config.schema import RunConfig, TrainConfig
-from megavar.models.dims import ModelDims
 from megavar.records import Question
 from megavar.stages.check_questions import TokenCounts
+
+if TYPE_CHECKING:
+    from megavar.models.dims import ModelDims
 
 LOGITS_AT_ONCE = 2**24
 PERCENTILES = (50, 90, 99, 100)
@@ -27,7 +30,7 @@ class Forecast:
     def __init__(
         self,
         config: RunConfig,
-        dims: ModelDims,
+        dims: "ModelDims",
         num_parameters: int,
         ranks: int,
         questions: Sequence[Question],
@@ -44,7 +47,7 @@ class Forecast:
         verifiers = ", ".join(f"{count:,} {name}" for name, count in self._verifiers.most_common())
         found = [
             ("questions", f"{self._verifiers.total():,} ({verifiers}), {len(counts.traces):,} with a gold trace"),
-            ("sampled in all rounds", f"{self._num_sampled:,} questions"),
+            ("sampled", f"{self._num_sampled:,} questions in {config.rounds} round{'s' if config.rounds > 1 else ''}"),
         ]
         for name, lengths in (
             ("prompt", counts.prompts), ("prompt with hint", counts.hinted), ("gold trace", counts.traces),
@@ -60,7 +63,7 @@ class Forecast:
             found.append(("time", f"{hours:,.1f} h at {tokens_per_second:,.0f} tokens/s over all stages"))
         found.append(("memory of a rank", self._memory()))
         found.append(("disk", f"about {self._disk() / 1e9:,.1f} GB for weights, checkpoints and exports"))
-        return [*found, ("rounds", str(config.rounds))]
+        return found
 
     def print(self, tokens_per_second: float | None) -> None:
         """Print the rows as a table."""

@@ -22,6 +22,8 @@ from megavar.verifiers import NO_VERIFIER, VERIFIERS, get_verifier, ground_truth
 from megavar.verifiers.notation import normalise, words
 from megavar.verifiers.pool import VerifyJob, verify_all
 
+FEW = 5000
+"""Questions that are judged in seconds, without a word."""
 MOST_WORDS = 10
 """Of an answer in mathematics; a longer one is prose."""
 _WHOLE_SOLUTION = re.compile(r"####\s*\S")
@@ -90,7 +92,7 @@ def _judge(file: Path, questions: Sequence[Question], config: VerifyConfig, solu
         )
         for question in judged
     )
-    with ProgressLine("reference answers") as progress:
+    with ProgressLine("reference answers", show=len(judged) > FEW) as progress:
         num_judged = 0
 
         def keep(index: int, verdict: str) -> None:
