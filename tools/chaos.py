@@ -5,7 +5,8 @@
 A small run (two ranks, one SGLang server) is started and killed in a stage drawn at random, in one of six ways: the
 whole tree, the agent alone, one rank, the server (SIGKILL), the agent by SIGTERM, the server by SIGSTOP for a while.
 The same command is given again at once, until the run is finished; then the next run begins. `--full-disk` adds runs on
-a small tmpfs that fills up and is enlarged (root only). Each finished run is compared with an undisturbed one:
+a small tmpfs that fills up and is enlarged (root only), `--slow-disk` kills while each sync takes 0.3 s and each write
+5 ms. Each finished run is compared with an undisturbed one:
 
 - every trace, answer, verdict, score and weight is there once;
 - weights equal a float64 calculation from the stored log-probs and verdicts (docs/method.md, equation 8), to 1e-9;
@@ -102,6 +103,8 @@ class Job:
     config: Path
     run: Path
     under_torchrun: bool
+    preloaded: Path | None = None
+    """A library that makes the disk slow."""
     process: subprocess.Popen[bytes] = field(init=False)
     log_start: int = 0
     """Where this start's part of the log begins."""
@@ -110,6 +113,8 @@ class Job:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [*(launcher if self.under_torchrun else [sys.executable]), "examples/pretrain_variational.py"]
         clean = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK")}
+        if self.preloaded is not None:
+            clean |= {"LD_PRELOAD": str(self.preloaded), "SLOW_DISK_SYNC_MS": "300", "SLOW_DISK_WRITE_MS": "5"}
         with self.log.open("ab") as log:
             self.log_start = log.tell()
             self.process = subprocess.Popen(
@@ -242,68 +247,58 @@ def wait_for_moment(campaign: Campaign, job: Job, target: str) -> bool:
     return True
 
 
-def disturbed_run(campaign: Campaign, number: int, kills: int) -> int:
+def disturbed_run(campaign: Campaign, name: str, kills: int, slow_disk: bool) -> int:
     """Kill one run up to `kills` times, let it finish and check it; returns how many kills there were."""
-    random, name = campaign.random, f"run_{number:03d}"
-    run = campaign.folder / "runs" / name
-    config = campaign.write_config(name, campaign.folder / "runs")
-    shared_before, done, hits = shared_files(), 0, list[tuple[str, str]]()
-    while True:
-        job = Job(config, run, under_torchrun=random.random() < 0.4)
-        while done < kills:  # a killed server does not end the job, which can be killed again
-            left = [stage for stage in STAGES if stage not in finished(run)]
-            if not left:
-                break
-            if random.random() < 0.6:  # mostly the next one: a late kill costs the time of all stages before it
-                target = left[0]
-            else:
-                target = min(
-                    left, key=lambda stage: (sum(campaign.tried[kind, stage] for kind in KINDS), random.random())
-                )
-            if not wait_for_moment(campaign, job, target):
-                break
-            stage = stage_now(job) or target
-            usable = [
-                kind for kind in KINDS if kind not in ("server", "SIGSTOP") or (stage in SERVED and job.servers())
-            ]
-            usable = [kind for kind in usable if kind != "SIGSTOP" or campaign.tried["SIGSTOP", stage] < 2]
-            kind = min(usable, key=lambda kind: (campaign.tried[kind, stage], random.random()))
-            campaign.tried[kind, stage] += 1
-            hits.append((kind, stage))
-            done += 1
-            if problem := kill(campaign, job, kind):
-                fail(campaign, [hits[-1]], f"{name}: {kind} in {stage}: {problem}")
-            if kind not in ("server", "SIGSTOP"):
-                break
-        started = time.monotonic()
-        if job.process.poll() is None and done >= kills:
-            with suppress(subprocess.TimeoutExpired):
-                job.process.wait(RUN_SECONDS)
-        if set(STAGES) <= finished(run) and job.process.poll() is not None:
-            break
-        if job.process.poll() is None and time.monotonic() - started > RUN_SECONDS:
+    run, config = campaign.folder / "runs" / name, campaign.write_config(name, campaign.folder / "runs")
+    shared_before, hits = shared_files(), list[tuple[str, str]]()
+    for _ in range(2 * kills + 5):
+        under_torchrun = campaign.random.random() < 0.4
+        job = Job(config, run, under_torchrun, campaign.folder / "slow_disk.so" if slow_disk else None)
+        disturb(campaign, job, hits, kills, slow_disk)
+        try:
+            job.process.wait(RUN_SECONDS)
+        except subprocess.TimeoutExpired:
             signal_all(job.tree(), signal.SIGKILL)
             fail(campaign, hits[-1:], f"{name}: did not finish within {RUN_SECONDS:.0f} s")
-            return done
-        if done >= kills and job.process.poll() not in (None, 0, 75, -signal.SIGKILL, -signal.SIGTERM, 1):
-            fail(campaign, hits[-1:], f"{name}: ended with code {job.process.poll()}")
-            return done
-        if len(hits) and job.log.read_text(errors="replace").count("which lives") > 0:
+            return len(hits)
+        if "which lives" in job.log.read_text(errors="replace"):
             fail(campaign, hits[-1:], f"{name}: a rerun was refused; see {job.log}")
-            return done
-        if job.log.stat().st_size > 10_000_000 or len(list(hits)) + 40 < starts(job.log):
-            fail(campaign, hits[-1:], f"{name}: does not get on; see {job.log}")
-            return done
+            return len(hits)
+        if set(STAGES) <= finished(run):
+            break
+    else:
+        fail(campaign, hits[-1:], f"{name}: does not get on; see {job.log}")
+        return len(hits)
     for problem in check(campaign, run, job, shared_before):
         fail(campaign, hits, f"{name} after {hits}: {problem}")
     if not any(problem.startswith(name) for problem in campaign.problems):
         shutil.rmtree(run)
-    return done
+    return len(hits)
 
 
-def starts(log: Path) -> int:
-    """How often the job began its first stage that was not finished, roughly its starts."""
-    return log.read_text(errors="replace").count("starting 2 here")
+def disturb(campaign: Campaign, job: Job, hits: list[tuple[str, str]], kills: int, slow_disk: bool) -> None:
+    """Disturb a job until it has ended or there were enough kills; a killed server does not end it."""
+    random = campaign.random
+    while len(hits) < kills:
+        left = [stage for stage in STAGES if stage not in finished(job.run)]
+        if not left:
+            return
+        target = left[0]
+        if random.random() > 0.6:  # mostly the next one: a late kill costs the time of all stages before it
+            target = min(left, key=lambda stage: (sum(campaign.tried[kind, stage] for kind in KINDS), random.random()))
+        if not wait_for_moment(campaign, job, target):
+            return
+        stage = stage_now(job) or target
+        has_server = stage in SERVED and bool(job.servers())
+        usable = [kind for kind in KINDS if kind not in ("server", "SIGSTOP") or has_server]
+        usable = [kind for kind in usable if kind != "SIGSTOP" or campaign.tried["SIGSTOP", stage] < 2]
+        kind = min(usable, key=lambda kind: (campaign.tried[kind, stage], random.random()))
+        hits.append(("slow disk" if slow_disk else kind, stage))
+        campaign.tried[hits[-1]] += 1
+        if problem := kill(campaign, job, kind):
+            fail(campaign, hits[-1:], f"{job.run.name}: {kind} in {stage}: {problem}")
+        if kind not in ("server", "SIGSTOP"):
+            return
 
 
 def fail(campaign: Campaign, hits: list[tuple[str, str]], problem: str) -> None:
@@ -479,7 +474,10 @@ def undisturbed_run(campaign: Campaign) -> None:
 
 def table(campaign: Campaign) -> Table:
     """Kind of kill x stage: tried, and how many of those may have led to a failure."""
-    kinds = [*KINDS, *(["full disk"] if any(kind == "full disk" for kind, _ in campaign.tried) else [])]
+    kinds = [
+        *KINDS,
+        *(kind for kind in ("slow disk", "full disk") if any(kind == tried for tried, _ in campaign.tried)),
+    ]
     found = Table("kind", *STAGES, "tried", "failed")
     for kind in kinds:
         cells = []
@@ -498,6 +496,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--full-disk", type=int, default=0, metavar="N", help="runs on a disk that fills up")
     parser.add_argument(
+        "--slow-disk", type=int, default=0, metavar="N", help="kills while the disk is slow (needs gcc)"
+    )
+    parser.add_argument(
         "--out", type=Path, default=Path("runs/chaos"), help="folder of the runs (failed ones are kept)"
     )
     chosen = parser.parse_args()
@@ -512,13 +513,19 @@ def main() -> int:
     console = Console(width=140)
     console.print(f"undisturbed: {campaign.stage_seconds}, {time.monotonic() - started:.0f} s with its start")
     killed, number = 0, 0
-    while killed < chosen.kills:
+    if chosen.slow_disk:
+        library = ["gcc", "-shared", "-fPIC", "-o", str(campaign.folder / "slow_disk.so"), "tools/slow_disk.c", "-ldl"]
+        subprocess.run(library, cwd=ROOT, check=True)
+    wanted = chosen.kills + chosen.slow_disk
+    while killed < wanted:
         number += 1
-        killed += disturbed_run(campaign, number, min(KILLS_A_RUN, chosen.kills - killed))
+        is_slow = killed >= chosen.kills
+        left = (wanted if is_slow else chosen.kills) - killed
+        name = f"{'slow' if is_slow else 'run'}_{number:03d}"
+        killed += disturbed_run(campaign, name, min(KILLS_A_RUN, left), is_slow)
         seconds = time.monotonic() - started
-        left = seconds / killed * (chosen.kills - killed)
-        print(f"{killed} of {chosen.kills} kills, {number} runs, {len(campaign.problems)} problems, {seconds:.0f} s, "
-              f"{left:.0f} s left", flush=True)  # fmt: skip
+        print(f"{killed} of {wanted} kills, {number} runs, {len(campaign.problems)} problems, {seconds:.0f} s, "
+              f"{seconds / killed * (wanted - killed):.0f} s left", flush=True)  # fmt: skip
     for index in range(chosen.full_disk):
         full_disk_run(campaign, index + 1)
     console.print(table(campaign))
