@@ -13,20 +13,26 @@ _ONE_LETTER = re.compile(_LETTER + r"(?![A-Za-z0-9'_^=+])")
 _LETTERS = re.compile(rf"{_LETTER}(?:{_SEPARATOR}{_LETTER})*[.):]?")
 _WITH_TEXT = re.compile(r"(?:\(([A-Z])\)|\[([A-Z])\]|([A-Z])\s*[.):])\s*(\S.*)", re.DOTALL)
 _OPTION = re.compile(r"^[^\S\n]*(?:\(([A-Z])\)|([A-Z])[.):])[^\S\n]+(\S[^\n]*)$", re.MULTILINE)
+_DENIED = re.compile(r"(?<![A-Za-z])(?:not|wrong|incorrect|false)(?![A-Za-z])|[([]?[A-Z][).\]:]", re.IGNORECASE)
 _LEAD = re.compile(
     r"(?:(?:the|correct|right|final|best)\s+)*(?:option|choice|answer|letter)?s?\s*(?:is|are)?\s*[:=]?\s*",
     re.IGNORECASE,
 )
 _SAID = re.compile(
-    rf"(?:option|choice)\s+{_LETTER}\s+is\s+(?:the\s+)?(?:correct|right|best)|{_LETTER}\s+is\s+(?:the\s+)?correct", re.I
+    rf"(?:^|[\n.!?:;]\s*|\b(?:[Ss]o|[Tt]hus|[Tt]herefore|[Hh]ence),?\s+)(?:(?:[Oo]ption|[Cc]hoice)\s+)?{_LETTER}\s+is\s+"
+    r"(?:the\s+)?(?:correct|right|best)(?![A-Za-z])"
 )
+MAX_RESPONSE_CHARACTERS, MAX_LINE_CHARACTERS, MAX_BOX_CHARACTERS = 20_000, 40, 500
 
 
 def is_option(gold: str) -> bool:
     """Whether a ground-truth answer is the letter of an option, alone or with the option's text."""
     text = normalise(gold.split("\n", 1)[0])
     return re.fullmatch(r"\(?[A-J]\)?[.)]?", text) is not None or (
-        (match := _WITH_TEXT.fullmatch(text)) is not None and (match[1] or match[2] or match[3]) <= "J"
+        (match := _WITH_TEXT.fullmatch(text)) is not None
+        and (match[1] or match[2] or match[3]) <= "J"
+        and not re.match(r"[A-Z]\s*:", text)
+        and not re.search(r"=|[A-Z]\s*[.):]", match[4])
     )
 
 
@@ -68,32 +74,37 @@ def verify(response: str, gold: str) -> Verdict:
 
 def _answer(response: str, options: dict[str, str]) -> frozenset[str] | None:
     """The letters that a response gives; empty if its box holds something else."""
-    box = last_box(response)
+    box = last_box(response[-MAX_RESPONSE_CHARACTERS:])
     if box is not None:
-        text = normalise(box)
+        if len(box) > MAX_BOX_CHARACTERS:
+            return frozenset()
+        text = normalise(box).replace("\\rm", "").strip("{} ")
         if not text:
             return None
+        text = text[match.end() :] if (match := _LEAD.match(text)) else text
         return _letters(text, ignore_case=True) or _by_text(text, options) or frozenset()
     stated = stated_answer(response)
     if stated is None:
-        if said := list(_SAID.finditer(normalise(response[-2000:]))):
-            return frozenset(letter.upper() for letter in said[-1].groups() if letter)
-        stated = next((line for line in reversed(response.splitlines()) if line.strip()), "")
-        return _letters(normalise(stated)) if len(stated) < 40 else None
+        last_line = next((line for line in reversed(response.splitlines()) if line.strip()), "")
+        text = normalise(last_line) if len(last_line) < MAX_LINE_CHARACTERS else ""
+        if _LETTERS.fullmatch(text):
+            return _letters(text)
+        said = list(_SAID.finditer(normalise(response[-2000:])))
+        return frozenset(letter for letter in said[-1].groups() if letter) if said else None
     text = normalise(stated)
     text = text[_LEAD.match(text).end() :] if _LEAD.match(text) else text  # type: ignore[union-attr]
-    return _letters(text) or _leading_letters(text) or _by_text(text.rstrip("."), options)
+    return _letters(text, ignore_case=True) or _leading_letters(text) or _by_text(text.rstrip("."), options)
 
 
 def _letters(text: str, ignore_case: bool = False) -> frozenset[str] | None:
     """The letters that a text consists of, or the one that is followed by an option's text; None if there are none."""
-    if ignore_case and re.fullmatch(r"\(?[a-z]\)?", text):
+    if ignore_case and re.fullmatch(r"\(?[a-j]\)?", text):
         text = text.upper()
     if re.fullmatch(r"[A-Z]{2,6}", text) and list(text) == sorted(set(text)):
         return frozenset(text)
     if _LETTERS.fullmatch(text):
         return frozenset(letter for groups in _ONE_LETTER.findall(text) for letter in groups if letter)
-    if match := _WITH_TEXT.fullmatch(text):
+    if (match := _WITH_TEXT.fullmatch(text)) and not _DENIED.search(match[4]):
         return frozenset(filter(None, match.groups()[:3]))
     return None
 

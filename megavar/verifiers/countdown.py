@@ -33,13 +33,12 @@ def verify(response: str, gold: str) -> Verdict:
     if len(answer) > MAX_CHARACTERS:
         return Verdict.WRONG
     text = _arithmetic(answer)
-    expression, *results = text.split("=")
     try:
-        value, used = _Parser(expression).parse()
-        stated = [_Parser(result).parse()[0] for result in results]
+        sides = [_Parser(side).parse() for side in text.split("=")]
     except (_NoExpression, ZeroDivisionError):
         return Verdict.WRONG
-    right = value == target and all(result == target for result in stated) and used <= numbers
+    # The target may stand on either side; one of the sides must be made of the numbers.
+    right = all(value == target for value, _ in sides) and any(used <= numbers for _, used in sides)
     return Verdict.CORRECT if right else Verdict.WRONG
 
 
@@ -48,7 +47,7 @@ def _read_task(gold: str) -> tuple[int, Counter[int]]:
     try:
         task = json.loads(gold)
         target, numbers = task["target"], task["nums"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"the ground-truth answer {gold!r:.200} cannot be read; {expected}") from error
     if type(target) is not int or not isinstance(numbers, list) or not numbers:
         raise ValueError(f"the ground-truth answer {gold!r:.200} has no target or no numbers; {expected}")

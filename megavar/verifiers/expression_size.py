@@ -9,6 +9,8 @@ LIMITS = {
     "product_of_exponents": 10_000, "factorial": 2000, "bound": 1000, "binomial": 10_000, "cells": 100, "integrals": 2,
 }  # fmt: skip
 """Beyond these, and beyond those of the known answer, an answer is `wrong` without parsing."""
+ABSOLUTE_FACTOR = 10
+"""Beyond that many times the limits, a known answer is compared as text."""
 COMPUTING = LIMITS.keys() - {"characters", "depth", "digits"}
 _NUMBER = r"\s*\{?\s*[-+]?\s*(\d[\d,]*)"
 
@@ -77,3 +79,8 @@ def is_too_large(expression: str, gold: str = "", measures: Collection[str] = LI
     return any(
         size > max(LIMITS[name], 2 * of_gold[name]) for name, size in sizes(expression).items() if name in measures
     )
+
+
+def is_beyond_computing(expression: str) -> bool:
+    """Whether computing an expression could take minutes, or all memory, whoever asks for it."""
+    return any(size > ABSOLUTE_FACTOR * LIMITS[name] for name, size in sizes(expression).items() if name in COMPUTING)

@@ -5,11 +5,11 @@ import re
 # An escaped character (\{ and \} do not open or close a group), the start of a box, or a brace of a group.
 _TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _STATED = re.compile(
-    r"(?:\banswer|\b(?:correct|right|best)\s+(?:option|choice)|\u7b54\u6848)\s*"
-    r"(?:(?:is|was|would\s+be)(?![A-Za-z])|[\u662f\u4e3a]|[:=\uff1a])[\s*:]*",
+    r"(?:\banswer|\b(?:correct|right|best)\s+(?:option|choice)|\u7b54\u6848)[\s*]*"
+    r"(?:(?:is|was|(?:would|should|must)\s+be)(?![A-Za-z])|[\u662f\u4e3a]|[:=\uff1a])[\s*:]*",
     re.IGNORECASE,
 )
-_NEXT_SENTENCE = re.compile(r"(?:(?<=[^\W\d_]{3})|(?<=[)\]}$*]))\.\s+(?=[A-Z])")
+_NEXT_SENTENCE = re.compile(r"(?:(?<=[^\W\d_]{3})|(?<=[)\]}$*\d]))\.\s+(?=[A-Z])")
 
 
 def last_box(text: str) -> str | None:

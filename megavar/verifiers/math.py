@@ -11,12 +11,13 @@ from typing import Any
 
 from megavar.records import Verdict
 from megavar.verifiers import choice
-from megavar.verifiers.expression_size import COMPUTING, is_too_large
+from megavar.verifiers.expression_size import COMPUTING, is_beyond_computing, is_too_large
 from megavar.verifiers.final_answer import last_box, stated_answer
 from megavar.verifiers.notation import normalise, words
+from megavar.verifiers.overlooked import certainly_differ
 from megavar.verifiers.plain_number import PlainNumber, equal_numbers, plain_number
-from megavar.verifiers.second_look import DIGITS, differ, is_ordered
-from megavar.verifiers.units import split_unit
+from megavar.verifiers.second_look import DIGITS, differ
+from megavar.verifiers.units import is_unit_alone, split_unit
 
 _RELATION = re.compile(
     r"(\\(?:neg|lnot|not|neq|ne|leq|geq|lt|gt|ll|gg|approx|sim|simeq|cong|equiv|propto|prec|succ|preceq|succeq|pm|mp)"
@@ -26,9 +27,21 @@ _RELATION = re.compile(
 _QUANTIFIER = re.compile(r"\\(?:forall|exists|nexists)(?![A-Za-z])")
 _NAMED = re.compile(r"((?:\\?[A-Za-z]+|[A-Za-z]\([A-Za-z]\))(?:_\w|_\{\w+\})?'?)\s*(?:=|\\in(?![A-Za-z]))\s*([^=]+)")
 """A variable with its value, or the set that it is in."""
-_IN_BASE = re.compile(r"([-+]?[0-9A-Za-z]+)\s*(?:_\s*\{?\s*(\d{1,2})\s*\}?|\(?\s*(?:in\s+)?base\s+(\d{1,2})\s*\)?)")
-_ENDS_IN_WORDS = re.compile(r"(.*[\d})%])\s*((?:[^\W\d_]+[\s.'-]*)+)")
-_NO_UNITS = {"not", "no", "none", "never", "false", "wrong", "about", "than", "except", "least", "most"}
+_IN_BASE = re.compile(
+    r"([-+]?(?=[A-Za-z]*\d)[0-9A-Za-z]+)\s*_\s*\{?\s*(\d{1,2})\s*\}?|([-+]?[0-9A-Za-z]+)\s*\(?\s*(?:in\s+)?base\s+(\d{1,2})\s*\)?"
+)
+_ENDS_IN_WORDS = re.compile(r"([^,;=]*[\d})%])\s+((?:[^\W\d_]|[\s.'()-])+)")
+_SENTENCE = re.compile(r"(?:[^\W\d_]+\s+){1,6}(?:is|are|equals|be)\s+(.+)", re.IGNORECASE)
+_MEANS_ANOTHER = re.compile(
+    r"(?<![A-Za-z])(?:not|no|none|nor|never|neither|cannot|can't|isn't|aren't|false|wrong|incorrect|rejected|invalid|about"
+    r"|approximately|roughly|around|nearly|almost|than|except|least|most|minimum|maximum|more|less|fewer|over|under|above"
+    r"|below|up|between|or|and|plus|minus|times|twice|thrice|half|double|triple|squared|cubed|dozen|hundreds?|thousands?"
+    r"|millions?|billions?|trillions?|\w*(?:th|ths|rds)|percent|factorial|if|unless)(?![A-Za-z])",
+    re.IGNORECASE,
+)
+"""Words that make another answer of a number."""
+_SAME_TEXTS = {"dne": "does not exist", "no solutions": "no solution", "no real solutions": "no real solution"}
+MOST_WORDS_DROPPED = 8
 
 MAX_RESPONSE_CHARACTERS = 20_000
 """Of the end of a response, where its answer is."""
@@ -63,7 +76,9 @@ def verify(response: str, gold: str) -> Verdict:
         return Verdict.NO_ANSWER
     if not _says_something(other):
         raise ValueError(f"the ground-truth answer {gold!r} is not a mathematical expression")
-    return Verdict.CORRECT if one == other or _equal(one, other) else Verdict.WRONG
+    if one == other:
+        return Verdict.CORRECT
+    return Verdict.WRONG if is_beyond_computing(known) or not _equal(one, other) else Verdict.CORRECT
 
 
 def _says_something(answer: str) -> bool:
@@ -71,24 +86,38 @@ def _says_something(answer: str) -> bool:
 
 
 def _unboxed(response: str, known: str) -> str | None:
-    if is_too_large(response, known, COMPUTING):
+    if is_too_large(response, known, COMPUTING | {"depth"}):
         return "?"
     stated = stated_answer(response)
-    if _is_text(normalise(known)) or (stated and plain_number(split_unit(normalise(stated))[0])):
+    if _is_text(normalise(known)):
         return stated
+    if stated is not None:
+        text = normalise(stated)
+        if not words(text) or plain_number(split_unit(text)[0]):
+            return stated
+        response = stated
+    last_line = next((line for line in reversed(response.splitlines()) if line.strip()), "")
+    if _MEANS_ANOTHER.search(last_line):
+        return "?" if re.search(r"\d", last_line) else None
     texts = [found for found in _parse(response, boxed=False) if isinstance(found, str)]
     return texts[-1] if texts else None
 
 
 def _equal(answer: str, known: str) -> bool:
-    relation = _RELATION.match(answer)
-    if relation and relation[1] not in known and not (relation[1] == "\\pm" and "," in known):
+    if _has_another_relation(answer, known):
+        return False
+    answer, known = (re.sub(r"^(?:\\approx|\\sim)(?![A-Za-z])\s*|^~\s*", "", text) for text in (answer, known))
+    if _has_another_relation(known, answer):
         return False
     if len(_QUANTIFIER.findall(answer)) != len(_QUANTIFIER.findall(known)):
         return False
+    if not _MEANS_ANOTHER.search(answer) and not _is_text(answer) and (sentence := _SENTENCE.fullmatch(answer)):
+        answer = sentence[1]
     answer, known = _without_name(stated_answer(answer) or answer, known)
     if (verdict := _as_numbers(answer, known)) is not None:
         return verdict
+    if (verdict := certainly_differ(answer, known)) is not None:
+        return not verdict
     answer, known, ratio = _without_units(answer, known)
     if ratio is None:
         return False
@@ -102,10 +131,13 @@ def _equal(answer: str, known: str) -> bool:
     answer, known = _without_words(answer, known)
     if words(answer) != words(known):
         return False
-    order = is_ordered(answer), is_ordered(known)
-    if None not in order and order[0] != order[1]:
-        return False
     return answer == known or _as_numbers(answer, known) or _as_expressions(answer, known)
+
+
+def _has_another_relation(one: str, other: str) -> bool:
+    """Whether one begins with a relation that the other lacks; plus-minus may stand for two values."""
+    relation = _RELATION.match(one)
+    return relation is not None and relation[1] not in other and not (relation[1] == "\\pm" and "," in other)
 
 
 def _without_name(answer: str, known: str) -> tuple[str, str]:
@@ -130,9 +162,19 @@ def _as_numbers(answer: str, known: str) -> bool | None:
 
 def _without_units(answer: str, known: str) -> tuple[str, str, Any]:
     """Both without their units, and the ratio of these; None if they measure different things."""
-    (answer, of_answer), (known, of_known) = split_unit(answer), split_unit(known)
-    if of_answer is None or of_known is None:
+    (one, of_answer), (other, of_known) = split_unit(answer), split_unit(known)
+    if of_answer is None and of_known is None:
         return answer, known, 1
+    if of_answer is None or of_known is None:
+        without = known if of_answer else answer
+        if words(without) or without.endswith("%"):
+            return answer, known, None  # another unit, which is not among the known ones
+        number, text = (one, answer) if of_answer else (other, known)
+        written = plain_number(number)
+        if not (is_unit_alone(text[len(number) :]) or (written and written.unit_in_last_place)):
+            return answer, known, 1
+        return one, other, 1
+    answer, known = one, other
     return answer, known, of_answer[1] / of_known[1] if of_answer[0] == of_known[0] else None
 
 
@@ -143,7 +185,7 @@ def _in_bases(answer: str, known: str) -> bool | None:
         return None
     values = []
     for match, text in ((one, answer), (other, known)):
-        digits, base = (match[1], int(match[2] or match[3])) if match else (text, 0)
+        digits, base = (match[1] or match[3], int(match[2] or match[4])) if match else (text, 0)
         try:
             values.append((digits.lower().lstrip("0"), int(digits, base) if 2 <= base <= 36 else None))
         except ValueError:  # such as a_1, or 9 in base 8
@@ -161,16 +203,20 @@ def _as_texts(answer: str, known: str) -> bool | None:
     """Whether two texts are equal but for case and punctuation; None if both are mathematics."""
     if not (_is_text(answer) or _is_text(known)):
         return None
-    return re.findall(r"\w+", answer.casefold()) == re.findall(r"\w+", known.casefold())
+    one, other = (" ".join(re.findall(r"\w+", text.casefold())) for text in (answer, known))
+    return _SAME_TEXTS.get(one, one) == _SAME_TEXTS.get(other, other)
 
 
 def _without_words(answer: str, known: str) -> tuple[str, str]:
     """Both without the words after the number where only one has words: 5 apples is 5."""
     of_answer, of_known = words(answer), words(known)
-    if bool(of_answer) == bool(of_known) or _NO_UNITS & {*of_answer, *of_known}:
+    if bool(of_answer) == bool(of_known):
         return answer, known
     match = _ENDS_IN_WORDS.fullmatch(answer if of_answer else known)
-    if match is None or words(match[1]):
+    if match is None or words(match[1]) or len(match[2].split()) > MOST_WORDS_DROPPED:
+        return answer, known
+    # The first words say what is counted; a number word among the later ones belongs to its description.
+    if _MEANS_ANOTHER.search(" ".join(match[2].split()[:1])) or _MEANS_ANOTHER.search(match[2].split("between")[0]):
         return answer, known
     return (match[1], known) if of_answer else (answer, match[1])
 
@@ -192,19 +238,30 @@ def _as_expressions(answer: str, known: str) -> bool:
     for written, expression in ((plain_number(answer), other), (plain_number(known), one)):
         if written and (verdict := _number_is(written, expression)) is not None:
             return verdict
+    if _is_equation_for_value(one, other) or _is_equation_for_value(other, one):
+        return False  # math-verify would take its right-hand side
     one, other = _sets(one, other)
     # Asymmetric: math-verify expects the ground truth first.
-    return bool(equal(other, one, timeout_seconds=None)) and not differ(other, one)
+    return not differ(other, one) and bool(equal(other, one, timeout_seconds=None))
+
+
+_GREEK = "Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega"
+_NAME = re.compile(rf"\\(?:{_GREEK})(?![A-Za-z])|\\[A-Za-z]+|[A-Za-z]")
 
 
 def _with_cases_apart(answer: str, known: str) -> tuple[str, str]:
     """Both with an index at capital letters that occur as small ones too: math-verify reads M and m as the same."""
-    variables = set("".join(re.findall(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", f"{answer} {known}")))
-    for letter in variables:
-        if letter.isupper() and letter.lower() in variables:
-            variable = re.compile(rf"(?<![\\A-Za-z]){letter}(?![A-Za-z])(_\{{?)?")
-            answer, known = (variable.sub(rf"{letter}_{{99}}", text) for text in (answer, known))
-    return answer, known
+    names = set(_NAME.findall(f"{answer} {known}"))
+    clashing = {name for name in names if name.lstrip("\\")[0].isupper() and _small(name) in names}
+
+    def apart(match: re.Match[str]) -> str:
+        return f" {{{_small(match[0])}_{{99}}}} " if match[0] in clashing else match[0]
+
+    return _NAME.sub(apart, answer), _NAME.sub(apart, known)
+
+
+def _small(name: str) -> str:
+    return name.lower()
 
 
 def _parse(text: str, boxed: bool = True) -> list[Any]:
@@ -240,6 +297,15 @@ def _number_is(written: PlainNumber, expression: Any) -> bool | None:
     if not written.unit_in_last_place:  # such as 2 for the square root of 4
         return bool(abs(close.value - written.value) <= abs(written.value) / 10 ** (DIGITS - 5))
     return equal_numbers(PlainNumber(close.value), written)
+
+
+def _is_equation_for_value(expression: Any, other: Any) -> bool:
+    """Whether only one is an equation, and says more than the value of a name: 2x = 10, but not x = 5 or f(x) = 5."""
+    from sympy import Eq, Symbol
+    from sympy.core.function import AppliedUndef
+
+    is_value = isinstance(expression, Eq) and isinstance(expression.lhs, Symbol | AppliedUndef)
+    return isinstance(expression, Eq) and not is_value and not isinstance(other, Eq)
 
 
 def _sets(one: Any, other: Any) -> tuple[Any, Any]:

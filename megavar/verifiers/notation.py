@@ -36,6 +36,9 @@ _SPACES = re.compile(
     r"(?<!\\)\\[,;:! ]|\\(?:quad|qquad|thinspace|enspace|displaystyle|textstyle|left|right|limits"
     r"|big[lrg]?|Big[lr]?|bigg[lr]?|Bigg[lr]?)(?![A-Za-z])\.?|\\hspace\s*\{[^{}]*\}|~"
 )
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_CURRENCIES = {"\\$": "dollars", "€": "euros", "£": "sterling", "¥": "yen"}
+_AMOUNT = r"\d[\d,]*(?:\.\d+)?(?:\\times 10\^\{\d+\})?"
 _BARE_ARGUMENT = r"(\{[^{}]*\}|\\[A-Za-z]+|[A-Za-z0-9])"
 
 
@@ -78,8 +81,10 @@ def _unwrapped(content: str) -> str:
 
 def _thousands(text: str) -> str:
     """1,234,567 (if it is all there is), 1 234 567 and 1'234'567 as one number."""
-    text = re.sub(r"(?<![\d.,])\d{1,3}(?:[ '_]\d{3})+(?![\d])", lambda match: re.sub(r"\D", "", match[0]), text)
-    whole = re.fullmatch(r"(\D{0,3}?)(\d{1,3}(?:,\s?\d{3})+)(?=[^,\d]|$)([^,]*)", text)
+    text = re.sub(
+        r"(?<![\d.,])\d{1,3}(?:[ '_]\d{3})+(?!\d|\s*/|\s*\\frac)", lambda match: re.sub(r"\D", "", match[0]), text
+    )
+    whole = re.fullmatch(r"(\D{0,3}?)(\d{1,3}(?:,\d{3})+)(?=[^,\d]|$)([^,]*)", text)
     return whole[1] + re.sub(r"\D", "", whole[2]) + whole[3] if whole and not re.search(r"[(\[{]", whole[1]) else text
 
 
@@ -91,26 +96,44 @@ def _substitute(pattern: str, replacement: str | Callable[[re.Match[str]], str])
 RULES: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("Unicode", _one_line),
     ("comma in braces", _substitute(r"\{\s*,\s*\}", ",")),
-    ("currency", _substitute(r"\\\$|[€£¥]|(?<![A-Za-z])(?:USD|EUR)(?![A-Za-z])", " ")),
+    ("scale words", _substitute(r"(?<=\d)\s*(thousand|million|billion|trillion)s?(?![A-Za-z])",
+                                lambda match: f"\\times 10^{{{_SCALES[match[1]]}}}")),
+    ("currency", _substitute(rf"(\\\$|[€£¥])\s*({_AMOUNT})", lambda match: f"{match[2]} {_CURRENCIES[match[1]]}")),
+    ("currency that stands alone", _substitute(r"\\\$|[€£¥]", " ")),
     ("math mode", _substitute(r"\$|(?<!\\)\\[()\[\]]", " ")),
+    ("negative space", _substitute(r"(?<!\\)\\!\s*", "")),
     ("spaces and sizes", _substitute(_SPACES.pattern, " ")),
+    ("unit in a wrapper", _substitute(r"(?<=[\d}])\\(?:text|mathrm|mbox)\s*\{\s*([A-Za-z])\s*\}",
+                                      lambda match: match[1] if match[1] in "eid" else f" {match[1]} ")),
     ("wrappers", _without_wrappers),
-    ("emphasis of Markdown", _substitute(r"\*\*|__|`", "")),
+    ("emphasis of Markdown", _substitute(r"(?<![\w)}\]*])(\*\*|__)(?=\S)(.+?)(?<=\S)\1(?![\w({\[*])|`", r"\2")),
+    ("powers of Python", _substitute(r"(?<=[\w)}\]])\s*\*\*\s*(?=[\w({\[\\-])", "^")),
+    ("angle brackets", _substitute(r"\\[lr]angle(?![A-Za-z])", lambda match: "(" if match[0] == "\\langle" else ")")),
+    ("times", _substitute(r"(?<=\d)\s*x\s*(?=10\s*\^)", r"\\times ")),
+    ("repeating decimals", _substitute(r"(?<=\.)(\d*?)(\d)\2{2,}(?:\.\.\.|\\[lc]?dots(?![A-Za-z]))",
+                                       r"\1\\overline{\2}")),
+    ("dots over decimals", _substitute(r"(?<=[\d.])\\dot\s*\{?\s*(\d)\s*\}?", r"\\overline{\1}")),
     ("fractions", _substitute(r"\\[dtc]frac(?![A-Za-z])", r"\\frac")),
     ("bare fraction", _substitute(rf"\\frac\s*(?!\{{[^{{}}]*\}}\s*\{{){_BARE_ARGUMENT}\s*{_BARE_ARGUMENT}",
                                   lambda match: f"\\frac{{{match[1].strip('{}')}}}{{{match[2].strip('{}')}}}")),
-    ("bare root", _substitute(r"\\sqrt\s*(\d|[A-Za-z])(?![A-Za-z])", r"\\sqrt{\1}")),
+    ("bare root", _substitute(r"\\sqrt\s*(\[[^\[\]]*\])?\s*(\d|[A-Za-z])(?![A-Za-z])", r"\\sqrt\1{\2}")),
     ("empty set", _substitute(r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset ")),
+    ("arrays", _substitute(r"[(\[]\s*\\begin\{array\}\s*\{[^{}]*\}(.*?)\\end\{array\}\s*[)\]]",
+                           r"\\begin{pmatrix}\1\\end{pmatrix}")),
     ("matrices", _substitute(r"\\(begin|end)\s*\{(?:b|B|small)?matrix\}", r"\\\1{pmatrix}")),
     ("slanted relations", _substitute(r"\\(l|g)(?:eqslant|e)(?![A-Za-z])", r"\\\1eq")),
     ("scientific", _substitute(r"(?<=\d)\s*[eE]\s*([+-]?\d+)(?!\w|\.\d)", r"\\times 10^{\1}")),
-    ("bare exponent", _substitute(r"\^\s*(-?\d+)(?![\d}])", r"^{\1}")),
+    ("bare exponent", _substitute(r"\^\s*(-?\d+|-[A-Za-z])(?![\d}])", r"^{\1}")),
+    ("bare index", _substitute(r"_\s*([0-9A-Za-z])(?![0-9A-Za-z])", r"_{\1}")),
     ("plus sign of an exponent", _substitute(r"\^\{\s*\+\s*(\d+)\s*\}", r"^{\1}")),
+    ("degrees of an angle", _substitute(
+        r"\\(sin|cos|tan|cot|sec|csc)\s*[({]?\s*(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree)\s*[)}]?",
+        r"\\\1(\\frac{\2\\pi}{180})")),
     ("degree", _substitute(r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", " degrees ")),
     ("repeated spaces", _substitute(r"\s+", " ")),
-    ("spaces in brackets", _substitute(r"\s+(?=[,;)\]}\\])|(?<=[,;(\[{])\s+", "")),
+    ("spaces in brackets", _substitute(r"\s+(?=[,;)\]}\\])|(?<=[,;(\[{])\s+(?!\d{3}(?!\d))", "")),
     ("thousands", _thousands),
-    ("closing punctuation", _substitute(r"(?<=[^\s.])\s*[.,;:]+\s*$", "")),
+    ("closing punctuation", _substitute(r"(?<=[^\s.])\s*(?:[,;:]+|(?<!\.)\.)\s*$", "")),
     ("leading zero", _substitute(r"(?<![\d.}])\.(?=\d)", "0.")),
     ("outer spaces", str.strip),
 )  # fmt: skip

@@ -12,7 +12,7 @@ MAX_EXPONENT = 5000
 _DIGITS = r"(?P<digits>\d+(?:\.\d*)?)(?:\\overline\s*\{(?P<repeated>\d+)\})?"
 _NUMBER = re.compile(
     r"(?P<sign>[-+]?)\s*(?:"
-    rf"(?:{_DIGITS})?\s*(?:(?:\\times|\\cdot|\*)?\s*(?P<power>10\s*\^\s*\{{?\s*(?P<exponent>[-+]?\d+)\s*\}}?))?"
+    rf"(?:{_DIGITS})?(?:(?:\s*(?:\\times|\\cdot|\*)\s*|\s+|(?<![\d.}}]))(?P<power>10\s*\^\s*\{{?\s*(?P<exponent>[-+]?\d+)\s*\}}?))?"
     r"|(?P<whole>\d+)?\s*\\frac\s*\{\s*(?P<top>-?\d+)\s*\}\s*\{\s*(?P<bottom>\d+)\s*\}"
     r"|(?:(?P<mixed>\d+)\s+)?(?P<left>\d+)\s*/\s*(?P<right>\d+)"
     r")\s*(?P<percent>\\?%|percent)?"

@@ -1,6 +1,5 @@
-"""A second look at two expressions that math-verify judged equal, which rounds to six places and forgets order."""
+"""A second look at two expressions that math-verify judged equal, which rounds to six places."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,39 +7,6 @@ from megavar.verifiers.plain_number import RELATIVE_ERROR
 
 DIGITS = 40
 """Of evaluations; numbers that agree in half of them are the same."""
-_CLOSING = {"(": ")", "[": "]", "{": "}"}
-
-
-def is_ordered(answer: str) -> bool | None:
-    """Whether a normalised answer is an ordered collection, such as (1,2); None if it is no collection of values."""
-    text = answer.replace("\\{", "{").replace("\\}", "}").strip()
-    if "=" in text or "\\cup" in text or "\\cap" in text or len(text) < 3:
-        return None
-    bracket = text[0] if _CLOSING.get(text[0]) == text[-1] and _closes_at_end(text) else ""
-    inside = text[1:-1] if bracket else text
-    if not _has_comma(inside):
-        return None
-    if bracket == "[":
-        return None
-    return bracket == "("
-
-
-def _closes_at_end(text: str) -> bool:
-    depth = 0
-    for index, char in enumerate(text):
-        depth += (char in "([{") - (char in ")]}")
-        if depth == 0:
-            return index == len(text) - 1
-    return False
-
-
-def _has_comma(text: str) -> bool:
-    depth = 0
-    for char in text:
-        depth += (char in "([{") - (char in ")]}")
-        if depth == 0 and char in ",;":
-            return True
-    return bool(re.search(r"(?<![A-Za-z])(?:and|or)(?![A-Za-z])", text))
 
 
 def differ(known: Any, answer: Any) -> bool:

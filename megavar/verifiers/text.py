@@ -37,8 +37,19 @@ def verify(response: str, gold: str) -> Verdict:
 
 
 def _form(text: str) -> list[str]:
-    """The words of a text, casefolded; without articles, if there is anything else."""
-    text = normalise(unicodedata.normalize("NFKC", text))
-    # Signs and points belong to numbers: -5 is not 5, and 1.5 is not 15.
-    found = re.findall(r"(?<![\w.])-?\d+(?:[.,:/]\d+)*%?|[^\W\d]+(?:['’][^\W\d]+)*|\d+", text.casefold())
-    return [word.replace("'", "").replace("’", "") for word in found if word not in _ARTICLES] or found
+    """The words of a text, casefolded, with the signs that belong to them; without its articles."""
+    text = re.sub(r"(?<=[^\W\d_])[-\u2010-\u2015](?=[^\W\d_])", " ", normalise(text).casefold())
+    text = re.sub(r"(?<=\d)\s+%", "%", re.sub(r"(?<![^\W_])([^\W\d_])\.(?=[^\W\d_]\b)", r"\1", text))
+    text = re.sub(r"(?<!\d)[.,:]+|[.,:]+(?!\d)", " ", text)  # those in a number belong to it: 1.5 is not 15
+    kept = "".join(char if _belongs(char) else "" if char in "'\u2019" else " " for char in text)
+    found = kept.split()
+    without = [word for index, word in enumerate(found) if not _is_article(word, index, len(found))]
+    return without or found
+
+
+def _belongs(char: str) -> bool:
+    return char.isalnum() or unicodedata.category(char) in ("Mn", "Mc") or char in "+-#<>*^\\/%.,:\u266f\u266d"
+
+
+def _is_article(word: str, index: int, count: int) -> bool:
+    return (word == "the" or (word in _ARTICLES and index == 0)) and index < count - 1

@@ -25,17 +25,18 @@ _OTHERS: dict[str, dict[str, int | Fraction]] = {
     "length": {"in inch": Fraction("0.0254"), "ft foot feet": Fraction("0.3048"), "yd yard": Fraction("0.9144"),
                "mi mile": Fraction("1609.344")},
     "mass": {"lb pound": Fraction("0.45359237"), "oz ounce": Fraction("0.028349523125"), "ton tonne": 1000},
-    "money": {"dollar": 1, "cent ¢": Fraction(1, 100)},
-    "euros": {"euro": 1}, "rupees": {"rupee rs": 1}, "rand": {"rand": 1},
+    "pounds sterling": {"sterling": 1}, "yen": {"yen": 1, "jpy": 1},
+    "money": {"dollar usd": 1, "cent ¢": Fraction(1, 100)},
+    "euros": {"euro eur": 1}, "rupees": {"rupee rs": 1}, "rand": {"rand": 1},
     "angle": {"degree deg": 1}, "radians": {"radian rad": 1},
-    "speed in miles an hour": {"mph": 1}, "speed in kilometers an hour": {"kmph kph": 1},
-    "gallons": {"gal gallon": 1}, "acres": {"acre": 1}, "hectares": {"ha hectare": 1},
+    "quarts": {"gal gallon": 4, "quart": 1}, "acres": {"acre": 1}, "hectares": {"ha hectare": 1},
     "bits": {"bit": 1}, "ohms": {"ohm Ω": 1}, "": {"unit": 1, "people person": 1},
     "time before noon": {"am": 1}, "time after noon": {"pm": 1}, "temperature in C": {"celsius": 1},
     "temperature in F": {"fahrenheit": 1},
 }  # fmt: skip
 _QUANTITY = {"m": "length", "g": "mass", "s": "time", "L": "volume", "l": "volume"}
 _TEMPERATURES = {"C": "celsius", "F": "fahrenheit"}
+_SPEEDS = {"mph": "mi/h", "kmph": "km/h", "kph": "km/h"}
 _AREAS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
 
@@ -63,7 +64,7 @@ _FACTOR = re.compile(
     r"(?P<unit>[A-Za-zµμΩ¢]+)\.?\s*(?:\^\s*\{?\s*(?P<exponent>-?\d)\s*\}?)?"
 )
 _AT_END = re.compile(
-    r"(?<=[\d})%])(\s*)((?=[A-Za-zµμΩ¢/])(?:/|per\b|\\cdot|\\times|\*|[A-Za-zµμΩ¢.\s]|\^\s*\{?\s*-?\d\s*\}?)+)$"
+    r"(?<=[\d})%])(\s*)((?=[A-Za-zµμΩ¢/])(?:[/*A-Za-zµμΩ¢.\s]|\\cdot|\\times|\^\s*\{?\s*-?\d\s*\}?)+)$"
 )
 
 
@@ -79,8 +80,15 @@ def split_unit(answer: str) -> tuple[str, tuple[Dimensions, Fraction] | None]:
     return (answer, None) if unit is None else (answer[: match.start()].strip(), unit)
 
 
+def is_unit_alone(text: str) -> bool:
+    """Whether a unit may be left out: one that is no product of single letters, which are rather variables."""
+    letters = re.findall(r"[A-Za-zµμΩ]+", text)
+    return len(letters) < 2 or any(len(word) > 1 for word in letters) or "/" in text
+
+
 def _parsed(text: str) -> tuple[Dimensions, Fraction] | None:
     text = re.sub(r"^degrees?\s+(C|F)(?:elsius|ahrenheit)?$", lambda match: _TEMPERATURES[match[1]], text)
+    text = re.sub(r"(?<![A-Za-z])(mph|kmph|kph)(?![A-Za-z])", lambda match: _SPEEDS[match[1]], text)
     dimensions: dict[str, int] = {}
     size, position = Fraction(1), 0
     while position < len(text):
