@@ -15,6 +15,7 @@ import io
 import json
 import multiprocessing
 import pickle
+import re
 import shutil
 import sys
 import tempfile
@@ -398,6 +399,14 @@ KINDS = {
 # -- running them --
 
 
+def is_short(message: str) -> bool:
+    """Whether a message is one line, or a list of at most ten rows of a question file with their number."""
+    first, *rows = message.splitlines() or [""]
+    listed = [row for row in rows[:-1] if re.match(r"  line \d+: ", row)]
+    is_list = len(listed) == len(rows) - 1 < 10 and re.match(r"\d+ of \d+ rows are bad: ", rows[-1]) is not None
+    return bool(first) and len(message) <= 5000 and (not rows or is_list)
+
+
 def try_one(kind: str, seed: int, index: int, sound: Path) -> tuple[str, str]:
     """Outcome of one input (`accepted`, `refused`, `traceback` or `half`), and what it raised or left."""
     with tempfile.TemporaryDirectory(prefix="megavar-fuzz-") as temporary:
@@ -411,11 +420,7 @@ def try_one(kind: str, seed: int, index: int, sound: Path) -> tuple[str, str]:
             outcome, said = "accepted", ""
         except (ValueError, ExplainedFailure) as error:
             outcome, said = "refused", str(error)
-            if (
-                isinstance(error, UnicodeError | json.JSONDecodeError)
-                or len(said.splitlines()) != 1
-                or len(said) > 5000
-            ):
+            if isinstance(error, UnicodeError | json.JSONDecodeError) or not is_short(said):
                 outcome, said = "traceback", "".join(traceback.format_exception(error))
         except BaseException as error:
             return "traceback", "".join(traceback.format_exception(error))
@@ -435,6 +440,7 @@ def work(connection: Connection, seed: int, sound: Path) -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     sys.stdout = sys.stderr = io.StringIO()
+    vars(sys.modules["__main__"]).pop("__file__", None)  # else the verifiers' workers would import this script
     while True:
         try:
             kind, index = connection.recv()
@@ -457,7 +463,7 @@ def start_worker(seed: int, sound: Path) -> Worker:
     """Fork one: what this process has imported need not be imported again."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs, seed, sound), daemon=True)
+    process = context.Process(target=work, args=(theirs, seed, sound))
     process.start()
     theirs.close()
     return Worker(process, ours)

@@ -61,13 +61,13 @@ def check_run(config: RunConfig, ranks: int | None) -> Forecast:
         source += ", or the length that YaRN extends to" if dims.yarn else ""
         raise ValueError(f"data.max_sequence_tokens={limit} is more than the model's {source}={longest}; lower it.")
     templates = Templates(Path(config.model), config.templates)
+    check_model_files(Path(config.model), dims, templates, train[0])
     counts = count_tokens(Path(config.data.train), train, sampled, templates, config)
     _check_gold(config, train)
     if config.data.eval is not None:
         count_tokens(Path(config.data.eval), [], held_out, templates, config)
         if all(question.verifier == NO_VERIFIER for question in held_out):
             raise ValueError(f"{config.data.eval}: every question has the verifier none, so there is nothing to count.")
-    check_model_files(Path(config.model), dims, templates, train[0])
     ranks = config.parallel.least_ranks if ranks is None else ranks
     return Forecast(config, dims, num_parameters, ranks, train, len(sampled), counts)
 

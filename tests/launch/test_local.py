@@ -40,7 +40,7 @@ def test_a_mistake_is_one_line_before_ranks_are_started(config_file, under_torch
     command = [*TORCHRUN, SCRIPT] if under_torchrun else [sys.executable, SCRIPT]
     done = start(*command, "--config", str(config_file), "--tp", "2")
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("error: question 'a' has a gold sequence of ") and done.stdout.count("error: ") == 1
+    assert "t.jsonl, line 1: question 'a' has a gold sequence of " in lines[0] and done.stdout.count("error: ") == 1
     # Where torchrun was started by somebody else, its own report follows and its exit code is 1.
     assert (len(lines) == 1, done.returncode) == ((False, 1) if under_torchrun else (True, 2))
 
