@@ -11,6 +11,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,9 +61,14 @@ def data_order(num_sequences: int, start: int, stop: int, seed: int) -> list[int
     order: list[int] = []
     for epoch in range(start // num_sequences, (stop - 1) // num_sequences + 1):
         first = epoch * num_sequences
-        shuffled = np.random.default_rng([seed, epoch]).permutation(num_sequences)
+        shuffled = _shuffled(num_sequences, seed, epoch)
         order += shuffled[max(start - first, 0) : stop - first].tolist()
     return order
+
+
+@lru_cache(maxsize=2)  # of the epochs at whose border a batch may be
+def _shuffled(num_sequences: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(num_sequences)
 
 
 def partition(lengths: Sequence[int], budget_tokens: int, num_ranks: int, multiple: int = 1) -> list[list[list[int]]]:

@@ -131,7 +131,8 @@ class Trace:
     trace_ids: TokenIds
     """As generated, close marker included; never decoded and re-encoded."""
     logp_engine: LogProbs | None
-    """[trace tokens] by the serving engine, of logits / temperature, before top-p."""
+    """[trace tokens] by the serving engine, of logits / temperature, before top-p; None: not asked for
+    (`sample.keep_logps`)."""
     finish: TraceFinish
     seed: int
     """Sampling seed of the request."""

@@ -208,6 +208,9 @@ class SampleConfig:
     """Tokens after which a trace is truncated."""
     max_answer_tokens: int = at_least(1, default=512)
     """Tokens after which an answer is truncated."""
+    keep_logps: str = choice("some", "all", default="some")
+    """The server's log-probs of traces, which are compared with the training engine's: those of the first 64 questions,
+    or of all. They take most of a reply."""
     flush_seconds: float = at_least(0.1, default=2.0)
     """Finished samples are on disk at the latest after this time."""
 

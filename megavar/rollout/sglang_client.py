@@ -15,7 +15,9 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+import orjson
 
+from megavar.records import TokenIds
 from megavar.rollout.engine import (
     GenerateRequest,
     Generation,
@@ -281,7 +283,7 @@ class SGLangEngine:
             raise RuntimeError("check_model must be awaited before generate.")
         if len(request.prompt_ids) == 0:
             raise RequestRejected("prompt_ids is empty; a prompt has at least one token.")
-        low, high = int(min(request.prompt_ids)), int(max(request.prompt_ids))
+        low, high = int(np.min(request.prompt_ids)), int(np.max(request.prompt_ids))
         if low < 0 or high >= self._vocab_size:
             raise RequestRejected(
                 f"prompt_ids has token {low if low < 0 else high}, outside of the served vocabulary of "
@@ -289,7 +291,7 @@ class SGLangEngine:
             )
 
     async def _generate_on(self, worker: Worker, request: GenerateRequest) -> list[Generation]:
-        prompt_ids = [int(token) for token in request.prompt_ids]
+        prompt_ids = np.asarray(request.prompt_ids).tolist()
         body: dict[str, Any]
         if request.num_samples > 1 and self._shares_prefixes:
             # Fills the prefix cache, so that the samples compute the prompt once. SGLang's own `n` does the same,
@@ -347,11 +349,16 @@ class SGLangEngine:
         url = worker.url + path
         timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         try:
-            options: dict[str, Any] = {"json": body, "timeout": timeout, "allow_redirects": False}
-            async with self._http.request(method, url, **options) as response:
-                text = await read_text(response)
+            data = None if body is None else orjson.dumps(body)
+            headers = {"Content-Type": "application/json"}
+            async with self._http.request(
+                method, url, data=data, headers=headers, timeout=timeout, allow_redirects=False
+            ) as response:
+                text = await read_body(response)
                 if response.status >= 500 or response.status in (408, 429):
-                    raise ServerFault(f"{url}: HTTP {response.status}: {text[:500]!r}", broken=False)
+                    raise ServerFault(
+                        f"{url}: HTTP {response.status}: {text[:500].decode(errors='replace')!r}", broken=False
+                    )
                 if response.status == 401:
                     raise RequestRejected(
                         f"{url}: HTTP 401, the server wants an API key and got "
@@ -359,13 +366,15 @@ class SGLangEngine:
                     )
                 if response.status >= 300:
                     raise RequestRejected(f"{url}: HTTP {response.status}: {error_message(text)}")
-                return json.loads(text) if text else None
+                return orjson.loads(text) if text else None
         except TimeoutError as error:
             raise ServerFault(f"{url}: no answer within {timeout_seconds:g} s", broken=False) from error
         except (aiohttp.ClientError, ConnectionError) as error:
             raise ServerFault(f"{url}: {type(error).__name__}: {error}", broken=True) from error
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ServerFault(f"{url}: the answer is not JSON: {text[:200]!r}", broken=False) from error
+        except orjson.JSONDecodeError as error:
+            raise ServerFault(
+                f"{url}: the answer is not JSON: {text[:200].decode(errors='replace')!r}", broken=False
+            ) from error
 
 
 def _same_folder(served: str, model: Path) -> bool:
@@ -388,7 +397,7 @@ def sampling_params(request: GenerateRequest, seed: int) -> dict[str, Any]:
     }
 
 
-async def read_text(response: aiohttp.ClientResponse) -> str:
+async def read_body(response: aiohttp.ClientResponse) -> bytes:
     """Body of an answer; raises ServerFault if it is larger than any answer to us can be."""
     chunks, num_bytes = [], 0
     async for chunk in response.content.iter_any():
@@ -396,7 +405,7 @@ async def read_text(response: aiohttp.ClientResponse) -> str:
         num_bytes += len(chunk)
         if num_bytes > MAX_REPLY_BYTES:
             raise ServerFault(f"{response.url}: the answer has more than {MAX_REPLY_BYTES:,} bytes", broken=False)
-    return b"".join(chunks).decode(errors="replace")
+    return b"".join(chunks)
 
 
 def read_generation(answer: dict[str, Any], request: GenerateRequest, seed: int, vocab_size: int) -> Generation:
@@ -407,19 +416,19 @@ def read_generation(answer: dict[str, Any], request: GenerateRequest, seed: int,
         ValueError, KeyError, TypeError: it is not of the form of a sample.
     """
     meta, ids, logps, text = answer["meta_info"], answer["output_ids"], None, answer["text"]
-    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
-        raise ValueError("output_ids are not tokens of the vocabulary")
-    if len(ids) > request.max_tokens:
-        raise ValueError(f"{len(ids)} tokens, more than max_new_tokens={request.max_tokens}")
+    tokens = _token_ids(ids, vocab_size)
+    if len(tokens) > request.max_tokens:
+        raise ValueError(f"{len(tokens)} tokens, more than max_new_tokens={request.max_tokens}")
     if not isinstance(text, str):
         raise ValueError("text is not a string")
     if request.return_logps:
         rows = meta["output_token_logprobs"]
-        if ids != [token for _, token, _ in rows]:
+        scored, of_tokens, _ = zip(*rows, strict=True) if rows else ((), (), ())
+        if ids != list(of_tokens):
             raise RolloutError(
                 f"SGLang's log-probs are of other tokens than its output: {rows[:5]!s:.300} against {ids[:5]}"
             )
-        logps = np.array([float(logp) for logp, _, _ in rows], dtype=np.float32)
+        logps = np.array(scored, dtype=np.float32)
         if not (np.isfinite(logps).all() and (logps <= MAX_LOGP).all()):
             raise ValueError("log-probs that are not finite, or positive")
     finish = meta["finish_reason"]
@@ -428,17 +437,27 @@ def read_generation(answer: dict[str, Any], request: GenerateRequest, seed: int,
         raise RolloutError("the served model computes NaN; check the checkpoint, or serve it in another dtype.")
     if finish["type"] not in ("stop", "length", "abort"):
         raise ValueError(f"finish reason {finish['type']!r:.50}")
-    return Generation(ids=np.array(ids, dtype=np.int32), logps=logps, finish=finish["type"], text=text, seed=seed)
+    return Generation(ids=tokens, logps=logps, finish=finish["type"], text=text, seed=seed)
 
 
-def error_message(body: str) -> str:
+def _token_ids(ids: Any, vocab_size: int) -> TokenIds:
+    """Ids of a reply as [tokens] int32; raises ValueError if they are anything else."""
+    tokens = np.array(ids) if isinstance(ids, list) else None
+    if tokens is None or tokens.ndim != 1 or (len(tokens) and tokens.dtype != np.int64):
+        raise ValueError("output_ids are not tokens of the vocabulary")
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        raise ValueError("output_ids are not tokens of the vocabulary")
+    return tokens.astype(np.int32)
+
+
+def error_message(body: bytes) -> str:
     """The message in an error answer, or the answer itself."""
     try:
-        error = json.loads(body)
+        error = orjson.loads(body)
         error = error.get("error", error.get("message", error))
         return str(error["message"] if isinstance(error, dict) and "message" in error else error)
     except (ValueError, AttributeError):
-        return body[:1000]
+        return body[:1000].decode(errors="replace")
 
 
 def read_vocab_size(model: Path) -> int:

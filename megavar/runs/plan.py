@@ -174,7 +174,9 @@ _WEIGHED = tuple(
     f"objective.{key}"
     for key in ("name", "num_traces", "ratio", "answer_estimator", "on_no_correct_trace", "on_unverifiable")
 )
-_OF_A_SAMPLE = ("sample.temperature", "sample.top_p", "sample.max_trace_tokens", "sample.max_answer_tokens")
+_OF_A_SAMPLE = tuple(
+    f"sample.{key}" for key in ("temperature", "top_p", "max_trace_tokens", "max_answer_tokens", "keep_logps")
+)
 
 STAGES = (
     Stage(

@@ -22,6 +22,9 @@ from megavar.verifiers import NO_VERIFIER
 
 logger = logging.getLogger(__name__)
 
+QUESTIONS_WITH_LOGPS = 64
+"""With `sample.keep_logps=some`."""
+
 Key = tuple[str, int]
 
 
@@ -105,7 +108,7 @@ async def sample_traces(
     }
 
     def requests() -> Iterable[tuple[str, GenerateRequest]]:
-        for question in questions:
+        for index, question in enumerate(questions):
             if missing[question.id]:
                 yield (
                     question.id,
@@ -120,6 +123,7 @@ async def sample_traces(
                         stop_token_ids=() if close is None else (close,),
                         stop=(templates.config.close_marker,) if close is None else (),
                         num_samples=len(missing[question.id]),
+                        return_logps=config.keep_logps == "all" or index < QUESTIONS_WITH_LOGPS,
                     ),
                 )
 

@@ -12,7 +12,7 @@ from megavar.config.schema import ObjectiveConfig, RunConfig
 from megavar.joins import OUTPUTS_DO_NOT_MATCH, answers_by_trace, check_complete, count_correct
 from megavar.objectives import get_objective
 from megavar.objectives.base import Objective
-from megavar.objectives.bounds import question_bounds
+from megavar.objectives.bounds import estimate_bounds
 from megavar.objectives.importance import effective_sample_size, weigh_by_reference
 from megavar.ranks import on_rank_zero
 from megavar.records import Answer, Bound, Score, Trace, TraceFinish, Weight, WeightStatus, identity, write_records
@@ -82,17 +82,17 @@ def weigh_traces(
     chosen = get_objective(objective)
     weights: list[Weight] = []
     sizes: list[float] = []
-    bounds: list[Bound] = []
+    groups: list[tuple[list[Score], list[bool], list[Weight]]] = []
     for question_id in sorted(of_question):
         every = sorted(of_question[question_id], key=lambda score: score.trace_index)
         truncated = [finish_of[question_id, score.trace_index] != TraceFinish.CLOSED for score in every]
         group = every[: config.num_traces]
         group_weights = _weigh_question(chosen, group, truncated[: len(group)], config)
         weights += group_weights + [_unused(score) for score in every[len(group) :]]
-        if (bound := question_bounds(every, truncated, group_weights)) is not None:
-            bounds.append(bound)
+        groups.append((every, truncated, group_weights))
         if any(weight.weight > 0 for weight in group_weights):
             sizes.append(effective_sample_size(np.array([weight.weight for weight in group_weights])))
+    bounds = estimate_bounds(*zip(*groups, strict=True)) if groups else []
     of_traces = [weight for weight in weights if weight.status != WeightStatus.GOLD]
     check_complete(of_traces, map(identity, traces), folder)
     write_records(folder / "data.parquet", weights, Weight)

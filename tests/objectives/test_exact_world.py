@@ -7,7 +7,7 @@ Gradients are also taken where the parameters are those of two real Qwen3 models
 """
 
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 from math import log, sqrt
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from helpers.made_scores import weigh
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from megavar.objectives.bounds import multi_trace_bounds, question_bounds
+from megavar.objectives.bounds import estimate_bounds, multi_trace_bounds
 from megavar.records import Score
 
 TRACES = ["", "a", "b", "aa", "ab", "ba", "bb"]
@@ -182,7 +182,7 @@ def test_estimates_of_all_bounds_from_three_traces_are_unbiased(certain):
     kl = 0.0
     for indices, p in tuples_of(certain, 3):
         scores = [certain.score(trace, k) for k, trace in enumerate(indices)]
-        found = question_bounds(scores, [False] * 3, weigh(scores))
+        (found,) = estimate_bounds([scores], [[False] * 3], [weigh(scores)])
         expected += p * found.bounds
         kl += p * found.kl_posterior_policy
     assert expected == pytest.approx([float(exact_bound(certain, count)) for count in (1, 2, 3)], abs=EXACT)
@@ -192,11 +192,27 @@ def test_estimates_of_all_bounds_from_three_traces_are_unbiased(certain):
 
 def test_bounds_of_many_traces_use_a_fixed_draw_of_subsets():
     values = np.random.default_rng(0).normal(size=24)
-    found = multi_trace_bounds(values)
-    assert found.tolist() == multi_trace_bounds(values).tolist()
+    (found,) = multi_trace_bounds(values[None])
+    assert found.tolist() == multi_trace_bounds(values[None])[0].tolist()
     assert found[0] == pytest.approx(values.mean(), abs=1e-12)
     assert (np.diff(found) > -0.01).all() and found[-1] > found[0] + 0.3
     assert found[-1] == pytest.approx(np.log(np.exp(values).mean()), abs=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 12])
+def test_bounds_are_means_over_all_subsets(count):
+    """Also where log-weights differ by more than float64 can hold as numbers."""
+    values = np.random.default_rng(count).normal(scale=400.0, size=(3, count))
+    found = multi_trace_bounds(values)
+    for question, row in zip(values, found, strict=True):
+        for size, bound in enumerate(row, start=1):
+            expected = np.mean(
+                [
+                    float(torch.from_numpy(question[list(subset)]).logsumexp(0))
+                    for subset in combinations(range(count), size)
+                ]
+            )
+            assert bound == pytest.approx(expected - np.log(size), rel=1e-12, abs=1e-12)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
