@@ -1,4 +1,4 @@
-"""Answers that were graded by hand, by somebody who had not seen the verifiers."""
+"""Answers that were written and graded without a look at the verifiers, and attacks on their code."""
 
 import json
 import time
@@ -15,7 +15,7 @@ KNOWN = {"e^{i\\pi/2}"}
 """In responses that are judged wrongly."""
 
 
-def test_verdicts_are_those_of_the_hand():
+def test_verdicts_are_those_of_the_table():
     mistakes = [
         (row["kind"], row["response"], row["gold"], row["right"], verdict)
         for row in ROWS
