@@ -39,7 +39,7 @@ def count_tokens(
         sampled: those that traces are sampled for; the longest trace and answer must fit after their prompts.
 
     Raises:
-        ValueError: with the rows that cannot be used, or if there is no gold trace.
+        ValueError: with the rows that cannot be used.
     """
     counts, problems = TokenCounts(), Problems(file)
     hinted = config.sample.sampler == "posterior"

@@ -13,9 +13,11 @@ _ONE_LETTER = re.compile(_LETTER + r"(?![A-Za-z0-9'_^=+])")
 _LETTERS = re.compile(rf"{_LETTER}(?:{_SEPARATOR}{_LETTER})*[.):]?")
 _WITH_TEXT = re.compile(r"(?:\(([A-Z])\)|\[([A-Z])\]|([A-Z])\s*[.):])\s*(\S.*)", re.DOTALL)
 _OPTION = re.compile(r"^[^\S\n]*(?:\(([A-Z])\)|([A-Z])[.):])[^\S\n]+(\S[^\n]*)$", re.MULTILINE)
-_DENIED = re.compile(r"(?<![A-Za-z])(?:not|wrong|incorrect|false)(?![A-Za-z])|[([]?[A-Z][).\]:]", re.IGNORECASE)
+_DENIED = re.compile(r"(?<![A-Za-z])(?i:not|wrong|incorrect|false)(?![A-Za-z])|[([][A-Z][)\]]|(?<![A-Za-z.])[A-Z][):]")
+"""In the text after a letter: it is denied, or another one follows."""
 _LEAD = re.compile(
-    r"(?:(?:the|correct|right|final|best)\s+)*(?:option|choice|answer|letter)?s?\s*(?:is|are)?\s*[:=]?\s*",
+    r"^(?:(?:the|correct|right|final|best)\s+)*(?:option|choice|answer|letter)s?(?![A-Za-z])\s*"
+    r"(?:(?:is|are)(?![A-Za-z]))?\s*[:=]?\s*",
     re.IGNORECASE,
 )
 _SAID = re.compile(
@@ -81,8 +83,7 @@ def _answer(response: str, options: dict[str, str]) -> frozenset[str] | None:
         text = normalise(box).replace("\\rm", "").strip("{} ")
         if not text:
             return None
-        text = text[match.end() :] if (match := _LEAD.match(text)) else text
-        return _letters(text, ignore_case=True) or _by_text(text, options) or frozenset()
+        return _chosen(_LEAD.sub("", text), options) or frozenset()
     stated = stated_answer(response)
     if stated is None:
         last_line = next((line for line in reversed(response.splitlines()) if line.strip()), "")
@@ -91,9 +92,14 @@ def _answer(response: str, options: dict[str, str]) -> frozenset[str] | None:
             return _letters(text)
         said = list(_SAID.finditer(normalise(response[-2000:])))
         return frozenset(letter for letter in said[-1].groups() if letter) if said else None
-    text = normalise(stated)
-    text = text[_LEAD.match(text).end() :] if _LEAD.match(text) else text  # type: ignore[union-attr]
-    return _letters(text, ignore_case=True) or _leading_letters(text) or _by_text(text.rstrip("."), options)
+    text = _LEAD.sub("", normalise(stated))
+    return _chosen(text, options) or _leading_letters(text)
+
+
+def _chosen(text: str, options: dict[str, str]) -> frozenset[str] | None:
+    """The letter of the option with this text, else the letters that it names; an option's text may be a letter too."""
+    by_text = None if _LETTERS.fullmatch(text) else _by_text(text, options)
+    return by_text or _letters(text, ignore_case=True)
 
 
 def _letters(text: str, ignore_case: bool = False) -> frozenset[str] | None:

@@ -1,7 +1,7 @@
 """Verifier `math`: mathematical equivalence of the final answer.
 
 Both answers are brought into one notation (`notation.py`). Numbers, units, number bases, words and the order of
-collections are compared here; everything else by math-verify, whose "equal" gets a second look (`second_look.py`).
+collections are compared here; everything else must be equal by math-verify and by its values (`second_look.py`).
 """
 
 import logging
@@ -24,6 +24,7 @@ _RELATION = re.compile(
     r"(?![A-Za-z])|[<>~\u00ac])"
 )
 """A relation or a negation before the answer, which math-verify overlooks."""
+_NAME = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
 _QUANTIFIER = re.compile(r"\\(?:forall|exists|nexists)(?![A-Za-z])")
 _NAMED = re.compile(r"((?:\\?[A-Za-z]+|[A-Za-z]\([A-Za-z]\))(?:_\w|_\{\w+\})?'?)\s*(?:=|\\in(?![A-Za-z]))\s*([^=]+)")
 """A variable with its value, or the set that it is in."""
@@ -36,10 +37,16 @@ _MEANS_ANOTHER = re.compile(
     r"(?<![A-Za-z])(?:not|no|none|nor|never|neither|cannot|can't|isn't|aren't|false|wrong|incorrect|rejected|invalid|about"
     r"|approximately|roughly|around|nearly|almost|than|except|least|most|minimum|maximum|more|less|fewer|over|under|above"
     r"|below|up|between|or|and|plus|minus|times|twice|thrice|half|double|triple|squared|cubed|dozen|hundreds?|thousands?"
-    r"|millions?|billions?|trillions?|\w*(?:th|ths|rds)|percent|factorial|if|unless)(?![A-Za-z])",
+    r"|millions?|billions?|trillions?|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?|percent|factorial|if|unless)(?![A-Za-z])",
     re.IGNORECASE,
 )
 """Words that make another answer of a number."""
+_HEDGED = re.compile(
+    r"(?<![A-Za-z])(?:not|never|cannot|can't|isn't|about|approximately|roughly|around|nearly|almost|than|least|most|over|under"
+    r"|above|below|between|or)\s+(?:be\s+|equal\s+(?:to\s+)?|equals?\s+)?[$\\({\s]*$",
+    re.IGNORECASE,
+)
+"""The same before a number in a sentence."""
 _SAME_TEXTS = {"dne": "does not exist", "no solutions": "no solution", "no real solutions": "no real solution"}
 MOST_WORDS_DROPPED = 8
 
@@ -96,11 +103,11 @@ def _unboxed(response: str, known: str) -> str | None:
         if not words(text) or plain_number(split_unit(text)[0]):
             return stated
         response = stated
-    last_line = next((line for line in reversed(response.splitlines()) if line.strip()), "")
-    if _MEANS_ANOTHER.search(last_line):
-        return "?" if re.search(r"\d", last_line) else None
     texts = [found for found in _parse(response, boxed=False) if isinstance(found, str)]
-    return texts[-1] if texts else None
+    if not texts:
+        return None
+    before = response[: max(response.rfind(texts[-1]), 0)]
+    return "?" if _HEDGED.search(before) else texts[-1]
 
 
 def _equal(answer: str, known: str) -> bool:
@@ -215,8 +222,7 @@ def _without_words(answer: str, known: str) -> tuple[str, str]:
     match = _ENDS_IN_WORDS.fullmatch(answer if of_answer else known)
     if match is None or words(match[1]) or len(match[2].split()) > MOST_WORDS_DROPPED:
         return answer, known
-    # The first words say what is counted; a number word among the later ones belongs to its description.
-    if _MEANS_ANOTHER.search(" ".join(match[2].split()[:1])) or _MEANS_ANOTHER.search(match[2].split("between")[0]):
+    if _MEANS_ANOTHER.search(match[2].split(" between ")[0]):  # what follows describes the things that are counted
         return answer, known
     return (match[1], known) if of_answer else (answer, match[1])
 
@@ -245,23 +251,15 @@ def _as_expressions(answer: str, known: str) -> bool:
     return not differ(other, one) and bool(equal(other, one, timeout_seconds=None))
 
 
-_GREEK = "Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega"
-_NAME = re.compile(rf"\\(?:{_GREEK})(?![A-Za-z])|\\[A-Za-z]+|[A-Za-z]")
-
-
 def _with_cases_apart(answer: str, known: str) -> tuple[str, str]:
     """Both with an index at capital letters that occur as small ones too: math-verify reads M and m as the same."""
     names = set(_NAME.findall(f"{answer} {known}"))
-    clashing = {name for name in names if name.lstrip("\\")[0].isupper() and _small(name) in names}
+    clashing = {name for name in names if name.lstrip("\\")[0].isupper() and name.lower() in names}
 
     def apart(match: re.Match[str]) -> str:
-        return f" {{{_small(match[0])}_{{99}}}} " if match[0] in clashing else match[0]
+        return f" {{{match[0].lower()}_{{99}}}} " if match[0] in clashing else match[0]
 
     return _NAME.sub(apart, answer), _NAME.sub(apart, known)
-
-
-def _small(name: str) -> str:
-    return name.lower()
 
 
 def _parse(text: str, boxed: bool = True) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A second look at two expressions that math-verify judged equal, which rounds to six places."""
+"""A look at the values of two expressions beside math-verify's, which rounds to six places."""
 
 from collections.abc import Sequence
 from typing import Any

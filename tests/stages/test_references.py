@@ -11,9 +11,11 @@ from helpers import odd_verifiers
 from megavar.config.load import load_config
 from megavar.config.schema import VerifyConfig
 from megavar.data.questions import read_questions
+from megavar.runs.folder import Run
 from megavar.stages import references
 from megavar.stages.check import check_run, usable_questions
 from megavar.stages.references import bad_references
+from megavar.stages.run_files import train_questions
 from megavar.verifiers import VERIFIERS
 
 BASE = Path(__file__).parents[2] / "examples" / "base" / "qwen3-tiny"
@@ -106,6 +108,18 @@ def test_bad_rows_are_left_out_if_that_is_asked_for(tmp_path, caplog):
     write(tmp_path, {"answer": "?"})
     with pytest.raises(ValueError, match="no question has a reference answer that is correct"):
         check_run(config, 1)
+
+
+def test_a_run_keeps_to_what_it_left_out_first(tmp_path):
+    write(tmp_path, {}, {"answer": "?"}, {})
+    run = Run(config_of(tmp_path, "data.on_bad_reference=drop"))
+    assert [question.id for question in train_questions(run)] == ["q0", "q2"]
+    (kept,) = (run.folder / "left_out").iterdir()
+    kept.write_text('["q0"]')  # as by an older verifier
+    assert [question.id for question in train_questions(run)] == ["q1", "q2"]
+    kept.write_text("[")
+    with pytest.raises(ValueError, match=r"left_out/.*json is damaged .*remove it"):
+        train_questions(run)
 
 
 def test_files_that_were_judged_are_not_judged_again(tmp_path, monkeypatch):

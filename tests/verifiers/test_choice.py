@@ -61,6 +61,13 @@ TABLE = [
 ]
 
 
+@pytest.mark.parametrize("text", ["silent", "area", "island", "St. Louis", "U.S. dollars", "the right angle"])
+def test_an_options_text_is_not_cut(text):
+    gold = f"C\nA. loud\nB. other\nC. {text}"
+    for response in (f"\\boxed{{{text}}}", f"The answer is {text}.", f"\\boxed{{C. {text}}}"):
+        assert get_verifier("choice")(response, gold) == "correct", response
+
+
 @pytest.mark.parametrize(("response", "gold", "verdict"), TABLE)
 def test_verdicts(response, gold, verdict):
     assert get_verifier("choice")(response, gold) == verdict

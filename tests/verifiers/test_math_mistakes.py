@@ -203,6 +203,24 @@ def test_boxed_answers(answer, gold, verdict):
     assert get_verifier("math")(f"so \\boxed{{{answer}}}", gold) == verdict
 
 
+@pytest.mark.parametrize(
+    ("response", "gold", "verdict"),
+    [
+        ("The sum of 5 and 7 is 12.", "12", "correct"),
+        ("So it takes 5 times as long, 15 hours.", "15", "correct"),
+        ("The answer is 12 because 5 and 7 make 12.", "12", "correct"),
+        ("x cannot be 5", "5", "wrong"),
+        ("It is at least 5.", "5", "wrong"),
+        ("The answer is not 5.", "5", "wrong"),
+        ("The answer is either 5 or 6.", "6", "wrong"),
+        ("\\boxed{5 paths}", "5", "correct"),
+        ("\\boxed{5 tenths}", "5", "wrong"),
+    ],
+)
+def test_sentences_and_the_words_after_a_number(response, gold, verdict):
+    assert get_verifier("math")(response, gold) == verdict
+
+
 @pytest.mark.parametrize("gold", ["?", "", "...", "\\text{}", " "])
 def test_a_known_answer_that_says_nothing_is_an_error_not_a_verdict(gold):
     with pytest.raises(ValueError, match="is not a mathematical expression"):
