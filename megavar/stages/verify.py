@@ -98,8 +98,8 @@ def _judges(
         question = question_of.get(answer.question_id)
         if question is None:
             raise ValueError(f"{_name(answer)} has no question in the question file; restore that, or sample again.")
-        check_verifiers([question.verifier], plugins)
         judge_of[question.id] = (get_verifier(question.verifier, plugins), ground_truth(question))
+    check_verifiers((question_of[question_id].verifier for question_id in judge_of), plugins)
     return judge_of
 
 

@@ -32,7 +32,7 @@ _WRAPPER = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathrm|mathbf|mathit|mathsf|mathtt|mathnormal"
     r"|operatorname\*?|boldsymbol|bold|bm|emph|underline|boxed)\s*\{([^{}]*)\}"
 )
-_SPACES = re.compile(
+_SPACES = (
     r"(?<!\\)\\[,;:! ]|\\(?:quad|qquad|thinspace|enspace|displaystyle|textstyle|left|right|limits"
     r"|big[lrg]?|Big[lr]?|bigg[lr]?|Bigg[lr]?)(?![A-Za-z])\.?|\\hspace\s*\{[^{}]*\}|~"
 )
@@ -44,8 +44,8 @@ _BARE_ARGUMENT = r"(\{[^{}]*\}|\\[A-Za-z]+|[A-Za-z0-9])"
 
 def _one_line(text: str) -> str:
     """Superscripts, fractions, roots and symbols of Unicode as LaTeX; compatibility forms; invisible characters."""
-    for chars, table, mark in ((_SUPERSCRIPTS, _SUPERSCRIPTS, "^"), (_SUBSCRIPTS, _SUBSCRIPTS, "_")):
-        run = "[" + "".join(re.escape(chr(code)) for code in chars) + "]+"
+    for table, mark in ((_SUPERSCRIPTS, "^"), (_SUBSCRIPTS, "_")):
+        run = "[" + "".join(re.escape(chr(code)) for code in table) + "]+"
         text = re.sub(run, partial(_raised, mark, table), text)
     for char, (top, bottom) in _FRACTIONS.items():
         text = text.replace(char, f"\\frac{{{top}}}{{{bottom}}}")
@@ -102,7 +102,7 @@ RULES: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("currency that stands alone", _substitute(r"\\\$|[€£¥]", " ")),
     ("math mode", _substitute(r"\$|(?<!\\)\\[()\[\]]", " ")),
     ("negative space", _substitute(r"(?<!\\)\\!\s*", "")),
-    ("spaces and sizes", _substitute(_SPACES.pattern, " ")),
+    ("spaces and sizes", _substitute(_SPACES, " ")),
     ("unit in a wrapper", _substitute(r"(?<=[\d}])\\(?:text|mathrm|mbox)\s*\{\s*([A-Za-z])\s*\}",
                                       lambda match: match[1] if match[1] in "eid" else f" {match[1]} ")),
     ("wrappers", _without_wrappers),

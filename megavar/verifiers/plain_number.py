@@ -53,14 +53,10 @@ def plain_number(text: str) -> PlainNumber | None:
     scale = Fraction(10) ** (exponent - len(decimals))
     value = int(whole + decimals) * scale
     if repeated := part["repeated"]:
-        if not _has_point(part["digits"]):
+        if "." not in (part["digits"] or ""):
             return None
         return PlainNumber(sign * (value + scale * Fraction(int(repeated), 10 ** len(repeated) - 1)))
     return PlainNumber(sign * value, scale if decimals else Fraction(0), percent)
-
-
-def _has_point(digits: str | None) -> bool:
-    return digits is not None and "." in digits
 
 
 def equal_numbers(one: PlainNumber, other: PlainNumber) -> bool:
