@@ -24,8 +24,10 @@ from pathlib import Path
 
 from megavar.config.load import load_config
 from megavar.data.questions import read_questions
+from megavar.disk import atomic_write
 from megavar.progress import ProgressLine
-from megavar.records import Answer, Question, Trace, atomic_write, read_records
+from megavar.record_files import read_records
+from megavar.records import Answer, Question, Trace
 from megavar.rollout import watchdog
 from megavar.rollout.sglang_servers import ManagedServers, open_engine
 

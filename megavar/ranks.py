@@ -38,8 +38,13 @@ def distributed() -> Any:
 
 def is_rank_zero() -> bool:
     """Whether this process writes files, shows progress and talks to servers."""
+    return rank() == 0
+
+
+def rank() -> int:
+    """Number of this process among those of this torchrun, from 0."""
     dist = distributed()
-    return int(os.environ.get("RANK", "0")) == 0 if dist is None else dist.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) if dist is None else int(dist.get_rank())
 
 
 def barrier() -> None:

@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "megavar"
 LEVELS = [
-    {"records", "joins", "config", "progress", "ranks", "stopping", "liveness", "checksums"},
-    {"objectives", "verifiers", "evaluation", "models", "packing", "data", "runs"},
+    {"records", "record_files", "disk", "joins", "config", "progress", "ranks", "stopping", "liveness", "checksums"},
+    {"objectives", "verifiers", "evaluation", "models", "packing", "sequences", "data", "runs"},
     {"checkpoints"},
     {"rollout", "training"},
     {"stages", "report"},

@@ -10,25 +10,19 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
+from megavar.disk import atomic_write
 from megavar.ranks import ExplainedFailure
-from megavar.records import (
-    Answer,
-    AnswerFinish,
-    DamagedFile,
-    RecordWriter,
-    Score,
-    Trace,
-    Weight,
-    atomic_write,
-    read_records,
-    schema_of,
-    write_records,
-)
+from megavar.record_files import DamagedFile, RecordWriter, read_records, write_records
+from megavar.records import Answer, AnswerFinish, Score, Trace, Weight, schema_of
 
 
 def answer(index: int, correct: bool | None = None) -> Answer:
     ids = np.arange(index, dtype=np.int32)
     return Answer("q", 0, index, 1, ids, f"text {index}", "stop", 2**62 + index, correct)
+
+
+def indices(writer):
+    return sorted(index for _, _, index in writer.existing_identities())
 
 
 def test_ids_log_probs_nulls_and_seeds_come_back_exactly(tmp_path):
@@ -82,9 +76,10 @@ def test_a_writer_that_dies_keeps_what_it_flushed_and_the_next_goes_on(tmp_path)
     killed.flush_seconds = 1e9
     killed.append(answer(5))  # never flushed
     following = RecordWriter(tmp_path, Answer, flush_seconds=0.0)
-    assert [row.answer_index for row in following.existing()] == [1, 2]
+    assert indices(following) == [1, 2]
     following.append(answer(0))
-    assert [row.answer_index for row in following.finish()] == [0, 1, 2]
+    following.finish()
+    assert [row.answer_index for row in read_records(following.file, Answer)] == [0, 1, 2]
     assert [file.name for file in tmp_path.iterdir()] == ["data.parquet"]
 
 
@@ -96,7 +91,8 @@ def test_finish_killed_between_merging_and_removing_repeats_to_the_same_file(tmp
     writer.finish()
     (tmp_path / "part-000000.parquet").write_bytes(part)  # the removal had not come to it
     again = RecordWriter(tmp_path, Answer, flush_seconds=0.0)
-    assert [row.answer_index for row in again.finish()] == [0, 1]
+    again.finish()
+    assert [row.answer_index for row in read_records(again.file, Answer)] == [0, 1]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -110,7 +106,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_a_living_one_writes_is_not(tmp_path):
     file = tmp_path / "manifest.json"
-    script = "import os, pathlib, signal, sys\nfrom megavar.records import atomic_write\n"
+    script = "import os, pathlib, signal, sys\nfrom megavar.disk import atomic_write\n"
     script += "with atomic_write(pathlib.Path(sys.argv[1])) as aside:\n"
     script += "    aside.write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)"
     assert subprocess.run([sys.executable, "-c", script, file], check=False).returncode == -signal.SIGKILL
@@ -168,10 +164,11 @@ def test_a_damaged_part_is_set_aside_and_its_records_are_made_again(tmp_path, co
     part = tmp_path / "part-000001.parquet"
     part.write_bytes(part.read_bytes()[:-9] if content is None else content)
     again = RecordWriter(tmp_path, Answer, flush_seconds=0.0)
-    assert [row.answer_index for row in again.existing()] == [1]
+    assert indices(again) == [1]
     assert "part-000001.parquet.damaged, and what it held is made again" in caplog.text
     again.append(answer(2), answer(0))
-    assert [row.answer_index for row in again.finish()] == [0, 1, 2]
+    again.finish()
+    assert [row.answer_index for row in read_records(again.file, Answer)] == [0, 1, 2]
 
 
 def test_a_file_with_other_types_or_missing_values_is_refused(tmp_path):

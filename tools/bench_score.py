@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from megavar.records import TrainSequence
+from megavar.sequences import in_memory
 
 VOCAB_SIZE = 151_936
 MICROBATCH_TOKENS = 2048
@@ -76,11 +77,10 @@ def score_with_megavar(model_folder: Path, sequences: list[TrainSequence]) -> tu
     parallel.start_alone()
     scorer = Scorer(Model(model_folder), ParallelConfig(), PrecisionConfig(dtype="fp32"))
     started = time.perf_counter()
-    logps = scorer.score(sequences, 1.0, MICROBATCH_TOKENS)
+    found = scorer.score(in_memory(sequences), range(len(sequences)), 1.0, MICROBATCH_TOKENS)
     seconds = time.perf_counter() - started
     parallel.stop()
-    assert logps is not None
-    return list(logps), seconds
+    return [found[index] for index in range(len(sequences))], seconds
 
 
 SIDES = {"transformers": score_with_transformers, "megavar": score_with_megavar}

@@ -39,7 +39,8 @@ from megavar.checkpoints.convert import Model, to_hugging_face, to_megatron
 from megavar.checkpoints.safe_pickle import check_pickles
 from megavar.config.load import load_config
 from megavar.ranks import ExplainedFailure
-from megavar.records import Answer, RecordWriter, Score, Trace, read_records, write_records
+from megavar.record_files import RecordWriter, read_records, write_records
+from megavar.records import Answer, Score, Trace
 from megavar.report.run_view import open_run
 from megavar.report.show import show
 from megavar.report.summary import summarize
@@ -194,7 +195,7 @@ def make_sound(folder: Path) -> None:
     writer.finish()
     write_records(run.round / "scores" / "data.parquet", scores, Score)
     metrics = Metrics(run.folder, run.config.logging, "a")
-    metrics.log("weigh", 1, weigh_traces(traces, scores, "iwae", run.config.objective, run.round / "weights"))
+    metrics.log("weigh", 1, weigh_traces([(traces, scores)], "iwae", run.config.objective, run.round / "weights"))
     for stage in ("sft", "posterior", "sample", "verify", "score", "weigh"):
         Manifest(run.folder).begin(stage, {"seed": 1})
         Manifest(run.folder).finish(stage, 1.0, [])
@@ -306,7 +307,7 @@ def records(folder: Path, random: Random) -> Call:
     change_file(file, random)
 
     def read() -> None:
-        RecordWriter(run / "round_01" / "parts", Answer, 1.0).existing()
+        list(RecordWriter(run / "round_01" / "parts", Answer, 1.0).existing())
         read_records(run / "round_01" / "scores" / "data.parquet", Score)
         view = open_run(run)
         view.last_round(), view.metrics, view.unfinished()

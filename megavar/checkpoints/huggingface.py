@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megavar.checksums import CHECKSUMS
+from megavar.disk import make_folder, sync
 from megavar.models.dims import ModelDims
 from megavar.models.ops import Operator, names_at, pieces
-from megavar.records import make_folder, sync
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX = "model.safetensors.index.json"

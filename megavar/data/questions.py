@@ -8,7 +8,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from megavar.records import Question, read_rows
+from megavar.record_files import read_rows
+from megavar.records import Question
 
 _FIELDS = {item.name: item for item in fields(Question)}
 MOST_SHOWN = 10

@@ -4,8 +4,13 @@ The policy's prompt contains the question, the posterior's also the answer as a 
 separately and concatenated as ids, so the same trace ids can be scored under both prompts.
 """
 
+import hashlib
+import json
+import os
 import re
 import string
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,7 @@ class Templates:
         # Imported here because it imports torch, which the report does not need.
         from transformers import AutoTokenizer
 
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said, so that a later fork is no news
         self._model = model
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
@@ -56,11 +62,11 @@ class Templates:
         Raises:
             ValueError: if question or answer contains a control token; so do all methods that render the user's text.
         """
-        return self._prompt(self.config.policy, question)
+        return self._encoded("policy_prompt", question)
 
     def posterior_prompt(self, question: Question) -> TokenIds:
         """int32 ids [prompt tokens] of the posterior's prompt for x with the hint y'."""
-        return self._prompt(self.config.posterior, question)
+        return self._encoded("posterior_prompt", question)
 
     def trace(self, question: Question) -> TokenIds:
         """int32 ids [trace tokens] of the gold trace z, up to and including the close marker.
@@ -68,15 +74,51 @@ class Templates:
         Raises:
             ValueError: if the question has no gold trace, or it contains a control token.
         """
-        if question.trace is None:
-            raise ValueError(f"question {question.id!r} has no gold trace; use objective.on_no_correct_trace=drop.")
-        self._reject_control_tokens(question, "trace")
-        return self._ids(question.trace + self.config.close_marker)
+        return self._encoded("trace", question)
 
     def answer(self, question: Question) -> TokenIds:
         """int32 ids [answer tokens] of the reference answer y', up to and including the end-of-sequence token."""
-        self._reject_control_tokens(question, "answer" if question.solution is None else "solution")
-        return np.append(self._ids(reference_answer(question, self.config.solution)), np.int32(self.end_token))
+        return self._encoded("answer", question)
+
+    def text(self, kind: str, question: Question) -> str:
+        """What the method `kind` above encodes.
+
+        Raises:
+            ValueError: if the text contains a control token, or there is none.
+        """
+        if kind == "policy_prompt":
+            return self._prompt(self.config.policy, question)
+        if kind == "posterior_prompt":
+            return self._prompt(self.config.posterior, question)
+        if kind == "answer":
+            self._reject_control_tokens(question, "answer" if question.solution is None else "solution")
+            return reference_answer(question, self.config.solution)
+        if question.trace is None:
+            raise ValueError(f"question {question.id!r} has no gold trace; use objective.on_no_correct_trace=drop.")
+        self._reject_control_tokens(question, "trace")
+        return question.trace + self.config.close_marker
+
+    def encode(self, kind: str, texts: Sequence[str]) -> list[TokenIds]:
+        """[tokens] int32 ids of texts of one kind, in threads."""
+        encoded = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        end = [self.end_token] if kind == "answer" else []
+        return [np.array(each.ids + end, np.int32) for each in encoded]
+
+    def digest(self, kind: str) -> str:
+        """Identifies what makes ids of a question's text: tokenizer, templates and this code."""
+        template: list[str | None] = []
+        if kind.endswith("prompt"):
+            template = [self.config.system, self.config.policy if kind == "policy_prompt" else self.config.posterior]
+        elif kind == "answer":
+            template = [self.config.solution]
+        markers = [self.config.open_marker, self.config.close_marker]
+        parts = [kind, version("transformers"), version("tokenizers"), *markers, *template]
+        digest = hashlib.sha256(json.dumps(parts).encode())
+        names = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges")
+        files = [file for file in sorted(self._model.iterdir()) if file.is_file() and file.name.startswith(names)]
+        for file in (Path(__file__), *files):
+            digest.update(file.name.encode() + file.read_bytes())
+        return digest.hexdigest()
 
     @property
     def end_token(self) -> int:
@@ -91,7 +133,7 @@ class Templates:
     @property
     def close_token(self) -> int | None:
         """Token id of the close marker; None if it is more than one token."""
-        ids = self._ids(self.config.close_marker)
+        ids = self._encoder.encode(self.config.close_marker, add_special_tokens=False).ids
         return int(ids[0]) if len(ids) == 1 else None
 
     def decode(self, ids: TokenIds) -> str:
@@ -104,10 +146,14 @@ class Templates:
         message = _fill(self.config.policy, question)
         return self._render(message), message
 
-    def _prompt(self, template: str, question: Question) -> TokenIds:
+    def _prompt(self, template: str, question: Question) -> str:
         self._reject_control_tokens(question, "question")
         self._reject_control_tokens(question, "answer")
-        return self._ids(self._render(_fill(template, question)))
+        return self._render(_fill(template, question))
+
+    def _encoded(self, kind: str, question: Question) -> TokenIds:
+        (ids,) = self.encode(kind, [self.text(kind, question)])
+        return ids
 
     def _render(self, message: str) -> str:
         messages = [{"role": "user", "content": message}]
@@ -126,9 +172,6 @@ class Templates:
 
     def _about_system(self) -> str:
         return "" if self.config.system is None else ", or leave out templates.system if it takes no system message"
-
-    def _ids(self, text: str) -> TokenIds:
-        return np.array(self._encoder.encode(text, add_special_tokens=False).ids, np.int32)
 
     def _reject_control_tokens(self, question: Question, name: str) -> None:
         match = self._control.search(getattr(question, name))

@@ -1,19 +1,23 @@
 """Builds training sequences from questions, traces, answers and weights.
 
 Records are joined by (question id, trace index), never by position; a missing or duplicate record is an error
-that names it (`joins.py`). Runs on rank 0.
+that names it (`joins.py`). Runs on rank 0, on the records of some questions at a time. Sequences share the memory of
+the records and of the questions' tokens.
 """
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
-from megavar.data.templates import Templates
+from megavar.data.question_tokens import QuestionTexts
 from megavar.joins import Key, answers_by_trace, by_trace
 from megavar.records import Answer, AnswerFinish, Question, TokenIds, Trace, TrainSequence, Weight, WeightStatus
 
+NO_WEIGHT = (
+    "no trace has weight: no closed trace has a correct answer; sample more, or train longer "
+    "(docs/troubleshooting.md#no-trace-has-weight)."
+)
 
-def gold_sequences(questions: Sequence[Question], templates: Templates, max_tokens: int) -> list[TrainSequence]:
+
+def gold_sequences(questions: Sequence[Question], texts: QuestionTexts, max_tokens: int) -> list[TrainSequence]:
     """Policy sequences of the gold data, weight 1 each: prompt -> trace, answer. Skips questions without a trace.
 
     Args:
@@ -22,11 +26,11 @@ def gold_sequences(questions: Sequence[Question], templates: Templates, max_toke
     Raises:
         ValueError: naming a question whose sequence is longer than `max_tokens`, or if no question has a trace.
     """
-    return [_limited(question, _gold(question, templates), max_tokens) for question in _with_trace(questions)]
+    return [_limited(question, _gold(question, texts), max_tokens) for question in _with_trace(questions)]
 
 
 def gold_posterior_sequences(
-    questions: Sequence[Question], templates: Templates, max_tokens: int
+    questions: Sequence[Question], texts: QuestionTexts, max_tokens: int
 ) -> list[TrainSequence]:
     """Posterior sequences of the gold data, weight 1 each: prompt with hint -> trace (equation 9, no answer term).
 
@@ -34,15 +38,13 @@ def gold_posterior_sequences(
         ValueError: see `gold_sequences`.
     """
     return [
-        _limited(
-            question, TrainSequence(templates.posterior_prompt(question), templates.trace(question), 1.0), max_tokens
-        )
+        _limited(question, TrainSequence(texts.posterior_prompt(question), texts.trace(question), 1.0), max_tokens)
         for question in _with_trace(questions)
     ]
 
 
 def rollout_posterior_sequences(
-    questions: Sequence[Question], traces: Iterable[Trace], weights: Iterable[Weight], templates: Templates
+    questions: Sequence[Question], traces: Iterable[Trace], weights: Iterable[Weight], texts: QuestionTexts
 ) -> list[TrainSequence]:
     """Posterior sequences of weighted policy rollouts: prompt with hint -> trace (equation 9).
 
@@ -54,7 +56,7 @@ def rollout_posterior_sequences(
     question_of, trace_of = {question.id: question for question in questions}, by_trace(traces)
     return [
         TrainSequence(
-            templates.posterior_prompt(_question_of(question_of, weight)),
+            texts.posterior_prompt(_question_of(question_of, weight)),
             _trace_of(trace_of, weight).trace_ids,
             weight.weight,
         )
@@ -67,7 +69,7 @@ def policy_sequences(
     traces: Iterable[Trace],
     answers: Iterable[Answer],
     weights: Iterable[Weight],
-    templates: Templates,
+    texts: QuestionTexts,
     train_answers: str,
 ) -> list[TrainSequence]:
     """Policy sequences of weighted traces: prompt -> trace, answer (docs/method.md, equation 6 and the answer term).
@@ -92,24 +94,22 @@ def policy_sequences(
     for weight in _with_weight(weights):
         question = _question_of(question_of, weight)
         if weight.status == WeightStatus.GOLD:
-            sequences.append(_gold(question, templates, weight.weight))
+            sequences.append(_gold(question, texts, weight.weight))
             continue
-        trace, prompt = _trace_of(trace_of, weight), templates.policy_prompt(question)
+        trace, prompt = _trace_of(trace_of, weight), texts.policy_prompt(question)
         by_reference = weight.status in (WeightStatus.NO_CORRECT_TRACE, WeightStatus.UNVERIFIABLE)
         if train_answers == "reference" or by_reference:
-            answer_ids = [templates.answer(question)]
+            answer_ids = [texts.answer(question)]
         else:
             distinct = _distinct_correct(answers_of[weight.question_id, weight.trace_index], weight)
             answer_ids = distinct[:1] if train_answers == "first_correct" else distinct
-        for ids in answer_ids:
-            target = np.concatenate([trace.trace_ids, ids])
-            sequences.append(TrainSequence(prompt, target, weight.weight / len(answer_ids)))
+        share = weight.weight / len(answer_ids)
+        sequences += [TrainSequence(prompt, trace.trace_ids, share, ids) for ids in answer_ids]
     return sequences
 
 
-def _gold(question: Question, templates: Templates, weight: float = 1.0) -> TrainSequence:
-    target = np.concatenate([templates.trace(question), templates.answer(question)])
-    return TrainSequence(templates.policy_prompt(question), target, weight)
+def _gold(question: Question, texts: QuestionTexts, weight: float = 1.0) -> TrainSequence:
+    return TrainSequence(texts.policy_prompt(question), texts.trace(question), weight, texts.answer(question))
 
 
 def _with_trace(questions: Sequence[Question]) -> list[Question]:
@@ -122,10 +122,7 @@ def _with_trace(questions: Sequence[Question]) -> list[Question]:
 def _with_weight(weights: Iterable[Weight]) -> list[Weight]:
     kept = [weight for weight in by_trace(weights).values() if float(weight.weight) != 0]
     if not kept:
-        raise ValueError(
-            "no trace has weight: no closed trace has a correct answer; sample more, or train longer "
-            "(docs/troubleshooting.md#no-trace-has-weight)."
-        )
+        raise ValueError(NO_WEIGHT)
     return kept
 
 

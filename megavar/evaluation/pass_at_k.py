@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from megavar.config.schema import EvalConfig
+from megavar.disk import atomic_write
 from megavar.joins import count_correct
-from megavar.records import Answer, Question, atomic_write
+from megavar.records import Answer, Question
 
 
 @dataclass(frozen=True)

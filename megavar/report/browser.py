@@ -48,7 +48,8 @@ def browser_data(shown: Round, decode: Decoder, max_questions: int = MAX_QUESTIO
         }
 
     def show_question(question: Question) -> dict[str, Any]:
-        traces = [show_trace(row, question) for row in weights_of[question.id]]
+        gold_last = sorted(weights_of[question.id], key=lambda row: row.trace_index < 0)
+        traces = [show_trace(row, question) for row in gold_last]
         return {
             "id": question.id,
             "question": shorten(question.question),

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 from megavar.data.decode import Decoder, open_decoder
-from megavar.records import atomic_write
+from megavar.disk import atomic_write
 from megavar.report.browser import MAX_CHARACTERS, browser_data
 from megavar.report.figure_list import PassCurves, ReportFigure, evaluated_curves, make_figures
 from megavar.report.run_view import Round, RunView, labels, open_run

@@ -12,7 +12,8 @@ from typing import Any
 from megavar.config.load import load_config
 from megavar.config.schema import RunConfig
 from megavar.data.questions import read_questions
-from megavar.records import Answer, Question, Record, Score, Trace, Weight, read_records
+from megavar.record_files import read_records
+from megavar.records import Answer, Question, Record, Score, Trace, Weight
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
 from megavar.runs.metrics import Metrics

@@ -22,7 +22,8 @@ from rich.text import Text
 
 from megavar.data.decode import Decoder, open_decoder
 from megavar.data.questions import read_questions
-from megavar.records import Answer, Bound, Question, Score, Trace, Weight, identity, read_records
+from megavar.record_files import read_records
+from megavar.records import Answer, Bound, Question, Score, Trace, Weight, identity
 
 RECORD_TYPES: tuple[type[Any], ...] = (Trace, Answer, Score, Weight, Bound)
 _MAX_IDS = 8

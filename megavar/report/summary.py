@@ -7,8 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megavar.disk import atomic_write
 from megavar.evaluation.pass_at_k import read_accuracies
-from megavar.records import Answer, Trace, TraceFinish, atomic_write, read_records
+from megavar.record_files import read_records
+from megavar.records import Answer, Trace, TraceFinish
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
 from megavar.runs.metrics import Metrics

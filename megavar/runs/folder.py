@@ -5,7 +5,8 @@ from pathlib import Path
 
 from megavar.config.load import save_config
 from megavar.config.schema import RunConfig
-from megavar.records import Question, atomic_write, make_folder
+from megavar.disk import atomic_write, make_folder
+from megavar.records import Question
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megavar.checksums import CHECKSUMS, check_checksums, file_digest
-from megavar.records import atomic_write
+from megavar.disk import atomic_write
 
 _WITHOUT_EFFECT = {
     *("log_interval", "save_interval", "save_minutes", "keep_checkpoints", "flush_seconds", "num_workers"),
@@ -116,6 +116,10 @@ class Manifest:
         if entry is None or entry["status"] != "finished":
             raise NotFinished(f"{self.file.parent}: stage {stage} is not finished; run `megavar {stage}` first.")
         return str(entry["digest"])
+
+    def made_from(self, stage: str) -> str:
+        """Digest of the settings and inputs that a stage was begun with, for what it makes on the way."""
+        return _hexdigest(json.dumps(self.entries()[stage]["settings"], sort_keys=True).encode())
 
     def begin(self, stage: str, settings: dict[str, Any]) -> None:
         """Record that the stage was started under these settings."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megavar.config.schema import LoggingConfig
-from megavar.records import atomic_write, sync
+from megavar.disk import atomic_write, sync
 
 
 class Metrics:

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from megavar.disk import make_folder
 from megavar.ranks import process_exists
-from megavar.records import make_folder
 from megavar.stopping import stop_if_requested
 
 FILE = "owner.json"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megavar.config.schema import RunConfig
+from megavar.data.question_tokens import NO_TEXT, QuestionTokens
 from megavar.data.questions import Problems
 from megavar.data.templates import Templates
 from megavar.records import Question
@@ -46,20 +47,26 @@ def count_tokens(
     trained_by_hint = hinted and config.posterior.source != "rollout"
     trained = {question.id for question in questions}
     sampled_ids = {question.id for question in sampled}
-    every = {question.id: question for question in (*questions, *sampled)}.values()
+    every = list({question.id: question for question in (*questions, *sampled)}.values())
     limit = config.data.max_sequence_tokens
-    for question in every:
-        try:
-            prompt, answer = len(templates.policy_prompt(question)), len(templates.answer(question))
-            with_hint = len(templates.posterior_prompt(question)) if hinted else 0
-            trace = None if question.trace is None else len(templates.trace(question))
-        except ValueError as error:
-            problems.add("with text that cannot be used", question, str(error))
+    unusable: dict[str, str] = {}
+
+    def note(question: Question, text: str) -> None:
+        unusable.setdefault(question.id, text)
+
+    tokens = QuestionTokens(every, templates, note)
+    kinds = ("policy_prompt", *(["posterior_prompt"] if hinted else []), "trace", "answer")
+    lengths = dict(zip(kinds, (tokens.lengths(kind).tolist() for kind in kinds), strict=True))
+    for row, question in enumerate(every):
+        if question.id in unusable:
+            problems.add("with text that cannot be used", question, unusable[question.id])
             continue
+        prompt, trace, answer = (lengths[kind][row] for kind in ("policy_prompt", "trace", "answer"))
+        with_hint = lengths["posterior_prompt"][row] if hinted else 0
         counts.prompts.append(prompt)
         counts.answers.append(answer)
         counts.hinted += [with_hint] if hinted else []
-        if trace is not None and question.id in trained:
+        if trace != NO_TEXT and question.id in trained:
             counts.traces.append(trace)
             counts.gold.append(prompt + trace + answer)
             counts.gold_hinted += [with_hint + trace] if trained_by_hint else []

@@ -8,7 +8,7 @@ from megavar.records import Answer, Question
 from megavar.rollout.engine import Engine
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
-from megavar.stages.run_files import eval_questions, log_values, templates
+from megavar.stages.run_files import eval_questions, eval_tokens, log_values, output, templates
 from megavar.stages.sample import Sampling, sample_policy
 from megavar.stages.verify import verify_answers
 
@@ -27,18 +27,21 @@ def _evaluate(run: Run, service: RolloutService) -> None:
     accuracies = {}
     for name, model in models.items():
         folder = run.folder / "eval" / name
-        answers = _sample(run, service, model, questions, folder)
-        verified = verify_answers(questions, answers, config.verify, config.sample.flush_seconds, folder / "verified")
-        rows = evaluate_model(questions, verified, config.eval, config.seed, folder.with_suffix(".json"))
+        _sample(run, service, model, questions, folder)
+        answers = folder / "answers" / "data.parquet"
+        verify_answers(questions, answers, config.verify, config.sample.flush_seconds, folder / "verified")
+        verified = output(folder / "verified", Answer, "question_id", "trace_index", "answer_index", "correct")
+        rows = evaluate_model(questions, list(verified.rows()), config.eval, config.seed, folder.with_suffix(".json"))
         accuracies[int(name.removeprefix("pi_"))] = {f"pass@{row.k}": row.mean for row in rows}
     log_values(run, "eval", accuracies)
 
 
-def _sample(run: Run, service: RolloutService, model: Path, questions: list[Question], folder: Path) -> list[Answer]:
+def _sample(run: Run, service: RolloutService, model: Path, questions: list[Question], folder: Path) -> None:
     config = run.config
-    sampling = Sampling(config.sample, templates(run), config.seed, round_index=0)  # equal seeds for all policies
+    # Round 0: equal seeds for all policies.
+    sampling = Sampling(config.sample, templates(run), eval_tokens(run), config.seed, round_index=0)
 
-    async def sample(engine: Engine) -> list[Answer]:
-        return (await sample_policy(engine, questions, sampling, config.eval.num_samples, 1, folder))[1]
+    async def sample(engine: Engine) -> None:
+        await sample_policy(engine, questions, sampling, config.eval.num_samples, 1, folder)
 
-    return service.run(model, sample)
+    service.run(model, sample)

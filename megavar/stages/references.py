@@ -15,9 +15,10 @@ from pathlib import Path
 from megavar.checksums import file_digest
 from megavar.config.schema import VerifyConfig
 from megavar.data.templates import reference_answer
+from megavar.disk import atomic_write
 from megavar.progress import ProgressLine
 from megavar.ranks import ExplainedFailure
-from megavar.records import Question, Verdict, atomic_write
+from megavar.records import Question, Verdict
 from megavar.verifiers import NO_VERIFIER, VERIFIERS, get_verifier, ground_truth
 from megavar.verifiers.notation import normalise, words
 from megavar.verifiers.pool import VerifyJob, verify_all

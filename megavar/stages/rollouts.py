@@ -1,16 +1,20 @@
 """Samples the policy's own traces and weighs them by accuracy, for the posterior to learn from (equation 9)."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
+from megavar.joins import by_question
 from megavar.ranks import on_rank_zero
+from megavar.record_files import rows
 from megavar.records import Answer, Trace
 from megavar.rollout.engine import Engine
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
-from megavar.stages.run_files import log_values, round_questions, templates
+from megavar.stages.run_files import log_values, output, question_tokens, round_questions, templates
 from megavar.stages.sample import Sampling, sample_policy
 from megavar.stages.verify import verify_answers
-from megavar.stages.weigh import counted_scores, weigh_traces
+from megavar.stages.weigh import Group, counted_scores, weigh_traces
 from megavar.verifiers import NO_VERIFIER
 
 
@@ -20,16 +24,25 @@ def execute(run: Run, service: RolloutService) -> None:
 
     def work() -> None:
         questions = [question for question in round_questions(run) if question.verifier != NO_VERIFIER]
-        sampling = Sampling(config.sample, templates(run), config.seed, run.round_index)
+        sampling = Sampling(config.sample, templates(run), question_tokens(run), config.seed, run.round_index)
 
-        async def sample(engine: Engine) -> tuple[list[Trace], list[Answer]]:
+        async def sample(engine: Engine) -> None:
             num_traces, num_answers = config.posterior.num_rollouts, config.sample.num_answers
-            return await sample_policy(engine, questions, sampling, num_traces, num_answers, folder)
+            await sample_policy(engine, questions, sampling, num_traces, num_answers, folder)
 
-        traces, answers = service.run(run.reference, sample)
-        verified = verify_answers(questions, answers, config.verify, config.sample.flush_seconds, folder / "verified")
+        service.run(run.reference, sample)
+        answers = folder / "answers" / "data.parquet"
+        verify_answers(questions, answers, config.verify, config.sample.flush_seconds, folder / "verified")
         all_traces = replace(config.objective, num_traces=None)  # objective.num_traces is about q's traces
-        values = weigh_traces(traces, counted_scores(traces, verified), "forward_kl", all_traces, folder / "weights")
+        values = weigh_traces(_groups(folder), "forward_kl", all_traces, folder / "weights")
         log_values(run, "rollouts", {run.round_index: values})
 
     on_rank_zero(work)
+
+
+def _groups(folder: Path) -> Iterator[Group]:
+    traces = output(folder / "traces", Trace, "question_id", "trace_index", "round", "logp_engine", "finish")
+    answers = output(folder / "verified", Answer, "question_id", "trace_index", "answer_index", "correct")
+    for some_traces, some_answers in by_question(traces, answers):
+        found = rows(some_traces, Trace)
+        yield found, counted_scores(found, rows(some_answers, Answer))

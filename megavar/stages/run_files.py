@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megavar.checksums import file_digest
+from megavar.data.question_tokens import QuestionTokens
 from megavar.data.questions import read_questions
 from megavar.data.templates import Templates
-from megavar.records import Question, Record, atomic_write, make_folder, read_records
+from megavar.disk import atomic_write, make_folder
+from megavar.record_files import RecordFile
+from megavar.records import Question, Record
 from megavar.runs.folder import Run
 from megavar.runs.metrics import Metrics
 from megavar.stages.references import bad_references
@@ -21,8 +24,12 @@ def train_questions(run: Run) -> list[Question]:
 
 def eval_questions(run: Run) -> list[Question]:
     """The held-out questions whose answers are judged."""
+    return [question for question in _held_out(run) if question.verifier != NO_VERIFIER]
+
+
+def _held_out(run: Run) -> list[Question]:
     assert run.config.data.eval is not None
-    return [question for question in _kept(run, run.config.data.eval) if question.verifier != NO_VERIFIER]
+    return _kept(run, run.config.data.eval)
 
 
 def _kept(run: Run, file: str) -> list[Question]:
@@ -57,9 +64,23 @@ def templates(run: Run) -> Templates:
     return Templates(run.base, run.config.templates)
 
 
-def read_output(folder: Path, record_type: type[Record]) -> list[Record]:
-    """The records that a finished stage left in `folder`."""
-    return read_records(folder / "data.parquet", record_type)
+def question_tokens(run: Run) -> QuestionTokens:
+    """Token ids of the questions of the train file."""
+    return QuestionTokens(train_questions(run), templates(run))
+
+
+def eval_tokens(run: Run) -> QuestionTokens:
+    """Token ids of the held-out questions."""
+    return QuestionTokens(_held_out(run), templates(run))
+
+
+def output(folder: Path, record_type: type[Record], *columns: str) -> RecordFile[Record]:
+    """The records that a finished stage left in `folder`.
+
+    Args:
+        columns: that are read; none: all.
+    """
+    return RecordFile(folder / "data.parquet", record_type, columns or None)
 
 
 def sampler_folder(run: Run) -> Path:

@@ -1,25 +1,52 @@
-"""Scores every trace under the policy and the posterior, by the training engine's forward on all ranks."""
+"""Scores every trace under the policy and the posterior, by the training engine's forward on all ranks.
+
+Each data-parallel rank reads the sequences of its own microbatches and writes its own log-probs; rank 0 merges what
+all have written.
+"""
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from megavar.checkpoints.convert import Model
 from megavar.config.schema import ParallelConfig, PrecisionConfig, ScoreConfig
-from megavar.data.templates import Templates
-from megavar.joins import OUTPUTS_DO_NOT_MATCH, answers_by_trace, by_trace, check_complete, count_correct
+from megavar.data.question_tokens import QuestionTexts
+from megavar.joins import (
+    OUTPUTS_DO_NOT_MATCH,
+    Key,
+    answers_by_trace,
+    by_question,
+    check_complete,
+    count_correct,
+    identities,
+)
 from megavar.progress import ProgressLine
-from megavar.ranks import barrier, from_rank_zero, is_rank_zero
-from megavar.records import Answer, LogProbs, Question, RecordWriter, Score, Trace, TraceFinish, TrainSequence, identity
+from megavar.ranks import barrier, from_rank_zero, is_rank_zero, rank
+from megavar.record_files import (
+    RecordFile,
+    RecordFileWriter,
+    RecordWriter,
+    list_column,
+    lists,
+    merge,
+    parts,
+    rows,
+)
+from megavar.records import Answer, Question, Score, Scored, Trace, TraceFinish, TrainSequence, schema_of
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
-from megavar.stages.run_files import read_output, round_questions, sampler_folder, templates
+from megavar.runs.manifest import Manifest
+from megavar.sequences import SequenceSet
+from megavar.stages.run_files import question_tokens, round_questions, sampler_folder
 from megavar.stopping import Stopped
 from megavar.training.parallel import agree
 from megavar.training.scorer import Scorer
+from megavar.training.sequence_files import shared_sequences
 from megavar.verifiers import NO_VERIFIER
 
 
@@ -37,15 +64,11 @@ class TraceSet:
     """What is scored; rank 0 reads it, and the other ranks only run the models."""
 
     questions: Sequence[Question]
-    traces: Sequence[Trace]
-    answers: Sequence[Answer]
-    """Verified ones of those traces."""
-    templates: Templates
-
-    @property
-    def closed(self) -> list[Trace]:
-        """Truncated traces are not scored."""
-        return [trace for trace in self.traces if trace.finish == TraceFinish.CLOSED]
+    texts: QuestionTexts
+    traces: Path
+    """File of `Trace` records."""
+    verified: Path
+    """File of their verified `Answer` records."""
 
 
 def execute(run: Run, service: RolloutService) -> None:
@@ -53,122 +76,209 @@ def execute(run: Run, service: RolloutService) -> None:
     config = run.config
     trace_set = None
     if is_rank_zero():
-        traces, answers = read_output(run.round / "traces", Trace), read_output(run.round / "verified", Answer)
-        trace_set = TraceSet(round_questions(run), traces, answers, templates(run))
+        traces, verified = (run.round / name / "data.parquet" for name in ("traces", "verified"))
+        trace_set = TraceSet(round_questions(run), question_tokens(run), traces, verified)
+    key = from_rank_zero(lambda: Manifest(run.folder).made_from(run.entry("score")))
     scoring = Scoring(config.score, config.parallel, config.precision)
-    score_traces(trace_set, run.reference, sampler_folder(run), scoring, run.round / "scores")
+    score_traces(trace_set, run.reference, sampler_folder(run), scoring, run.round / "scores", key)
 
 
-def score_traces(trace_set: TraceSet | None, policy: Path, sampler: Path, scoring: Scoring, folder: Path) -> None:
+def score_traces(
+    trace_set: TraceSet | None, policy: Path, sampler: Path, scoring: Scoring, folder: Path, made_from: str
+) -> None:
     """Write a `Score` for every trace to `folder`; every rank calls it, with the traces on rank 0 and None elsewhere.
 
     log pi(z|x) and log pi(y'|x, z) of the reference answer come from one forward of the policy, log q(z|x, y') from
     one of the posterior, under the prompt it was sampled with. Where the policy itself sampled the traces the two are
     equal, and one forward gives both. Truncated traces get empty log-probs. Finished chunks of an interrupted call are
-    kept. The folder `policy` in it holds the rows of the first pass until all are complete.
+    kept, in the folders `policy` and `posterior` in it, until all are complete.
 
     Args:
         sampler: the model that the traces were sampled from, a Hugging Face folder; may equal `policy`.
+        made_from: identifies traces, questions and settings.
 
     Raises:
         ValueError: if existing rows are not of these traces.
     """
-    first = RecordWriter(folder / "policy", Score, flush_seconds=0.0)
-    last = RecordWriter(folder, Score, flush_seconds=0.0)
-    pending = None if trace_set is None else replace(trace_set, traces=_without_existing(trace_set.traces, last))
-    _score_all(policy, first, scoring, None if pending is None else _under_policy(pending))
-    if sampler != policy:
-        _score_all(sampler, last, scoring, None if pending is None else _under_posterior(pending, first))
-    if trace_set is None or pending is None:
+    models = {"policy": policy} if sampler == policy else {"policy": policy, "posterior": sampler}
+    if from_rank_zero(lambda: trace_set is not None and _is_complete(trace_set, folder)):
         return
-    if sampler == policy:
-        rows = by_trace(first.existing())
-        same = (rows[trace.question_id, trace.trace_index] for trace in pending.closed)
-        last.append(*(replace(row, logp_posterior=row.logp_policy) for row in same))
-    nothing = np.zeros(0, np.float32)
-    for trace in pending.traces:
-        if trace.finish != TraceFinish.CLOSED:
-            key = (trace.question_id, trace.trace_index)
-            last.append(Score(*key, trace.round, nothing, nothing, nothing, None, None))
-    check_complete(last.finish(), map(identity, trace_set.traces), folder)
-    shutil.rmtree(first.folder)
+
+    def make() -> Iterator[list[TrainSequence]]:
+        assert trace_set is not None
+        return _sequences(trace_set, len(models))
+
+    if from_rank_zero(lambda: trace_set is not None and _any_closed(trace_set)):
+        sequences = shared_sequences(folder / "sequences", made_from, make)
+        for place, (name, model) in enumerate(models.items()):
+            indices = np.arange(place, len(sequences), len(models))
+            _score_all(name, model, sequences, indices, folder / name, scoring)
+    if trace_set is not None:
+        scored = [parts(folder / name) for name in models]
+        with RecordFileWriter(folder / "data.parquet", Score) as merged:
+            for table in _merged(trace_set, scored, folder):
+                merged.write(table)
+        expected = identities(_trace_file(trace_set))
+        check_complete(identities(RecordFile(folder / "data.parquet", Score, _KEY)), expected, folder)
+    barrier()  # no rank has the sequences open when they go
+    if trace_set is not None:
+        for name in ("policy", "posterior", "sequences"):
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """The traces to score under one model: their sequences, and their records once scored."""
-
-    traces: list[Trace]
-    sequence_of: Callable[[Trace], TrainSequence]
-    record_of: Callable[[Trace, LogProbs], Score]
+_KEY = ("question_id", "trace_index")
 
 
-def _under_policy(trace_set: TraceSet) -> _Pass:
-    question_of = {question.id: question for question in trace_set.questions}
-    counts = {key: (len(group), count_correct(group)) for key, group in answers_by_trace(trace_set.answers).items()}
-
-    def sequence(trace: Trace) -> TrainSequence:
-        question = question_of[trace.question_id]
-        target = np.concatenate([trace.trace_ids, trace_set.templates.answer(question)])
-        return TrainSequence(trace_set.templates.policy_prompt(question), target, 1.0)
-
-    def record(trace: Trace, logps: LogProbs) -> Score:
-        key, length = (trace.question_id, trace.trace_index), len(trace.trace_ids)
-        unjudged = (0, 0) if question_of[trace.question_id].verifier == NO_VERIFIER else (None, None)
-        num_answers, num_correct = counts.get(key, unjudged)
-        return Score(*key, trace.round, logps[:length], None, logps[length:], num_answers, num_correct)
-
-    return _Pass(trace_set.closed, sequence, record)
+def _trace_file(trace_set: TraceSet) -> RecordFile[Trace]:
+    return RecordFile(trace_set.traces, Trace, (*_KEY, "round", "finish"))
 
 
-def _under_posterior(trace_set: TraceSet, under_policy: RecordWriter) -> _Pass:
-    rows = by_trace(under_policy.existing())
-    return _Pass(
-        trace_set.closed,
-        lambda trace: TrainSequence(trace.prompt_ids, trace.trace_ids, 1.0),
-        lambda trace, logps: replace(rows[trace.question_id, trace.trace_index], logp_posterior=logps),
-    )
+def _any_closed(trace_set: TraceSet) -> bool:
+    return any(TraceFinish.CLOSED in table["finish"].to_pylist() for table in _trace_file(trace_set).tables())
 
 
-def _score_all(model: Path, writer: RecordWriter, scoring: Scoring, scored: _Pass | None) -> None:
-    pending: list[Trace] = []
+def _sequences(trace_set: TraceSet, num_models: int) -> Iterator[list[TrainSequence]]:
+    """Of each closed trace, in the order of its file, the sequence under the policy and, of two models, under q."""
+    question_of, texts = {question.id: question for question in trace_set.questions}, trace_set.texts
+    columns = (*_KEY, "prompt_ids", "trace_ids", "finish")
+    for table in RecordFile(trace_set.traces, Trace, columns).tables():
+        some: list[TrainSequence] = []
+        for trace in rows(table, Trace, trace_set.traces):
+            if trace.finish == TraceFinish.CLOSED:
+                question = question_of[trace.question_id]
+                prompt, answer = texts.policy_prompt(question), texts.answer(question)
+                some.append(TrainSequence(prompt, trace.trace_ids, 1.0, answer))
+                some += [TrainSequence(trace.prompt_ids, trace.trace_ids, 1.0)] * (num_models - 1)
+        yield some
 
-    def sequences_to_score() -> list[TrainSequence]:
-        assert scored is not None
-        pending.extend(_without_existing(scored.traces, writer))
-        return [scored.sequence_of(trace) for trace in pending]
 
-    sequences = from_rank_zero(sequences_to_score)
-    if not sequences:
+def _score_all(
+    name: str, model: Path, sequences: SequenceSet, indices: NDArray[np.int64], folder: Path, scoring: Scoring
+) -> None:
+    """Score the sequences with these indices that have no row in `folder` yet; a row has its place among them."""
+    have = from_rank_zero(lambda: _existing(sequences, indices, folder))
+    missing = np.setdiff1d(np.arange(len(indices)), have)
+    if not len(missing):
         return
+    writer = RecordWriter(folder, Scored, flush_seconds=0.0, rank=rank())
+    barrier()  # all have seen which parts there were
     scorer = Scorer(Model(model), scoring.parallel, scoring.precision)
-    config = scoring.config
-    with ProgressLine(f"scores under {model}", show=is_rank_zero()) as progress:
-        num_tokens = 0
-        for start in range(0, len(sequences), config.chunk_sequences):
+    config, num_tokens = scoring.config, 0
+    with ProgressLine(f"score {name}", len(have), show=is_rank_zero()) as progress:
+        for start in range(0, len(missing), config.chunk_sequences):
             if agree()[0]:
-                raise Stopped(f"{start} of {len(sequences)} traces have their scores under {model}")
-            chunk = sequences[start : start + config.chunk_sequences]
-            logps_of = scorer.score(chunk, config.temperature, config.microbatch_tokens)
-            if scored is not None and logps_of is not None:
-                traces = pending[start : start + config.chunk_sequences]
-                writer.append(*(scored.record_of(*pair) for pair in zip(traces, logps_of, strict=True)))
-            num_tokens += sum(sequence.num_tokens for sequence in chunk)
+                raise Stopped(f"{len(have) + start} of {len(indices)} traces have their scores under {model}")
+            chunk = missing[start : start + config.chunk_sequences]
+            place_of = dict(zip(indices[chunk].tolist(), chunk.tolist(), strict=True))
+            found = scorer.score(sequences, list(place_of), config.temperature, config.microbatch_tokens)
+            writer.append(*(_scored(sequences, index, place_of[index], logps) for index, logps in found.items()))
+            num_tokens += int(sequences.num_tokens[indices[chunk]].sum())
             rate = num_tokens / progress.seconds
-            progress.update(start + len(chunk), len(sequences), f"traces, {rate:,.0f} tokens/s")
+            progress.update(len(have) + start + len(chunk), len(indices), f"traces, {rate:,.0f} tokens/s")
     scorer.release()
     barrier()
 
 
-def _without_existing(traces: Sequence[Trace], writer: RecordWriter) -> list[Trace]:
-    """Those without a row on disk; a row must be of the trace with its identity."""
-    existing = by_trace(writer.existing())
-    for trace in traces:
-        row = existing.get((trace.question_id, trace.trace_index))
-        num_tokens = len(trace.trace_ids) if trace.finish == TraceFinish.CLOSED else 0
-        if row is not None and (row.round, len(row.logp_policy)) != (trace.round, num_tokens):
+def _scored(sequences: SequenceSet, index: int, place: int, logps: NDArray[np.float32]) -> Scored:
+    sequence = sequences[index]
+    size = len(sequence.trace_ids)
+    return Scored(place, logps[:size], logps[size:] if len(sequence.answer_ids) else None)
+
+
+def _existing(sequences: SequenceSet, indices: NDArray[np.int64], folder: Path) -> NDArray[np.int64]:
+    """Numbers of the rows on disk; a row must be of the sequence with its number."""
+    found = [np.zeros(0, np.int64)]
+    for table in RecordWriter(folder, Scored, 0.0).existing():
+        places = table["row"].to_numpy()
+        lengths = np.diff(lists(table["logp_trace"])[1]) + np.diff(lists(table["logp_answer"])[1])
+        known = places[places < len(indices)]
+        if len(known) < len(places) or (lengths != sequences.num_targets[indices[known]]).any():
             raise ValueError(
-                f"an existing score of trace {trace.trace_index} of question {trace.question_id!r} is of another "
-                f"trace; remove {writer.folder} and run `megavar score` again ({OUTPUTS_DO_NOT_MATCH})."
+                f"existing scores are of other traces; remove {folder.parent} and run `megavar score` again "
+                f"({OUTPUTS_DO_NOT_MATCH})."
             )
-    return [trace for trace in traces if (trace.question_id, trace.trace_index) not in existing]
+        found.append(places)
+    return np.unique(np.concatenate(found))
+
+
+def _is_complete(trace_set: TraceSet, folder: Path) -> bool:
+    """Whether an earlier call has finished; its rows must be of these traces."""
+    file = folder / "data.parquet"
+    if not file.exists():
+        return False
+    traces = RecordFile(trace_set.traces, Trace, (*_KEY, "round", "trace_ids", "finish"))
+    for some_traces, some_scores in by_question(traces, RecordFile(file, Score, (*_KEY, "round", "logp_policy"))):
+        closed = np.array(some_traces["finish"].to_pylist()) == TraceFinish.CLOSED
+        lengths = np.diff(lists(some_traces["trace_ids"])[1]) * closed
+        wanted = _described(some_traces, lengths)
+        of_scores = _described(some_scores, np.diff(lists(some_scores["logp_policy"])[1]))
+        if wanted != of_scores:
+            question, trace = min(wanted.items() ^ of_scores.items())[0]
+            raise ValueError(
+                f"an existing score of trace {trace} of question {question!r} is of another trace, or missing; remove "
+                f"{folder} and run `megavar score` again ({OUTPUTS_DO_NOT_MATCH})."
+            )
+    return True
+
+
+def _described(table: pa.Table, lengths: NDArray[np.int64]) -> dict[Key, tuple[int, int]]:
+    """Round and number of tokens of each trace."""
+    keys = zip(*(table[name].to_pylist() for name in _KEY), strict=True)
+    return dict(zip(keys, zip(table["round"].to_pylist(), lengths.tolist(), strict=True), strict=True))
+
+
+def _merged(trace_set: TraceSet, scored: list[list[Path]], folder: Path) -> Iterator[pa.Table]:
+    """Tables of `Score`: the rows of all ranks under each model, beside the traces and the counts of their answers."""
+    unjudged = {question.id for question in trace_set.questions if question.verifier == NO_VERIFIER}
+    scored_rows = _ScoredRows(merge(scored, Scored, folder), folder)
+    answers = RecordFile(trace_set.verified, Answer, (*_KEY, "answer_index", "correct"))
+    for traces, some_answers in by_question(_trace_file(trace_set), answers):
+        closed = np.array(traces["finish"].to_pylist()) == TraceFinish.CLOSED
+        under_policy, *others = scored_rows.take(int(closed.sum()))
+        under_sampler = others[0] if others else under_policy
+        judged = answers_by_trace(rows(some_answers, Answer))
+        counts: list[tuple[int | None, int | None]] = []
+        for key, is_closed in zip(zip(*(traces[name].to_pylist() for name in _KEY), strict=True), closed, strict=True):
+            group = judged.get(key, [])
+            nothing = (0, 0) if is_closed and key[0] in unjudged else (None, None)
+            counts.append((len(group), count_correct(group)) if is_closed and group else nothing)
+        columns = {
+            **{name: traces[name] for name in (*_KEY, "round")},
+            "logp_policy": _spread(under_policy["logp_trace"], closed),
+            "logp_posterior": _spread(under_sampler["logp_trace"], closed),
+            "logp_answer": _spread(under_policy["logp_answer"], closed),
+            "num_answers": [num_answers for num_answers, _ in counts],
+            "num_correct": [num_correct for _, num_correct in counts],
+        }
+        yield pa.table(columns, schema=schema_of(Score))
+
+
+def _spread(logps: pa.ChunkedArray, closed: NDArray[np.bool_]) -> pa.Array:
+    """The lists of the closed traces, and empty ones for the others."""
+    values, starts = lists(logps)
+    lengths = np.zeros(len(closed), np.int64)
+    lengths[closed] = np.diff(starts)
+    return list_column(values, np.concatenate([[0], np.cumsum(lengths)]))
+
+
+class _ScoredRows:
+    """Reads merged rows in their order, each of which must be there."""
+
+    def __init__(self, merged: Iterator[list[pa.Table]], folder: Path) -> None:
+        self._merged, self._folder = merged, folder
+        self._tables = next(merged)
+        self._next = 0
+
+    def take(self, count: int) -> list[pa.Table]:
+        """The next rows, a table for each model."""
+        while len(self._tables[0]) < count and (more := next(self._merged, None)) is not None:
+            self._tables = [pa.concat_tables(pair) for pair in zip(self._tables, more, strict=True)]
+        taken = [table.slice(0, count) for table in self._tables]
+        expected = np.arange(self._next, self._next + count)
+        if any(not np.array_equal(table["row"].to_numpy(), expected) for table in taken):
+            raise ValueError(
+                f"{self._folder} lacks scores of its traces; remove it and run `megavar score` again "
+                f"({OUTPUTS_DO_NOT_MATCH})."
+            )
+        self._tables, self._next = [table.slice(count) for table in self._tables], self._next + count
+        return taken

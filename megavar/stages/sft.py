@@ -4,7 +4,7 @@ from megavar.data.tokens import gold_sequences
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
 from megavar.stages.export import export_newest
-from megavar.stages.run_files import templates, train_questions
+from megavar.stages.run_files import question_tokens, train_questions
 from megavar.stages.train_job import train_stage
 
 
@@ -15,7 +15,7 @@ def execute(run: Run, service: RolloutService) -> None:
         run,
         "sft",
         run.base,
-        lambda: gold_sequences(train_questions(run), templates(run), limit),
+        lambda: [gold_sequences(train_questions(run), question_tokens(run), limit)],
         run.config.sft,
         run.sft,
     )

@@ -1,21 +1,24 @@
 """Gives every sampled answer its verdict, in worker processes that can be killed."""
 
+import hashlib
 import logging
+import shutil
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from megavar.config.schema import VerifyConfig
-from megavar.joins import OUTPUTS_DO_NOT_MATCH, check_complete
+from megavar.joins import OUTPUTS_DO_NOT_MATCH, Identity, by_question, check_complete, identities
 from megavar.progress import ProgressLine
 from megavar.ranks import on_rank_zero
-from megavar.records import Answer, Question, RecordWriter, Verdict, identity
+from megavar.record_files import RecordFile, RecordFileWriter, RecordWriter, lists
+from megavar.records import Answer, Judgement, Question, TokenIds, Verdict
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
-from megavar.stages.run_files import read_output, round_questions
+from megavar.stages.run_files import round_questions
 from megavar.verifiers import check_verifiers, get_verifier, ground_truth
 from megavar.verifiers.base import Verifier
 from megavar.verifiers.pool import VerifyJob, verify_all
@@ -24,95 +27,169 @@ logger = logging.getLogger(__name__)
 
 MOST_UNJUDGED = 0.02
 """Share of answers with an error or time-out as verdict above which a run is warned."""
+_KEY = ("question_id", "trace_index", "answer_index")
 
 
 def execute(run: Run, service: RolloutService) -> None:
     """A verdict for every answer of the round."""
 
     def work() -> None:
-        answers, flush_seconds = read_output(run.round / "answers", Answer), run.config.sample.flush_seconds
+        answers, flush_seconds = run.round / "answers" / "data.parquet", run.config.sample.flush_seconds
         verify_answers(round_questions(run), answers, run.config.verify, flush_seconds, run.round / "verified")
 
     on_rank_zero(work)
 
 
 def verify_answers(
-    questions: Sequence[Question], answers: Sequence[Answer], config: VerifyConfig, flush_seconds: float, folder: Path
-) -> list[Answer]:
-    """Fill `correct` and `verdict` of every answer; existing verdicts of an interrupted call are reused.
+    questions: Sequence[Question], answers: Path, config: VerifyConfig, flush_seconds: float, folder: Path
+) -> None:
+    """Write the records of the file `answers` with `correct` and `verdict` to `folder`.
+
+    Verdicts of an interrupted call are reused; they are in the folder `judgements` in it until all answers have one.
 
     Raises:
         ValueError: for an answer to an unknown question, a question with an unknown verifier, or a verdict in `folder`
-            that is of none of `answers`.
+            that is of none of these answers.
     """
-    writer = RecordWriter(folder, Answer, flush_seconds)
-    verified = writer.existing()
-    _refuse_others(verified, answers, folder)
-    have = {identity(row) for row in verified}
-    pending = [answer for answer in answers if identity(answer) not in have]
-    judge_of = _judges(pending, {question.id: question for question in questions}, config.plugins)
-    jobs = (VerifyJob(judge, answer.text, gold) for answer in pending for judge, gold in [judge_of[answer.question_id]])
-    with ProgressLine("verdicts") as progress:
-        num_verified = 0
+    finished = folder / "data.parquet"
+    if finished.exists():
+        _refuse_others(*(RecordFile(file, Answer, (*_KEY, "answer_ids")) for file in (answers, finished)))
+        return
+    judge_of = _judges(answers, {question.id: question for question in questions}, config.plugins)
+    writer = RecordWriter(folder / "judgements", Judgement, flush_seconds)
+    writer.finish()
+    pending = _Pending(answers, RecordFile(writer.file, Judgement), judge_of)
+    with ProgressLine("verdicts", pending.num_judged) as progress:
+        num_verified = pending.num_judged
 
         def keep(index: int, verdict: str) -> None:
             nonlocal num_verified
-            writer.append(replace(pending[index], correct=verdict == Verdict.CORRECT, verdict=verdict))
+            writer.append(Judgement(*pending.pop(index), verdict))
             num_verified += 1
-            progress.update(num_verified, len(pending), "answers")
+            progress.update(num_verified, pending.num_answers, "answers")
 
         try:
-            verify_all(jobs, config.num_workers, config.timeout_seconds, keep)
+            verify_all(pending.jobs(), config.num_workers, config.timeout_seconds, keep)
         finally:
             writer.flush()
-    results: list[Answer] = writer.finish()
-    check_complete(results, map(identity, answers), folder)
-    _warn_of_errors(results)
-    return results
+    writer.finish()
+    judgements = RecordFile(writer.file, Judgement)
+    check_complete(identities(judgements), identities(RecordFile(answers, Answer, _KEY)), folder)
+    verdicts: Counter[str] = Counter()
+    with RecordFileWriter(finished, Answer) as verified:
+        for some_answers, some_judgements in by_question(RecordFile(answers, Answer), judgements):
+            verdict = some_judgements["verdict"]
+            verdicts.update(verdict.to_pylist())
+            judged = some_answers.drop_columns(["correct", "verdict"])
+            judged = judged.append_column("correct", pc.equal(verdict, str(Verdict.CORRECT)))
+            verified.write(judged.append_column("verdict", verdict))
+    shutil.rmtree(writer.folder)
+    _warn_of_errors(verdicts)
 
 
-def _warn_of_errors(results: Sequence[Answer]) -> None:
+class _Pending:
+    """The answers that have no verdict yet, as jobs, read as they are needed.
+
+    Raises:
+        ValueError: if a verdict is of none of the answers.
+    """
+
+    def __init__(
+        self, answers: Path, judgements: RecordFile[Judgement], judge_of: dict[str, tuple[Verifier, str]]
+    ) -> None:
+        self._answers, self._judgements, self._judge_of = answers, judgements, judge_of
+        self.num_answers, self.num_judged = len(RecordFile(answers, Answer)), len(judgements)
+        self._asked: dict[int, tuple[str, int, int, int]] = {}
+
+    def jobs(self) -> Iterator[VerifyJob]:
+        """One for each, in the order of the file."""
+        answers = RecordFile(self._answers, Answer, (*_KEY, "answer_ids", "text"))
+        index = 0
+        for some_answers, some_judgements in by_question(answers, self._judgements):
+            digest_of = dict(_digests(some_judgements))
+            texts = some_answers["text"].to_pylist()
+            for (key, digest), text in zip(_digests(some_answers), texts, strict=True):
+                if key in digest_of:
+                    if digest_of.pop(key) != digest:
+                        raise _another_answer(self._judgements.file.parent, key)
+                    continue
+                judge, gold = self._judge_of[key[0]]
+                self._asked[index] = (*key, digest)
+                index += 1
+                yield VerifyJob(judge, text, gold)
+            if digest_of:
+                raise _another_answer(self._judgements.file.parent, next(iter(digest_of)))
+
+    def pop(self, index: int) -> tuple[str, int, int, int]:
+        """Identity and digest of the answer of a job."""
+        return self._asked.pop(index)
+
+
+def _digests(table: pa.Table) -> Iterator[tuple[Identity, int]]:
+    """Identity and digest of the rows of a table of answers, or of judgements."""
+    keys = zip(*(table[name].to_pylist() for name in _KEY), strict=True)
+    if "answer_digest" in table.schema.names:
+        yield from zip(keys, table["answer_digest"].to_pylist(), strict=True)
+        return
+    values, starts = lists(table["answer_ids"])
+    for key, start, stop in zip(keys, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        yield key, _digest(values[start:stop])
+
+
+def _digest(ids: TokenIds) -> int:
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little", signed=True)
+
+
+def _warn_of_errors(verdicts: Counter[str]) -> None:
     """An answer without a judgement counts as wrong: many of them bias the accuracy without a trace in any curve."""
     judged = (Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER)
-    others = Counter(str(answer.verdict) for answer in results if answer.verdict not in judged)
-    if others.total() > MOST_UNJUDGED * len(results):
+    others = Counter({verdict: count for verdict, count in verdicts.items() if verdict not in judged})
+    if others.total() > MOST_UNJUDGED * verdicts.total():
         verdict, count = others.most_common(1)[0]
         logger.warning(
             "verify: %d of %d answers have no judgement and count as wrong, %d of them %r "
             "(docs/troubleshooting.md#verdicts-are-errors-or-time-outs).",
             others.total(),
-            len(results),
+            verdicts.total(),
             count,
             verdict,
         )
 
 
-def _judges(
-    answers: Sequence[Answer], question_of: dict[str, Question], plugins: Sequence[str]
-) -> dict[str, tuple[Verifier, str]]:
+def _judges(answers: Path, question_of: dict[str, Question], plugins: Sequence[str]) -> dict[str, tuple[Verifier, str]]:
     """Verifier and ground truth of the questions of these answers."""
     judge_of = {}
-    for answer in answers:
-        if answer.question_id in judge_of:
+    for key in identities(RecordFile(answers, Answer, _KEY)):
+        if key[0] in judge_of:
             continue
-        question = question_of.get(answer.question_id)
+        question = question_of.get(key[0])
         if question is None:
-            raise ValueError(f"{_name(answer)} has no question in the question file; restore that, or sample again.")
+            raise ValueError(f"{_name(key)} has no question in the question file; restore that, or sample again.")
         judge_of[question.id] = (get_verifier(question.verifier, plugins), ground_truth(question))
     check_verifiers((question_of[question_id].verifier for question_id in judge_of), plugins)
     return judge_of
 
 
-def _refuse_others(verified: Sequence[Answer], answers: Sequence[Answer], folder: Path) -> None:
+def _refuse_others(answers: RecordFile[Answer], verified: RecordFile[Answer]) -> None:
     """Refuse verdicts of answers that were sampled again since: they would be joined to traces not theirs."""
-    sampled = {identity(answer): answer.answer_ids for answer in answers}
-    for row in verified:
-        if identity(row) not in sampled or not np.array_equal(row.answer_ids, sampled[identity(row)]):
+    for some_answers, some_verified in by_question(answers, verified):
+        digest_of = dict(_digests(some_answers))
+        for key, digest in _digests(some_verified):
+            if digest_of.pop(key, None) != digest:
+                raise _another_answer(verified.file.parent, key)
+        if digest_of:
             raise ValueError(
-                f"{folder} has a verdict of {_name(row)}, which is not what was sampled; remove {folder} "
+                f"{verified.file} lacks the verdict of {_name(next(iter(digest_of)))}; remove {verified.file.parent} "
                 f"({OUTPUTS_DO_NOT_MATCH})."
             )
 
 
-def _name(answer: Answer) -> str:
-    return f"answer {answer.answer_index} of trace {answer.trace_index} of question {answer.question_id!r}"
+def _another_answer(folder: Path, key: Identity) -> ValueError:
+    return ValueError(
+        f"{folder} has a verdict of {_name(key)}, which is not what was sampled; remove {folder} "
+        f"({OUTPUTS_DO_NOT_MATCH})."
+    )
+
+
+def _name(key: Identity) -> str:
+    return f"answer {key[2]} of trace {key[1]} of question {key[0]!r}"

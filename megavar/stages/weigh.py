@@ -2,23 +2,25 @@
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from megavar.config.schema import ObjectiveConfig, RunConfig
-from megavar.joins import OUTPUTS_DO_NOT_MATCH, answers_by_trace, check_complete, count_correct
+from megavar.joins import OUTPUTS_DO_NOT_MATCH, answers_by_trace, by_question, check_complete, count_correct
 from megavar.objectives import get_objective
 from megavar.objectives.base import Objective
 from megavar.objectives.bounds import estimate_bounds
 from megavar.objectives.importance import effective_sample_size, weigh_by_reference
 from megavar.ranks import on_rank_zero
-from megavar.records import Answer, Bound, Score, Trace, TraceFinish, Weight, WeightStatus, identity, write_records
+from megavar.record_files import RecordFileWriter, rows, sorted_table, table_of
+from megavar.records import Answer, Bound, Score, Trace, TraceFinish, Weight, WeightStatus, identity
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
-from megavar.stages.run_files import log_values, read_output
+from megavar.stages.run_files import log_values, output
 
 logger = logging.getLogger(__name__)
 
@@ -26,20 +28,36 @@ LOW_ESS = 1.2
 LARGE_DIFFERENCE_NATS = {"fp32": 0.01, "bf16": 1.0}
 """Of one token: the largest of a whole round is far above the mean, most of all where engines round to bf16."""
 
+Group = tuple[Sequence[Trace], Sequence[Score]]
+"""Traces and scores of some questions."""
+
 
 def execute(run: Run, service: RolloutService) -> None:
     """The weight of every trace among those of its question."""
 
     def work() -> None:
-        traces, scores = read_output(run.round / "traces", Trace), read_output(run.round / "scores", Score)
-        objective = run.config.objective
-        values = weigh_traces(traces, scores, objective.name, objective, run.round / "weights")
+        objective, differences = run.config.objective, [0.0]
+
+        def groups() -> Iterator[Group]:
+            for traces, scores in scored_traces(run):
+                differences.append(engine_difference(traces, scores))
+                yield traces, scores
+
+        values = weigh_traces(groups(), objective.name, objective, run.round / "weights")
         if run.config.score.temperature == run.config.sample.temperature:
-            values["largest_engine_difference"] = engine_difference(traces, scores)
+            values["largest_engine_difference"] = max(differences)
         _warn(values, run.config)
         log_values(run, "weigh", {run.round_index: values})
 
     on_rank_zero(work)
+
+
+def scored_traces(run: Run) -> Iterator[Group]:
+    """The round's traces, without their tokens, and their scores, some questions at a time."""
+    columns = ("question_id", "trace_index", "round", "logp_engine", "finish")
+    files = output(run.round / "traces", Trace, *columns), output(run.round / "scores", Score)
+    for traces, scores in by_question(*files):
+        yield rows(traces, Trace), rows(scores, Score)
 
 
 def _warn(values: dict[str, float], config: RunConfig) -> None:
@@ -60,14 +78,34 @@ def _warn(values: dict[str, float], config: RunConfig) -> None:
         )
 
 
-def weigh_traces(
-    traces: Sequence[Trace], scores: Sequence[Score], objective: str, config: ObjectiveConfig, folder: Path
-) -> dict[str, float]:
+def weigh_traces(groups: Iterable[Group], objective: str, config: ObjectiveConfig, folder: Path) -> dict[str, float]:
     """Write a `Weight` for every trace and a `Bound` for every question to `folder`, and return the totals.
+
+    Args:
+        groups: traces and scores of some questions at a time, in order of the question ids.
 
     Raises:
         ValueError: if scores and traces are not of the same traces, or lack what the objective needs.
     """
+    chosen, totals = get_objective(objective), _Totals()
+    with ExitStack() as files:
+        weights_file = files.enter_context(RecordFileWriter(folder / "data.parquet", Weight))
+        bounds_file: RecordFileWriter | None = None
+        for traces, scores in groups:
+            weights, bounds = _weigh_group(chosen, traces, scores, config, totals)
+            of_traces = (identity(weight) for weight in weights if weight.status != WeightStatus.GOLD)
+            check_complete(sorted(of_traces), sorted(map(identity, traces)), folder)
+            weights_file.write(sorted_table(table_of(weights, Weight), Weight))
+            if bounds and bounds_file is None:
+                bounds_file = files.enter_context(RecordFileWriter(folder / "bounds.parquet", Bound))
+            if bounds_file is not None:
+                bounds_file.write(table_of(bounds, Bound))
+    return totals.values()
+
+
+def _weigh_group(
+    objective: Objective, traces: Sequence[Trace], scores: Sequence[Score], config: ObjectiveConfig, totals: "_Totals"
+) -> tuple[list[Weight], list[Bound]]:
     finish_of = {(trace.question_id, trace.trace_index): trace.finish for trace in traces}
     of_question: dict[str, list[Score]] = defaultdict(list)
     for score in scores:
@@ -79,33 +117,20 @@ def weigh_traces(
             f"scores and traces differ in {differing[:3] or 'duplicate rows'}; run `megavar score` again "
             f"({OUTPUTS_DO_NOT_MATCH})."
         )
-    chosen = get_objective(objective)
     weights: list[Weight] = []
-    sizes: list[float] = []
     groups: list[tuple[list[Score], list[bool], list[Weight]]] = []
     for question_id in sorted(of_question):
         every = sorted(of_question[question_id], key=lambda score: score.trace_index)
         truncated = [finish_of[question_id, score.trace_index] != TraceFinish.CLOSED for score in every]
         group = every[: config.num_traces]
-        group_weights = _weigh_question(chosen, group, truncated[: len(group)], config)
+        group_weights = _weigh_question(objective, group, truncated[: len(group)], config)
         weights += group_weights + [_unused(score) for score in every[len(group) :]]
         groups.append((every, truncated, group_weights))
-        if any(weight.weight > 0 for weight in group_weights):
-            sizes.append(effective_sample_size(np.array([weight.weight for weight in group_weights])))
+        totals.add_question(group_weights)
     bounds = estimate_bounds(*zip(*groups, strict=True)) if groups else []
-    of_traces = [weight for weight in weights if weight.status != WeightStatus.GOLD]
-    check_complete(of_traces, map(identity, traces), folder)
-    write_records(folder / "data.parquet", weights, Weight)
-    if bounds:
-        write_records(folder / "bounds.parquet", bounds, Bound)
-    statuses = Counter(weight.status for weight in weights)
-    return {
-        "questions": float(len(of_question)),
-        "questions_with_weight": float(len(sizes)),
-        "ess": float(np.mean(sizes)) if sizes else 0.0,
-        **_mean_bounds(bounds),
-        **{f"traces_{status}": float(count) for status, count in sorted(statuses.items())},
-    }
+    totals.statuses.update(weight.status for weight in weights)
+    totals.bounds.add(bounds)
+    return weights, bounds
 
 
 def _weigh_question(
@@ -126,26 +151,63 @@ def _unused(score: Score) -> Weight:
     return Weight(score.question_id, score.trace_index, score.round, 0.0, 0.0, 0.0, 0.0, WeightStatus.UNUSED)
 
 
-def _mean_bounds(bounds: Sequence[Bound]) -> dict[str, float]:
+class _Totals:
+    """What is logged of a round's weights, added up question by question."""
+
+    def __init__(self) -> None:
+        self.statuses: Counter[WeightStatus] = Counter()
+        self.bounds = _MeanBounds()
+        self._num_questions = self._num_with_weight = 0
+        self._sum_of_sizes = 0.0
+
+    def add_question(self, weights: Sequence[Weight]) -> None:
+        self._num_questions += 1
+        if any(weight.weight > 0 for weight in weights):
+            self._num_with_weight += 1
+            self._sum_of_sizes += effective_sample_size(np.array([weight.weight for weight in weights]))
+
+    def values(self) -> dict[str, float]:
+        return {
+            "questions": float(self._num_questions),
+            "questions_with_weight": float(self._num_with_weight),
+            "ess": self._sum_of_sizes / max(self._num_with_weight, 1),
+            **self.bounds.values(),
+            **{f"traces_{status}": float(count) for status, count in sorted(self.statuses.items())},
+        }
+
+
+class _MeanBounds:
     """Means over the questions: KL(q || pi), entropy of the weights, each L_K over those with at least K closed traces.
 
     `bound_K_questions` is their number where truncated traces exclude some.
     """
-    if not bounds:
-        return {}
-    means = {
-        "kl_posterior_policy": float(np.mean([bound.kl_posterior_policy for bound in bounds])),
-        "weight_entropy": float(np.mean([bound.weight_entropy for bound in bounds])),
-    }
-    for size in range(1, max(bound.num_traces for bound in bounds) + 1):
-        having = [bound for bound in bounds if bound.num_traces >= size]
-        means[f"bound_{size}"] = float(np.mean([bound.bounds[size - 1] for bound in having]))
-        means[f"bound_{size}_geometric_mean"] = float(
-            np.mean([bound.bounds_geometric_mean[size - 1] for bound in having])
-        )
-        if len(having) < len(bounds):
-            means[f"bound_{size}_questions"] = float(len(having))
-    return means
+
+    def __init__(self) -> None:
+        self._num_questions = 0
+        self._sums: dict[str, float] = defaultdict(float)
+        self._num_having: list[int] = []
+
+    def add(self, bounds: Sequence[Bound]) -> None:
+        self._num_questions += len(bounds)
+        for bound in bounds:
+            self._sums["kl_posterior_policy"] += bound.kl_posterior_policy
+            self._sums["weight_entropy"] += bound.weight_entropy
+            self._num_having += [0] * (bound.num_traces - len(self._num_having))
+            for place in range(bound.num_traces):
+                self._num_having[place] += 1
+                self._sums[f"bound_{place + 1}"] += float(bound.bounds[place])
+                self._sums[f"bound_{place + 1}_geometric_mean"] += float(bound.bounds_geometric_mean[place])
+
+    def values(self) -> dict[str, float]:
+        if not self._num_questions:
+            return {}
+        means = {name: self._sums[name] / self._num_questions for name in ("kl_posterior_policy", "weight_entropy")}
+        for size, count in enumerate(self._num_having, start=1):
+            for name in (f"bound_{size}", f"bound_{size}_geometric_mean"):
+                means[name] = self._sums[name] / count
+            if count < self._num_questions:
+                means[f"bound_{size}_questions"] = float(count)
+        return means
 
 
 def counted_scores(traces: Sequence[Trace], answers: Sequence[Answer]) -> list[Score]:

@@ -24,8 +24,8 @@ from megavar.checkpoints.huggingface import copy_side_files
 from megavar.checkpoints.megatron import SIDE_FILES, Description
 from megavar.checkpoints.safe_pickle import check_pickles, only_known_classes
 from megavar.checksums import CHECKSUMS, check_files, file_digests, files_in, read_checksums, write_checksums
+from megavar.disk import make_folder, sync
 from megavar.ranks import ExplainedFailure, barrier, is_rank_zero, on_rank_zero
-from megavar.records import make_folder, sync
 
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megavar.checkpoints.convert import Model
 from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
 from megavar.packing import Microbatch, PackShape, data_order, pack, partition
-from megavar.records import TrainSequence
+from megavar.sequences import SequenceSet
 from megavar.stopping import Stopped
 from megavar.training.checkpoint import check_free_space, list_checkpoints, load_checkpoint, save_checkpoint, step_of
 from megavar.training.forward_backward import configure_gradients, gradient_pass, pack_shape
@@ -26,18 +26,16 @@ Report = Callable[[int, int, dict[str, float]], None]
 """Called on every rank with (steps done, steps in all, metrics of the last step)."""
 
 
-def loss_normalizer(sequences: Sequence[TrainSequence], train: TrainConfig) -> float:
+def loss_normalizer(sequences: SequenceSet, train: TrainConfig) -> float:
     """C of the loss: B x the mean over the data set of (|weight| x trained tokens), unless set by config."""
     if train.loss_normalizer is not None:
         return train.loss_normalizer
-    return train.batch_sequences * float(
-        np.mean([abs(sequence.weight) * len(sequence.target_ids) for sequence in sequences], dtype=np.float64)
-    )
+    return train.batch_sequences * float(np.mean(np.abs(sequences.weights) * sequences.num_targets))
 
 
 def train_model(
     init: Path,
-    sequences: Sequence[TrainSequence],
+    sequences: SequenceSet,
     train: TrainConfig,
     parallel: ParallelConfig,
     precision: PrecisionConfig,
@@ -83,8 +81,8 @@ def train_model(
 
         # Data: this rank's packed microbatches of the global batch.
         indices = data_order(len(sequences), step * train.batch_sequences, (step + 1) * train.batch_sequences, seed)
-        batch = [sequences[index] for index in indices]
-        microbatches = _microbatches(batch, train.microbatch_tokens, parallel, shape)
+        lengths, num_targets = sequences.num_tokens[indices].tolist(), int(sequences.num_targets[indices].sum())
+        microbatches = _microbatches(sequences, indices, train.microbatch_tokens, parallel, shape)
         data_seconds = clock.lap()
 
         # Gradients, added up over microbatches and ranks.
@@ -108,8 +106,8 @@ def train_model(
             "grad_norm": float(grad_norm or 0.0),
             "learning_rate": float(learning_rate),
             "target_tokens": float(sums.num_target_tokens),
-            "tokens_per_second": sum(sequence.num_tokens for sequence in batch) / clock.seconds,
-            **_utilisation(model.dims.training_flops(*_sizes(batch)) / dist.get_world_size(), clock.seconds),
+            "tokens_per_second": sum(lengths) / clock.seconds,
+            **_utilisation(model.dims.training_flops(lengths, num_targets) / dist.get_world_size(), clock.seconds),
             "peak_memory_gib": peak_memory_gib(),
             "seconds": clock.seconds,
             "data_seconds": data_seconds,
@@ -147,10 +145,6 @@ class _Clock:
         return self._lap - self._start
 
 
-def _sizes(batch: list[TrainSequence]) -> tuple[list[int], int]:
-    return [sequence.num_tokens for sequence in batch], sum(len(sequence.target_ids) for sequence in batch)
-
-
 def _utilisation(flops: float, seconds: float) -> dict[str, float]:
     """Model FLOP/s of a rank and, where its device's peak is known, the share of it (MFU)."""
     values, peak = {"tflops_per_second_per_rank": flops / seconds / 1e12}, peak_flops()
@@ -160,11 +154,12 @@ def _utilisation(flops: float, seconds: float) -> dict[str, float]:
 
 
 def _microbatches(
-    batch: list[TrainSequence], budget_tokens: int, parallel: ParallelConfig, shape: PackShape
+    sequences: SequenceSet, indices: Sequence[int], budget_tokens: int, parallel: ParallelConfig, shape: PackShape
 ) -> list[Microbatch]:
-    """This data-parallel rank's microbatches of the global batch."""
-    lengths = [sequence.num_tokens for sequence in batch]
+    """This data-parallel rank's microbatches of the global batch; only its own sequences are read."""
+    lengths = sequences.num_tokens[np.asarray(indices)].tolist()
     multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
     plan = partition(lengths, budget_tokens, parallel_state.get_data_parallel_world_size(), multiple)
     mine = plan[parallel_state.get_data_parallel_rank()]
-    return [pack(batch, indices, shape, parallel_state.get_context_parallel_rank()) for indices in mine]
+    context_rank = parallel_state.get_context_parallel_rank()
+    return [pack(sequences, [indices[place] for place in places], shape, context_rank) for places in mine]

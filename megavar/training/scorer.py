@@ -11,10 +11,14 @@ from numpy.typing import NDArray
 from megavar.checkpoints.convert import Model
 from megavar.config.schema import ParallelConfig, PrecisionConfig
 from megavar.packing import pack, partition
-from megavar.records import LogProbs, TrainSequence
+from megavar.records import LogProbs
+from megavar.sequences import SequenceSet
 from megavar.training.forward_backward import pack_shape, score_pass
 from megavar.training.load_weights import load_weights
 from megavar.training.model import build_model, transformer_config
+
+Part = tuple[NDArray[np.int64], NDArray[np.int64], LogProbs]
+"""[S] sequence, offset in its targets, and log-prob of each scored position of a microbatch."""
 
 
 class Scorer:
@@ -29,43 +33,53 @@ class Scorer:
             chunk.eval()
 
     def score(
-        self, sequences: Sequence[TrainSequence], temperature: float, microbatch_tokens: int
-    ) -> list[LogProbs] | None:
-        """Score each sequence's target tokens; all ranks call it with the same sequences.
+        self, sequences: SequenceSet, indices: Sequence[int], temperature: float, microbatch_tokens: int
+    ) -> dict[int, LogProbs]:
+        """Score the target tokens of the sequences with these indices; all ranks call it with the same ones.
 
         Returns:
-            On rank 0 one [target tokens] float32 array of natural-log probabilities a sequence; None elsewhere.
+            Index -> [target tokens] float32 natural-log probabilities. Each sequence is in the result of one rank:
+            those of a data-parallel rank come back on its first rank of the last pipeline stage.
         """
-        lengths = [sequence.num_tokens for sequence in sequences]
+        lengths = sequences.num_tokens[np.asarray(indices)].tolist()
         multiple = self._parallel.pipeline if self._parallel.virtual_pipeline > 1 else 1
         plan = partition(lengths, microbatch_tokens, parallel_state.get_data_parallel_world_size(), multiple)
-        mine = plan[parallel_state.get_data_parallel_rank()]
-        rank = parallel_state.get_context_parallel_rank()
-        microbatches = [pack(sequences, indices, self._shape, rank) for indices in mine]
+        mine = [[indices[place] for place in places] for places in plan[parallel_state.get_data_parallel_rank()]]
+        context_rank = parallel_state.get_context_parallel_rank()
+        microbatches = [pack(sequences, chosen, self._shape, context_rank) for chosen in mine]
         local_logps = score_pass(self._chunks, microbatches, temperature)
-        parts: list[tuple[NDArray[np.int64], NDArray[np.int64], LogProbs]] = []
-        if local_logps and parallel_state.get_tensor_model_parallel_rank() == 0:
-            parts = [
-                (microbatch.sequence, microbatch.offset, logps)
-                for microbatch, logps in zip(microbatches, local_logps, strict=True)
-            ]
-        gathered: list[list[tuple[NDArray[np.int64], NDArray[np.int64], LogProbs]]] | None = None
-        if dist.get_rank() == 0:
-            gathered = [[] for _ in range(dist.get_world_size())]
-        dist.gather_object(parts, gathered)
-        if gathered is None:
-            return None
-        result = [np.full(len(sequence.target_ids), np.nan, np.float32) for sequence in sequences]
-        for sequence, offset, logps in (part for rank_parts in gathered for part in rank_parts):
-            for index in np.unique(sequence):
+        if not local_logps or parallel_state.get_tensor_model_parallel_rank() > 0:
+            return {}
+        parts: list[Part] = [
+            (microbatch.sequence, microbatch.offset, logps)
+            for microbatch, logps in zip(microbatches, local_logps, strict=True)
+        ]
+        found = {
+            index: np.full(sequences.num_targets[index], np.nan, np.float32) for chosen in mine for index in chosen
+        }
+        for sequence, offset, logps in _of_context_ranks(parts):
+            for index in np.unique(sequence).tolist():
                 chosen = sequence == index
-                result[index][offset[chosen]] = logps[chosen]
-        incomplete = [index for index, logps in enumerate(result) if np.isnan(logps).any()]
-        assert not incomplete, f"sequences {incomplete[:5]} came back without all their log-probs"
-        return result
+                found[index][offset[chosen]] = logps[chosen]
+        incomplete = [index for index, logps in found.items() if np.isnan(logps).any()]
+        assert context_rank > 0 or not incomplete, f"sequences {incomplete[:5]} came back without all their log-probs"
+        return {} if context_rank > 0 else found
 
     def release(self) -> None:
         """Free the model's memory."""
         self._chunks = []
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _of_context_ranks(parts: list[Part]) -> list[Part]:
+    """On the first context-parallel rank the parts of all: each rank has a share of every sequence's tokens."""
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return parts
+    gathered: list[list[Part]] | None = (
+        [[] for _ in range(size)] if parallel_state.get_context_parallel_rank() == 0 else None
+    )
+    group = parallel_state.get_context_parallel_group()
+    dist.gather_object(parts, gathered, dist.get_global_rank(group, 0), group)
+    return [part for of_rank in gathered or [] for part in of_rank]

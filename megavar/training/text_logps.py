@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from megavar.checkpoints.convert import Model
 from megavar.config.schema import ParallelConfig, PrecisionConfig
 from megavar.records import TrainSequence
+from megavar.sequences import in_memory
 from megavar.training import parallel
 from megavar.training.scorer import Scorer
 
@@ -27,9 +28,8 @@ def text_logps(model: Model, text: str) -> Tensor:
     parallel.start_alone()
     scorer = Scorer(model, ParallelConfig(), PrecisionConfig(dtype="fp32"))
     sequence = TrainSequence(np.array(ids[:1], np.int32), np.array(ids[1:], np.int32), 1.0)
-    logps_of = scorer.score([sequence], 1.0, len(ids))
+    logps_of = scorer.score(in_memory([sequence]), [0], 1.0, len(ids))
     parallel.stop()
-    assert logps_of is not None
     return torch.from_numpy(logps_of[0])
 
 

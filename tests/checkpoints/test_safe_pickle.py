@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megavar.checkpoints.convert import Model, to_hugging_face, to_megatron
 from megavar.checkpoints.safe_pickle import check_pickles, only_known_classes, read_metadata
 from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
+from megavar.sequences import in_memory
 from megavar.training import parallel
 from megavar.training.loop import train_model
 
@@ -111,7 +112,7 @@ def test_a_resumed_training_refuses_a_call_in_its_checkpoint(tmp_path):
 
     def train(num_steps: int) -> None:
         train_model(
-            tmp_path / "model", random_sequences(4), TrainConfig(num_steps=num_steps, batch_sequences=2),
+            tmp_path / "model", in_memory(random_sequences(4)), TrainConfig(num_steps=num_steps, batch_sequences=2),
             ParallelConfig(), PrecisionConfig(dtype="fp32"), 1, tmp_path / "checkpoints", lambda *_: None,
         )  # fmt: skip
 

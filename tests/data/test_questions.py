@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from megavar.data.questions import read_questions
-from megavar.records import Question, write_records
+from megavar.record_files import write_records
+from megavar.records import Question
 
 GOOD = {"id": "a", "question": "1+1", "answer": "2"}
 

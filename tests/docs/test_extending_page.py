@@ -16,7 +16,8 @@ from megavar.config.load import load_config
 from megavar.config.schema import VerifyConfig
 from megavar.data.questions import read_questions
 from megavar.objectives import check_objective
-from megavar.records import Answer, Score, Weight, read_records
+from megavar.record_files import read_records, write_records
+from megavar.records import Answer, Score, Weight
 from megavar.stages.verify import verify_answers
 from megavar.stages.weigh import weigh_traces
 from megavar.verifiers import get_verifier
@@ -89,7 +90,7 @@ def test_the_objective_weighs_from_outside(outside, tmp_path, monkeypatch):
     traces, _, scores = round_records()
     equal = [Score(*(s.question_id, s.trace_index, 1, s.logp_policy, s.logp_policy, s.logp_answer),
                    s.num_answers, s.num_correct) for s in scores]  # fmt: skip
-    weigh_traces(traces, equal, config.objective.name, config.objective, tmp_path / "weights")
+    weigh_traces([(traces, equal)], config.objective.name, config.objective, tmp_path / "weights")
     weights: dict[str, list[float]] = {}
     for row in read_records(tmp_path / "weights" / "data.parquet", Weight):
         weights.setdefault(row.question_id, []).append(row.weight)
@@ -107,7 +108,9 @@ def test_the_verifier_judges_in_the_pool_from_outside(outside, tmp_path, monkeyp
     with pytest.raises(ValueError, match=r"if you trust the code: verify\.plugins"):
         get_verifier(questions[0].verifier)
     config = VerifyConfig(num_workers=1, plugins=["any_of:verify"])
-    verified = verify_answers(questions, answers, config, 0.0, tmp_path)
+    write_records(tmp_path / "answers.parquet", answers, Answer)
+    verify_answers(questions, tmp_path / "answers.parquet", config, 0.0, tmp_path / "verified")
+    verified = read_records(tmp_path / "verified" / "data.parquet", Answer)
     assert [row.verdict for row in verified] == ["correct", "correct", "wrong", "no_answer"]
 
 
@@ -123,7 +126,8 @@ from megavar.checkpoints.convert import Model, differences, to_hugging_face, to_
 from megavar.config.load import load_config
 from megavar.config.schema import ParallelConfig, PrecisionConfig
 from megavar.objectives import OBJECTIVES
-from megavar.records import Answer, Trace, TrainSequence, read_records
+from megavar.record_files import read_records, write_records
+from megavar.records import Answer, Trace, TrainSequence
 from megavar.report.curves import IMPLIED_WEIGHTS
 from megavar.rollout.engine import GenerateRequest
 from megavar.rollout.transformers_engine import TransformersEngine
@@ -149,13 +153,14 @@ def llama(folder):
     to_megatron(folder / "hf", folder / "megatron", None, False)
     assert to_hugging_face(folder / "megatron", folder / "back", None, 10**9, False).same_as_source
     assert list(differences(Model(folder / "hf"), Model(folder / "back"))) == []
+    from megavar.sequences import in_memory
     from megavar.training import parallel
     from megavar.training.scorer import Scorer
 
     parallel.start_alone()
     ids = np.random.default_rng(1).integers(0, 203, 40).astype(np.int32)
     scorer = Scorer(Model(folder / "megatron"), ParallelConfig(), PrecisionConfig(dtype="fp32"))
-    (scored,) = scorer.score([TrainSequence(ids[:5], ids[5:], 1.0)], 1.0, 64)
+    scored = scorer.score(in_memory([TrainSequence(ids[:5], ids[5:], 1.0)]), [0], 1.0, 64)[0]
     parallel.stop()
     with torch.no_grad():
         rows = model(torch.from_numpy(ids).long()[None]).logits[0].log_softmax(-1)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from megavar.config.load import load_config
-from megavar.records import Answer, Question, Trace, write_records
+from megavar.record_files import write_records
+from megavar.records import Answer, Question, Trace
 from megavar.runs.plan import find_stage
 
 ROOT = Path(__file__).parents[2]

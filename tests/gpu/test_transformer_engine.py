@@ -27,12 +27,15 @@ import pickle, sys
 from pathlib import Path
 from megavar.config.schema import ParallelConfig, PrecisionConfig
 from megavar.training import parallel
+from megavar.sequences import in_memory
 from megavar.training.scorer import Scorer
 from megavar.checkpoints.convert import Model
 model, sequences, out, dtype, fp8 = sys.argv[1:]
 parallel.start(ParallelConfig())
 scorer = Scorer(Model(Path(model)), ParallelConfig(), PrecisionConfig(dtype=dtype, fp8=fp8))
-Path(out).write_bytes(pickle.dumps(scorer.score(pickle.loads(Path(sequences).read_bytes()), 1.0, 512)))
+given = pickle.loads(Path(sequences).read_bytes())
+found = scorer.score(in_memory(given), range(len(given)), 1.0, 512)
+Path(out).write_bytes(pickle.dumps([found[index] for index in range(len(given))]))
 parallel.stop()
 """
 

@@ -18,6 +18,7 @@ from megavar import ranks
 from megavar.checkpoints.convert import MAX_SHARD_BYTES, Model, to_hugging_face
 from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
 from megavar.records import TrainSequence
+from megavar.sequences import in_memory
 from megavar.training import loop, parallel
 from megavar.training.checkpoint import list_checkpoints
 from megavar.training.forward_backward import configure_gradients, gradient_pass, pack_shape
@@ -51,8 +52,13 @@ def take_down_grid() -> None:
 
 def run_score(case: dict, grid: ParallelConfig, sequences: Sequence[TrainSequence]) -> None:
     scorer = Scorer(Model(Path(case["model"])), grid, FP32)
-    logps = scorer.score(sequences, case.get("temperature", 1.0), case["microbatch_tokens"])
+    indices = range(len(sequences))
+    own = scorer.score(in_memory(sequences), indices, case.get("temperature", 1.0), case["microbatch_tokens"])
+    of_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, own)
+    assert sorted(index for found in of_ranks for index in found) == list(indices)
     if ranks.is_rank_zero():
+        logps = [next(found[index] for found in of_ranks if index in found) for index in indices]
         Path(case["out"]).write_bytes(pickle.dumps(logps))
 
 
@@ -66,7 +72,8 @@ def run_gradient(case: dict, grid: ParallelConfig, sequences: Sequence[TrainSequ
     wrapped = wrap_for_gradients(config, chunks, TrainConfig(distributed_optimizer=False))
     for chunk in wrapped:
         chunk.zero_grad_buffer()
-    microbatches = loop._microbatches(sequences, case["microbatch_tokens"], grid, pack_shape(grid, FP32))
+    held, shape = in_memory(sequences), pack_shape(grid, FP32)
+    microbatches = loop._microbatches(held, range(len(held)), case["microbatch_tokens"], grid, shape)
     sums = gradient_pass(wrapped, microbatches, case["normalizer"])
     for chunk in chunks:
         for parameter in chunk.parameters():
@@ -94,7 +101,7 @@ def run_train(case: dict, grid: ParallelConfig, sequences: Sequence[TrainSequenc
             raise StopIteration
 
     try:
-        loop.train_model(model, sequences, train, grid, FP32, 1, out, report)
+        loop.train_model(model, in_memory(sequences), train, grid, FP32, 1, out, report)
     except StopIteration:
         return
     if ranks.is_rank_zero():

@@ -8,7 +8,8 @@ import numpy as np
 
 from megavar.config.load import load_config
 from megavar.data.decode import open_decoder
-from megavar.records import Answer, Question, Score, Trace, write_records
+from megavar.record_files import write_records
+from megavar.records import Answer, Question, Score, Trace
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
 from megavar.runs.metrics import Metrics
@@ -98,7 +99,7 @@ def write_round(run: Run, number: int) -> None:
     write_records(folder / "traces" / "data.parquet", traces, Trace)
     write_records(folder / "verified" / "data.parquet", answers, Answer)
     write_records(folder / "scores" / "data.parquet", scores, Score)
-    values = weigh_traces(traces, scores, "iwae", run.config.objective, folder / "weights")
+    values = weigh_traces([(traces, scores)], "iwae", run.config.objective, folder / "weights")
     Metrics(run.folder, run.config.logging, run.config.name).log("weigh", number, values)
     stage = replace(run, round_index=number).entry("weigh")
     Manifest(run.folder).begin(stage, {})

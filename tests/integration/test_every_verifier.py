@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megavar.records import Answer, Trace, Weight, read_records
+from megavar.record_files import read_records
+from megavar.records import Answer, Trace, Weight
 from megavar.verifiers import VERIFIERS
 
 pytestmark = pytest.mark.sglang

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from megavar.checkpoints.convert import Model
 from megavar.config.load import load_config
-from megavar.records import Answer, Score, Trace, Weight, read_records
+from megavar.record_files import read_records
+from megavar.records import Answer, Score, Trace, Weight
 from megavar.rollout.engine import GenerateRequest
 from megavar.rollout.sglang_servers import ManagedServers, open_engine
 from megavar.runs.metrics import Metrics

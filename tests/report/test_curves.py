@@ -9,7 +9,8 @@ from helpers.small_run import NUM_ANSWERS, NUM_CORRECT, NUM_TRACES, QUESTIONS, e
 
 from megavar.config.schema import EvalConfig, ObjectiveConfig
 from megavar.objectives.importance import effective_sample_size, normalise
-from megavar.records import Score, Weight, read_records
+from megavar.record_files import read_records
+from megavar.records import Score, Weight
 from megavar.report import curves
 from megavar.stages.weigh import weigh_traces
 
@@ -58,7 +59,7 @@ def test_other_objectives_have_the_size_of_their_own_weights_and_none_of_fewer_t
     config = ObjectiveConfig(
         train_answers="reference", answer_estimator="likelihood" if name == "elbo" else "accuracy", ratio="none"
     )
-    logged = weigh_traces(traces, scores, name, config, tmp_path)
+    logged = weigh_traces([(traces, scores)], name, config, tmp_path)
     weights = read_records(tmp_path / "data.parquet", Weight)
     *fewer, full = curves.fewer_traces(scores, weights, name, seed=0)
     assert full.ess == pytest.approx(logged["ess"]) and (sizes is None or full.ess == pytest.approx(sizes))
@@ -156,7 +157,7 @@ def test_question_accuracies_count_missing_answers_as_wrong():
 
 def test_bounds_are_of_all_traces_at_hand_and_say_where_a_truncated_one_leaves_a_question_out(tmp_path):
     traces, _, scores = round_records()
-    found = weigh_traces(traces, scores, "iwae", ObjectiveConfig(num_traces=2), tmp_path)
+    found = weigh_traces([(traces, scores)], "iwae", ObjectiveConfig(num_traces=2), tmp_path)
     assert found["bound_4_questions"] == 3 and "bound_3_questions" not in found and "bound_5" not in found
     # Of each trace: log pi - log q = 0.1 index at each of its index + 3 tokens, and log pi(y'|x, z) = -3.
     log_rhos = np.array([0.1 * index * (index + 3) for index in range(4)]) - 3

@@ -15,7 +15,8 @@ from megavar.cli import main
 from megavar.config.load import load_config
 from megavar.config.schema import ObjectiveConfig
 from megavar.data.decode import open_decoder
-from megavar.records import Question, Score, read_records
+from megavar.record_files import read_records
+from megavar.records import Question, Score
 from megavar.report.browser import MAX_CHARACTERS, shorten, spread
 from megavar.report.page import write_page
 from megavar.report.run_view import RunView, labels, open_run
@@ -124,7 +125,7 @@ def test_a_gold_trace_is_shown_by_the_question_s_own_text(run):
     scores = read_records(run.round / "scores" / "data.parquet", Score)
     traces = open_run(run.folder).last_round().traces
     config = ObjectiveConfig(on_no_correct_trace="gold")
-    weigh_traces(traces, scores, "iwae", config, run.round / "weights")
+    weigh_traces([(traces, scores)], "iwae", config, run.round / "weights")
     rows = [{"id": row.id, "question": row.question, "answer": row.answer, "trace": "own"} for row in QUESTIONS]
     (run.folder.parents[1] / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     gold = data_of(write_page([run.folder]).read_text())["hard"]["traces"][-1]

@@ -8,7 +8,8 @@ import pytest
 from helpers.small_run import BASE, EVIL, ids, make_run, round_records
 
 from megavar.cli import main
-from megavar.records import Answer, RecordWriter, Trace, write_records
+from megavar.record_files import RecordWriter, write_records
+from megavar.records import Answer, Trace
 
 
 @pytest.fixture(scope="module")

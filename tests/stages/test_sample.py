@@ -8,7 +8,8 @@ import pytest
 
 from megavar.config.schema import SampleConfig, TemplateConfig
 from megavar.data.templates import Templates
-from megavar.records import Question
+from megavar.record_files import read_records
+from megavar.records import Answer, Question, Trace
 from megavar.rollout.engine import Generation
 from megavar.stages.sample import QUESTIONS_WITH_LOGPS, Sampling, sample_policy
 
@@ -32,8 +33,10 @@ class Echo:
 
 def sample(folder, **settings):
     templates = Templates(BASE, TemplateConfig())
-    sampling = Sampling(SampleConfig(**settings), templates, 1, 1)
-    return asyncio.run(sample_policy(Echo(templates.close_token), QUESTIONS, sampling, 2, 3, folder))
+    sampling = Sampling(SampleConfig(**settings), templates, templates, 1, 1)
+    asyncio.run(sample_policy(Echo(templates.close_token), QUESTIONS, sampling, 2, 3, folder))
+    kinds = {"traces": Trace, "answers": Answer}
+    return [read_records(folder / name / "data.parquet", kind) for name, kind in kinds.items()]
 
 
 @pytest.mark.parametrize(("kept", "count"), [("some", 2 * QUESTIONS_WITH_LOGPS), ("all", 2 * len(QUESTIONS))])

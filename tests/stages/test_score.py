@@ -8,7 +8,8 @@ import pytest
 
 from megavar.config.schema import ParallelConfig, PrecisionConfig, ScoreConfig, TemplateConfig
 from megavar.data.templates import Templates
-from megavar.records import Answer, Question, Score, Trace, read_records
+from megavar.record_files import read_records, write_records
+from megavar.records import Answer, Question, Score, Trace
 from megavar.stages.score import Scoring, TraceSet, score_traces
 from megavar.training import parallel
 
@@ -30,8 +31,10 @@ def score(tmp_path):
         ]
         answers = [Answer("a", 0, 0, 1, np.array([1], np.int32), "0", "stop", 0, True)]
         scoring = Scoring(ScoreConfig(), ParallelConfig(), PrecisionConfig(dtype="fp32"))
-        trace_set = TraceSet([QUESTION], traces, answers, templates)
-        score_traces(trace_set, BASE, posterior, scoring, tmp_path / folder)
+        write_records(tmp_path / "traces.parquet", traces, Trace)
+        write_records(tmp_path / "verified.parquet", answers, Answer)
+        trace_set = TraceSet([QUESTION], templates, tmp_path / "traces.parquet", tmp_path / "verified.parquet")
+        score_traces(trace_set, BASE, posterior, scoring, tmp_path / folder, folder)
         return read_records(tmp_path / folder / "data.parquet", Score)
 
     yield call

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from megavar.config.schema import VerifyConfig
-from megavar.records import Answer, Question, read_records
+from megavar.record_files import read_records, write_records
+from megavar.records import Answer, Question
 from megavar.stages.verify import verify_answers
 
 QUESTIONS = [Question("a", "3+4", "7"), Question("b", "4+4", "8")]
@@ -31,8 +32,15 @@ ANSWERS = [
 ]
 
 
+def verified(questions, answers, folder):
+    file = folder.parent / f"answers_{folder.name}.parquet"
+    write_records(file, answers, Answer)
+    verify_answers(questions, file, CONFIG, 0.0, folder)
+    return read_records(folder / "data.parquet", Answer)
+
+
 def test_every_answer_keeps_its_fields_and_gets_the_verdict_of_its_own_question(tmp_path):
-    found = verify_answers(QUESTIONS, ANSWERS, CONFIG, 0.0, tmp_path)
+    found = verified(QUESTIONS, ANSWERS, tmp_path)
     assert [(row.question_id, row.trace_index, row.answer_index, row.correct, row.verdict) for row in found] == [
         ("a", 0, 0, True, "correct"),
         ("a", 0, 1, False, "no_answer"),
@@ -52,6 +60,7 @@ from pathlib import Path
 import numpy as np
 from helpers import odd_verifiers
 from megavar.config.schema import VerifyConfig
+from megavar.record_files import write_records
 from megavar.records import Answer, Question
 from megavar.stages.verify import verify_answers
 from megavar.verifiers import VERIFIERS
@@ -62,7 +71,8 @@ if __name__ == "__main__":
     questions = [Question("q", "x", str(folder / "calls"), verifier="odd")]
     texts = ["0", "1", "2", "kill", "4", "5"]
     answers = [Answer("q", 0, i, 1, np.array([i], np.int32), text, "stop", 0) for i, text in enumerate(texts)]
-    verify_answers(questions, answers, VerifyConfig(num_workers=1), 0.0, folder / "verified")
+    write_records(folder / "answers.parquet", answers, Answer)
+    verify_answers(questions, folder / "answers.parquet", VerifyConfig(num_workers=1), 0.0, folder / "verified")
 """
 
 
@@ -88,9 +98,9 @@ def test_a_killed_run_goes_on_where_it_was_and_completes_the_file(tmp_path):
 
 
 def test_a_finished_folder_is_not_verified_again(tmp_path, monkeypatch):
-    first = verify_answers(QUESTIONS, ANSWERS[:1], CONFIG, 0.0, tmp_path)
+    first = verified(QUESTIONS, ANSWERS[:1], tmp_path)
     monkeypatch.setattr("megavar.stages.verify.verify_all", lambda jobs, *_: assert_empty(jobs))
-    (again,) = verify_answers(QUESTIONS, ANSWERS[:1], CONFIG, 0.0, tmp_path)
+    (again,) = verified(QUESTIONS, ANSWERS[:1], tmp_path)
     assert again.verdict == first[0].verdict == "wrong"
 
 
@@ -100,17 +110,17 @@ def assert_empty(jobs):
 
 @pytest.mark.parametrize("change", [{"answer_ids": np.array([9], np.int32)}, {"answer_index": 4}])
 def test_verdicts_of_other_samples_are_refused(tmp_path, change):
-    verify_answers(QUESTIONS, ANSWERS[:1], CONFIG, 0.0, tmp_path)
+    verified(QUESTIONS, ANSWERS[:1], tmp_path)
     with pytest.raises(
         ValueError, match="verdict of answer 0 of trace 1 of question 'b', which is not what was sampled"
     ):
-        verify_answers(QUESTIONS, [replace(ANSWERS[0], **change)], CONFIG, 0.0, tmp_path)
+        verified(QUESTIONS, [replace(ANSWERS[0], **change)], tmp_path)
 
 
 def test_unknown_questions_and_verifiers_are_refused_before_any_work(tmp_path):
-    with pytest.raises(ValueError, match="answer 0 of trace 1 of question 'b' has no question"):
-        verify_answers(QUESTIONS[:1], ANSWERS, CONFIG, 0.0, tmp_path)
+    with pytest.raises(ValueError, match="answer 0 of trace 0 of question 'b' has no question"):
+        verified(QUESTIONS[:1], ANSWERS, tmp_path)
     odd = [replace(question, verifier="odd") for question in QUESTIONS]
     with pytest.raises(ValueError, match="'odd' is unknown; use one of math"):
-        verify_answers(odd, ANSWERS, CONFIG, 0.0, tmp_path)
+        verified(odd, ANSWERS, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ import pytest
 from helpers.small_run import make_run, round_records
 
 from megavar.config.schema import VerifyConfig
+from megavar.record_files import write_records
 from megavar.records import Answer, Question
 from megavar.stages import verify, weigh
 
@@ -46,8 +47,10 @@ def test_answers_that_no_verifier_has_judged(tmp_path, warnings):
     questions = [Question("a", "x", "1"), Question("b", "x", "")]
     ids = round_records()[1][0].answer_ids
     answers = [Answer(row.id, 0, index, 1, ids, "\\boxed{1}", "stop", 0) for row in questions for index in range(3)]
-    verify.verify_answers(questions[:1], answers[:3], VerifyConfig(), 1.0, tmp_path / "good")
+    write_records(tmp_path / "good.parquet", answers[:3], Answer)
+    write_records(tmp_path / "bad.parquet", answers, Answer)
+    verify.verify_answers(questions[:1], tmp_path / "good.parquet", VerifyConfig(), 1.0, tmp_path / "good")
     assert warnings() == []
-    verify.verify_answers(questions, answers, VerifyConfig(), 1.0, tmp_path / "bad")
+    verify.verify_answers(questions, tmp_path / "bad.parquet", VerifyConfig(), 1.0, tmp_path / "bad")
     (line,) = warnings()
     assert "3 of 6 answers have no judgement" in line and "#verdicts-are-errors-or-time-outs" in line

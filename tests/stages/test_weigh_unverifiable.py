@@ -8,7 +8,8 @@ from helpers.made_scores import score
 
 from megavar.config.schema import ObjectiveConfig
 from megavar.objectives import OBJECTIVES
-from megavar.records import Trace, read_records
+from megavar.record_files import read_records
+from megavar.records import Trace
 from megavar.records import Weight as WeightRecord
 from megavar.stages.weigh import weigh_traces
 
@@ -24,7 +25,7 @@ FINISHES = ("closed", "closed", "length")
 def weigh(tmp_path, name="iwae", **settings):
     ids = np.array([1], np.int32)
     traces = [Trace("q", index, 1, "posterior", ids, ids, None, finish, 0) for index, finish in enumerate(FINISHES)]
-    weigh_traces(traces, SCORES, name, ObjectiveConfig(name=name, **settings), tmp_path)
+    weigh_traces([(traces, SCORES)], name, ObjectiveConfig(name=name, **settings), tmp_path)
     return read_records(tmp_path / "data.parquet", WeightRecord)
 
 
@@ -63,4 +64,4 @@ def test_answers_that_were_never_counted_are_still_an_error(tmp_path):
     ids = np.array([1], np.int32)
     traces = [Trace("q", index, 1, "posterior", ids, ids, None, finish, 0) for index, finish in enumerate(FINISHES)]
     with pytest.raises(ValueError, match="has no verified answers"):
-        weigh_traces(traces, unjudged, "iwae", ObjectiveConfig(), tmp_path)
+        weigh_traces([(traces, unjudged)], "iwae", ObjectiveConfig(), tmp_path)

@@ -14,6 +14,7 @@ from helpers.tiny_models import random_sequences, save_tiny_model
 from megavar.checkpoints.convert import Model
 from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
 from megavar.ranks import ExplainedFailure
+from megavar.sequences import in_memory
 from megavar.training import parallel
 from megavar.training.loop import train_model
 
@@ -26,7 +27,8 @@ def test_the_other_kind_of_optimizer_is_refused_and_the_same_resumes(tmp_path, d
 
     def train(config: TrainConfig) -> None:
         train_model(
-            tmp_path / "model", random_sequences(4), config, ParallelConfig(), PrecisionConfig(dtype="fp32"), 1,
+            tmp_path / "model", in_memory(random_sequences(4)), config, ParallelConfig(),
+            PrecisionConfig(dtype="fp32"), 1,
             tmp_path / "checkpoints", lambda step, *_: steps.append(step),
         )  # fmt: skip
 
@@ -52,7 +54,8 @@ def train_until_the_disk_is_full(folder: Path, free_bytes: int | None) -> None:
     train = TrainConfig(num_steps=2, batch_sequences=2, save_interval=1, keep_checkpoints=1)
     try:
         train_model(
-            folder / "model", random_sequences(4), train, ParallelConfig(tensor=2), PrecisionConfig(dtype="fp32"), 1,
+            folder / "model", in_memory(random_sequences(4)), train, ParallelConfig(tensor=2),
+            PrecisionConfig(dtype="fp32"), 1,
             folder / "disk" / "checkpoints", fill,
         )  # fmt: skip
         message = ""

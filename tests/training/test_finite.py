@@ -9,6 +9,7 @@ from helpers.tiny_models import random_sequences, save_tiny_model
 
 from megavar.checkpoints.convert import Model
 from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
+from megavar.sequences import in_memory
 from megavar.training import parallel
 from megavar.training.forward_backward import configure_gradients
 from megavar.training.load_weights import load_weights
@@ -32,7 +33,8 @@ def test_a_loss_that_is_not_finite_is_no_step(folder):
     steps = []
     with pytest.raises(FloatingPointError, match=r"step 1: the loss is nan; the weights were not updated"):
         train_model(
-            folder / "model", sequences, TrainConfig(num_steps=2, loss_normalizer=1.0), ParallelConfig(), FP32, 1,
+            folder / "model", in_memory(sequences), TrainConfig(num_steps=2, loss_normalizer=1.0), ParallelConfig(),
+            FP32, 1,
             folder / "checkpoints", lambda step, *_: steps.append(step),
         )  # fmt: skip
     assert steps == [] and not list((folder / "checkpoints").glob("step_*"))
