@@ -283,8 +283,40 @@ def check(arguments: Sequence[str]) -> int:
     return reported(work)
 
 
+def export_traces(arguments: Sequence[str]) -> int:
+    """Write a run's weighted traces for other trainers."""
+    parser = argparse.ArgumentParser(
+        "megavar export-traces",
+        description="Write the weighted traces that a run's policy is trained on, for trainers elsewhere "
+        "(docs/export.md).",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/demo")
+    parser.add_argument(
+        "--format", required=True, choices=("messages", "sharegpt", "megatron"), help="messages and sharegpt are JSONL"
+    )
+    parser.add_argument(
+        "--selection", choices=("weighted", "resample", "best"), help="instead of the run's objective.selection"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="PATH", help="default: RUN/export/FORMAT, with .jsonl or a folder"
+    )
+    chosen = parser.parse_args(arguments)
+
+    def work() -> None:
+        show_logs("info")
+        from megavar.stages.export_traces import export_traces as write
+
+        name = chosen.format if chosen.format == "megatron" else f"{chosen.format}.jsonl"
+        target = chosen.output or chosen.run / "export" / name
+        count = write(chosen.run, chosen.format, chosen.selection, target)
+        print(f"{target}: {count:,} sequences")
+
+    return reported(work)
+
+
 LOOKING: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "check": ("check a run before it starts, its data and model too, and print what it will take", check),
+    "export-traces": ("write a run's weighted traces for trainers elsewhere", export_traces),
     "report": ("write a run's results, figures and traces as one HTML page", report),
     "show": ("print records of a run", show),
 }
@@ -299,7 +331,7 @@ def _help() -> str:
         *((stage.name, stage.summary) for stage in STAGES),
         *((name, summary) for name, (summary, _) in LOOKING.items()),
     ]
-    commands = "\n".join(f"  {name:<10} {summary}" for name, summary in rows)
+    commands = "\n".join(f"  {name:<13} {summary}" for name, summary in rows)
     return (
         "usage: megavar COMMAND --config FILE [key=value ...]\n"
         "       megavar report RUN [RUN ...] | show FILE\n\n"

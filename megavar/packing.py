@@ -118,14 +118,14 @@ def pack(sequences: Sequence[TrainSequence], indices: Sequence[int], shape: Pack
     Args:
         rank: context-parallel rank whose part is returned.
     """
-    segments = [_segment(sequences[index], index, shape) for index in indices]
-    lengths = [len(segment.token_ids) for segment in segments]
-    padding = -sum(lengths) % shape.total_multiple or (0 if segments else shape.total_multiple)
+    chosen = [sequences[index] for index in indices]
+    inputs = [sequence.num_tokens - 1 for sequence in chosen]
+    lengths = [length + -length % shape.segment_multiple for length in inputs]
+    padding = -sum(lengths) % shape.total_multiple or (0 if lengths else shape.total_multiple)
     padding += -padding % shape.segment_multiple
     if padding:
-        segments.append(_padding_segment(padding))
         lengths.append(padding)
-    full = _concatenate(segments, lengths)
+    full = _concatenate(chosen, indices, lengths)
     if shape.context_parallel == 1:
         return full
     local = context_parallel_order(lengths, shape.context_parallel)[rank]
@@ -160,35 +160,30 @@ def context_parallel_order(lengths: Sequence[int], size: int) -> list[NDArray[np
     return [np.concatenate(parts) for parts in chunks_of]
 
 
-def _segment(sequence: TrainSequence, index: int, shape: PackShape) -> Microbatch:
-    ids = np.concatenate([sequence.prompt_ids, sequence.target_ids]).astype(np.int64)
-    num_targets = len(sequence.target_ids)
-    assert len(sequence.prompt_ids) > 0, f"sequence {index} has no prompt"
-    inputs = ids[:-1]
+def _concatenate(sequences: Sequence[TrainSequence], indices: Sequence[int], lengths: list[int]) -> Microbatch:
+    """The microbatch before it is split; segments without a sequence are padding."""
+    num_targets = [sequence.num_tokens - len(sequence.prompt_ids) for sequence in sequences]
+    size = sum(num_targets)
+    token_ids = np.zeros(sum(lengths), np.int64)
+    positions, targets, offset = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64)
+    start = first = 0
+    for sequence, index, length, count in zip(sequences, indices, lengths, num_targets, strict=False):
+        num_prompt = len(sequence.prompt_ids)
+        assert num_prompt > 0, f"sequence {index} has no prompt"
+        target_ids, last = sequence.target_ids, first + count
+        token_ids[start : start + num_prompt] = sequence.prompt_ids
+        token_ids[start + num_prompt : start + num_prompt + count - 1] = target_ids[:-1]
+        targets[first:last] = target_ids
+        offset[first:last] = np.arange(count)
+        np.add(offset[first:last], start + num_prompt - 1, out=positions[first:last])
+        start, first = start + length, last
+    weights = np.repeat(np.array([sequence.weight for sequence in sequences], np.float32), num_targets)
     return Microbatch(
-        token_ids=np.pad(inputs, (0, -len(inputs) % shape.segment_multiple)),
-        segment_lengths=(),
-        positions=np.arange(len(inputs) - num_targets, len(inputs)),
-        targets=ids[len(ids) - num_targets :],
-        weights=np.full(num_targets, sequence.weight, np.float32),
-        sequence=np.full(num_targets, index),
-        offset=np.arange(num_targets),
-    )
-
-
-def _padding_segment(length: int) -> Microbatch:
-    empty = np.zeros(0, np.int64)
-    return Microbatch(np.zeros(length, np.int64), (), empty, empty, np.zeros(0, np.float32), empty, empty)
-
-
-def _concatenate(segments: list[Microbatch], lengths: list[int]) -> Microbatch:
-    starts = np.cumsum([0, *lengths[:-1]])
-    return Microbatch(
-        token_ids=np.concatenate([segment.token_ids for segment in segments]),
-        segment_lengths=tuple(lengths),
-        positions=np.concatenate([segment.positions + start for segment, start in zip(segments, starts, strict=True)]),
-        targets=np.concatenate([segment.targets for segment in segments]),
-        weights=np.concatenate([segment.weights for segment in segments]),
-        sequence=np.concatenate([segment.sequence for segment in segments]),
-        offset=np.concatenate([segment.offset for segment in segments]),
+        token_ids,
+        tuple(lengths),
+        positions,
+        targets,
+        weights,
+        np.repeat(np.array(indices, np.int64), num_targets),
+        offset,
     )

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from megavar.disk import atomic_write
 from megavar.evaluation.pass_at_k import read_accuracies
-from megavar.record_files import read_records
+from megavar.record_files import RecordFile
 from megavar.records import Answer, Trace, TraceFinish
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
@@ -22,9 +22,9 @@ def summarize(run: Run) -> dict[str, Any]:
     Raises:
         ValueError: if metrics.jsonl has no row of `weigh` for this round.
     """
-    traces = read_records(run.round / "traces" / "data.parquet", Trace)
-    answers = read_records(run.round / "verified" / "data.parquet", Answer)
-    finishes = Counter(trace.finish for trace in traces)
+    traces = RecordFile(run.round / "traces" / "data.parquet", Trace, ["finish"]).table()
+    answers = RecordFile(run.round / "verified" / "data.parquet", Answer, ["correct"]).table()
+    finishes = Counter(traces["finish"].to_pylist())
     names = [f"pi_{index}" for index in range(run.round_index + 1)]
     models = {name: run.folder / "eval" / f"{name}.json" for name in names}
     weigh_rows = {row["step"]: row for row in Metrics.read(run.folder) if row["stage"] == "weigh"}
@@ -45,7 +45,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "traces_sampled": len(traces),
         "traces_truncated": finishes[TraceFinish.LENGTH],
         "answers_sampled": len(answers),
-        "answers_correct": sum(bool(answer.correct) for answer in answers),
+        "answers_correct": sum(map(bool, answers["correct"].to_pylist())),
         "seconds": {
             stage: entry["seconds"]
             for stage, entry in Manifest(run.folder).entries().items()

@@ -110,6 +110,26 @@ def _write(folder: Path, sequences: Iterable[Sequence[TrainSequence]]) -> None:
         np.save(folder / f"{name}.npy", np.concatenate(arrays))
 
 
+def write_documents(folder: Path, sequences: Iterable[TrainSequence]) -> int:
+    """Write sequences for Megatron-LM: `traces.bin` and `traces.idx`, one document a sequence, its prompt first.
+
+    Beside them [documents] arrays: `prompt_lengths.npy` (int32, tokens without loss) and `weights.npy` (float64).
+
+    Returns:
+        The number of sequences.
+    """
+    builder = IndexedDatasetBuilder(str(folder / "traces.bin"), np.int32)
+    prompt_lengths, weights = [], []
+    for sequence in sequences:
+        builder.add_document(np.concatenate([sequence.prompt_ids, sequence.target_ids]), [sequence.num_tokens])
+        prompt_lengths.append(len(sequence.prompt_ids))
+        weights.append(sequence.weight)
+    builder.finalize(str(folder / "traces.idx"))
+    np.save(folder / "prompt_lengths.npy", np.array(prompt_lengths, np.int32))
+    np.save(folder / "weights.npy", np.array(weights, np.float64))
+    return len(weights)
+
+
 def open_sequences(folder: Path) -> SequenceSet:
     """Map a set that `write_sequences` wrote."""
     texts = IndexedDataset(str(folder / "texts"))
