@@ -56,6 +56,9 @@ class ProgressLine:
             note: starts with the unit, such as `steps` or `MB`.
         """
         now = time.monotonic()
+        prints = self._prints and (now - self._printed >= SECONDS_BETWEEN_LINES or done == total)
+        if self._bar.disable and not prints:
+            return
         text = f"{_number(done)}{'' if total is None else f' of {_number(total)}'} {note}, {_clock(self.seconds)}"
         if total is not None and done > self._done_before:
             remaining = self.seconds * (total - done) / (done - self._done_before)
@@ -63,7 +66,7 @@ class ProgressLine:
         if self._task is None:
             self._task = self._bar.add_task("", total=total, text=text)
         self._bar.update(self._task, completed=done, total=total, text=text)
-        if self._prints and (now - self._printed >= SECONDS_BETWEEN_LINES or done == total):
+        if prints:
             self._printed = now
             print(f"{self._description}: {text}", file=sys.stderr, flush=True)
 

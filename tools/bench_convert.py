@@ -2,14 +2,17 @@
 
     python tools/bench_convert.py [--folder DIR] [--layers N]
 
-Both include fsync and read files that were just written or read (warm page cache). Memory is the peak RSS of a process
-that converts, minus that of a process that only imports the same modules. All output is removed at the end.
+Both read files that are in the page cache, write the same number of bytes onto the same disk, and are timed until
+these are there: `cp -r` and then `sync` of its files, against a conversion with its fsync and renames. They take turns;
+figures are medians, ratios those of pairs of turns. Memory is the peak RSS of a process that converts, minus that of a
+process that only imports the same modules. All output is removed at the end.
 """
 
 import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -95,6 +98,7 @@ def main() -> None:
         "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to write; on a physical disk"
     )
     parser.add_argument("--layers", type=int, default=36, help="number of layers; fewer for a smaller model")
+    parser.add_argument("--turns", type=int, default=3, help="of cp and of the converter, in each direction")
     chosen = parser.parse_args()
     needed, free = 3.3 * (0.8e9 + 0.21e9 * chosen.layers), shutil.disk_usage(chosen.folder).free
     if free < needed:
@@ -108,12 +112,17 @@ def main() -> None:
         print(f"{num_bytes / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} files")
         idle = convert("nothing", source, source)[1]
         for direction, origin, target in (("to-megatron", source, megatron), ("to-hf", megatron, back)):
-            baseline = copy(origin, copied)
-            shutil.rmtree(copied)
-            seconds, peak = convert(direction, origin, target)
+            turns = []
+            for _ in range(chosen.turns):
+                shutil.rmtree(target, ignore_errors=True)
+                baseline = copy(origin, copied)
+                shutil.rmtree(copied)
+                turns.append((baseline, *convert(direction, origin, target)))
+            seconds, baseline = (statistics.median(turn[side] for turn in turns) for side in (1, 0))
+            ratio, peak = statistics.median(turn[0] / turn[1] for turn in turns), max(turn[2] for turn in turns)
             print(
                 f"{direction:12s} {num_bytes / seconds / 1e9:5.2f} GB/s   cp {num_bytes / baseline / 1e9:5.2f} GB/s   "
-                f"ratio {baseline / seconds:.2f}   memory {(peak - idle) / 2**30:.2f} GiB over {idle / 2**30:.2f} GiB"
+                f"ratio {ratio:.2f}   memory {(peak - idle) / 2**30:.2f} GiB over {idle / 2**30:.2f} GiB"
             )
 
 

@@ -25,8 +25,15 @@ from megavar.checkpoints.huggingface import (
     copy_side_files,
     name_end_token,
 )
-from megavar.checkpoints.megatron import SIDE_FILES, Description, ShardedCheckpoint, ShardedWriter, find_checkpoint
-from megavar.checksums import check_checksums, write_checksums
+from megavar.checkpoints.megatron import (
+    SIDE_FILES,
+    WEIGHTS_SUFFIX,
+    Description,
+    ShardedCheckpoint,
+    ShardedWriter,
+    find_checkpoint,
+)
+from megavar.checksums import check_checksums, check_files, read_checksums, write_checksums
 from megavar.models import operators
 from megavar.models.config_json import read_dims
 from megavar.models.ops import Index, Operator, names_at, pieces
@@ -227,8 +234,10 @@ def to_hugging_face(
         if end_token is not None:
             name_end_token(partial, end_token)
         write_checksums(partial, writer.digest_of)
-    source_digest = model.description.source_digest if model.description else None
-    return ConversionResult(digest.hexdigest(), num_bytes, digest.nonfinite, source_digest == digest.hexdigest())
+        same_as_source = digest.hexdigest() == _source_digest(model)
+        if _source_digest(model) and not same_as_source:
+            check_checksums(model.path)
+    return ConversionResult(digest.hexdigest(), num_bytes, digest.nonfinite, same_as_source)
 
 
 def differences(first: Model, second: Model, progress: Progress = lambda *_: None) -> Iterator[str]:
@@ -329,7 +338,10 @@ def all_finite(values: Tensor) -> bool:
 
 def _open_source(source: Path, template: Path | None, target: Path, megatron: bool) -> Model:
     model = Model(source, template)
-    check_checksums(model.path)
+    checksums = read_checksums(model.path)
+    if _source_digest(model):  # it will tell whether the weights are right, without reading them once more for that
+        checksums = {file: digest for file, digest in checksums.items() if file.suffix != WEIGHTS_SUFFIX}
+    check_files(model.path, checksums)
     for path in (source, model.path, model.side_files):
         if target.resolve() in (path.resolve(), *path.resolve().parents):
             raise ValueError(f"{target} is or contains {path}, which is the source; choose another target.")
@@ -337,6 +349,11 @@ def _open_source(source: Path, template: Path | None, target: Path, megatron: bo
         expected = "a Megatron checkpoint" if megatron else "a Hugging Face folder"
         raise ValueError(f"{source} is not {expected}; use the command for the other direction.")
     return model
+
+
+def _source_digest(model: Model) -> str | None:
+    """Digest of the tensors that a Megatron checkpoint was converted from, if it was."""
+    return model.description.source_digest if model.description else None
 
 
 def _check_dtypes(model: Model) -> None:

@@ -12,11 +12,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -31,6 +33,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 COMPARE_CHUNK_BYTES = 2**24
 WRITE_CHUNK_BYTES = 2**18
+SYNC_BYTES = 2**27
+"""After so many the disk is told to write them, while the next are made; otherwise it would wait for the last fsync."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 TIED_HEAD = "lm_head.weight"
 """The output layer. A folder with tied embeddings may contain it as a copy of the embedding."""
@@ -50,7 +54,7 @@ class TensorInfo:
 
 
 class ChunkedFile(io.FileIO):
-    """A file that splits large writes into chunks, and hashes what is written.
+    """A file that splits large writes into chunks, hashes what is written, and has the disk begin with it early.
 
     For one large write the kernel allocates large pages, which is ten times slower on virtual machines whose memory is
     provided on demand (measured: 0.34 against 3.8 GB/s).
@@ -59,6 +63,9 @@ class ChunkedFile(io.FileIO):
     def __init__(self, path: Path) -> None:
         super().__init__(path, "w")
         self._sha256 = hashlib.sha256()
+        self._syncing = ThreadPoolExecutor(1)
+        self._last_sync: Future[None] | None = None
+        self._num_unsynced_bytes = 0
 
     def write(self, data: Any) -> int:
         """Write all of `data`; returns the number of bytes."""
@@ -68,7 +75,22 @@ class ChunkedFile(io.FileIO):
             written = super().write(view[done : done + WRITE_CHUNK_BYTES])
             self._sha256.update(view[done : done + written])  # while it is in the CPU's cache
             done += written
+        self._num_unsynced_bytes += done
+        if self._num_unsynced_bytes >= SYNC_BYTES and (self._last_sync is None or self._last_sync.done()):
+            self._check_last_sync()
+            self._last_sync, self._num_unsynced_bytes = self._syncing.submit(os.fdatasync, self.fileno()), 0
         return done
+
+    def close(self) -> None:
+        """Close the file; raises OSError if the disk refused what was written to it until now."""
+        self._syncing.shutdown()
+        super().close()
+        self._check_last_sync()
+
+    def _check_last_sync(self) -> None:
+        """The kernel tells of an error once: who syncs the file later does not learn of it."""
+        if self._last_sync is not None:
+            self._last_sync.result()
 
     @property
     def digest(self) -> str:
@@ -146,7 +168,7 @@ class HuggingFaceFolder:
     def tensor(self, key: str) -> Tensor:
         """Read a tensor, in the file's dtype, on the CPU."""
         (file, start), info = self._location_of[key], self._info_of[key]
-        tensor = torch.empty(info.shape, dtype=info.dtype)
+        tensor = empty(info)
         with open(self.path / file, "rb") as data:
             data.seek(start)
             num_bytes = data.readinto(bytes_of(tensor))
@@ -262,6 +284,14 @@ class HuggingFaceWriter:
         if self._data is not None:
             self._data.close()
             self.digest_of[Path(str(self._data.name))] = self._data.digest
+
+
+def empty(info: TensorInfo) -> Tensor:
+    """Memory for a tensor on the CPU, in large pages where Linux has them, which numpy asks for and torch does not.
+
+    In small pages, making them takes longer than reading a file into them (measured: 1.5 against 0.65 s for 2 GiB).
+    """
+    return torch.from_numpy(np.empty(info.num_bytes, dtype=np.uint8)).view(info.dtype).view(info.shape)
 
 
 def bytes_of(tensor: Tensor) -> Any:

@@ -11,9 +11,11 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -26,8 +28,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
 
-from megavar.checkpoints.huggingface import ChunkedFile, TensorInfo
+from megavar.checkpoints.huggingface import ChunkedFile, TensorInfo, empty
 from megavar.checkpoints.safe_pickle import first_line, read_metadata
 from megavar.models.dims import ModelDims
 from megavar.models.ops import Index, Operator, leading_axes, piece_shape
@@ -38,6 +41,7 @@ FILE_BYTES = 2**32
 """A new file is started once a file exceeds this size."""
 DESCRIPTION = "megavar.json"
 SIDE_FILES = "huggingface"
+WEIGHTS_SUFFIX = ".distcp"
 _BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _COMMON = {"common_backend": "torch", "common_backend_version": 1}
 _WEIGHTS = ("embedding.", "decoder.", "output_layer.")
@@ -120,20 +124,30 @@ class ShardedCheckpoint:
         """
         name, shape = operator.megatron_name, piece_shape(operator, dims)
         entry = self._with_chunks_of(name, index)
-        piece = torch.empty(shape, dtype=entry.properties.dtype)
-        target = piece.view(*[1] * len(index), *shape)
-        origin = torch.Size([*index, *[0] * len(shape)])
-        wanted = [ChunkStorageMetadata(offsets=origin, sizes=target.shape)]
+        origin, sizes = torch.Size([*index, *[0] * len(shape)]), torch.Size([*[1] * len(index), *shape])
+        wanted = [ChunkStorageMetadata(offsets=origin, sizes=sizes)]
         reads = create_read_items_for_chunk_list(name, entry, wanted)
-        if sum(read.lengths.numel() for read in reads) != piece.numel():
+        if sum(read.lengths.numel() for read in reads) != sizes.numel():
             raise ValueError(f"{self.path} contains only a part of {name}{list(index)}; copy the files of all ranks.")
         try:
-            self._reader.read_data(LoadPlan(reads), _IntoTensor(target))
+            if len(reads) == 1:
+                return self._read(reads[0]).reshape(shape)
+            piece = empty(TensorInfo(entry.properties.dtype, shape))
+            self._reader.read_data(LoadPlan(reads), _IntoTensor(piece.view(sizes)))
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(
                 f"{self.path}: {name}{list(index)} cannot be read: {first_line(error)}; copy it again."
             ) from error
         return piece
+
+    def _read(self, read: ReadItem) -> Tensor:
+        """What torch's reader would copy into a tensor of ours, which takes as long as the reading itself."""
+        info = self._reader.storage_data[read.storage_index]
+        with open(self.path / info.relative_path, "rb") as file:
+            stored = cast(IO[bytes], _create_file_view(file, info.offset, info.length))
+            chunk: Tensor = torch.load(stored, map_location="cpu", weights_only=True)
+        part = narrow_tensor_by_index(chunk, read.storage_offsets, read.lengths)
+        return part if part.numel() == chunk.numel() else part.clone()
 
     def _with_chunks_of(self, name: str, index: Index) -> TensorStorageMetadata:
         """A parameter's entry, reduced to the chunks that overlap one piece: torch scans all chunks it is given."""
@@ -254,7 +268,7 @@ class ShardedWriter:
     def _append(self, value: Tensor | list[None]) -> _StorageInfo:
         if self._data is None or self._data.tell() > FILE_BYTES:
             self._close()
-            self._data = ChunkedFile(self._folder / f"__0_{self._num_files}.distcp")
+            self._data = ChunkedFile(self._folder / f"__0_{self._num_files}{WEIGHTS_SUFFIX}")
             self._num_files += 1
         start = self._data.tell()
         crc32 = torch.serialization.get_crc32_options()

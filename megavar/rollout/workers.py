@@ -5,6 +5,7 @@ Knows no HTTP: `sglang_client.py` reports how requests ended and supplies the co
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -50,32 +51,50 @@ class Workers:
         self.all = [Worker(url) for url in urls]
         self._concurrency = concurrency
         self._revive = revive
-        self._changed = asyncio.Condition()
+        self._waiting: deque[tuple[int, asyncio.Future[Worker]]] = deque()
+        """Samples of the requests that wait, in order of arrival."""
 
     @asynccontextmanager
     async def lease(self, num_samples: int) -> AsyncIterator[Worker]:
         """A worker for one request, waiting until one has capacity; one with nothing in flight always has.
 
+        Requests get theirs in order of arrival, also where a later one is smaller.
+
         Raises:
             NoWorkerLeft: every worker is dead.
         """
-        async with self._changed:
-            worker = self._choose(num_samples)
-            while worker is None:
-                if all(worker.dead for worker in self.all):
-                    errors = "; ".join(f"{worker.url}: {worker.last_error}" for worker in self.all)
-                    raise NoWorkerLeft(
-                        f"none of the {len(self.all)} SGLang servers answers any more: {errors} "
-                        "(docs/troubleshooting.md#requests-fail)"
-                    )
-                await self._changed.wait()
-                worker = self._choose(num_samples)
-            worker.samples_in_flight += num_samples
+        ready: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
+        self._waiting.append((num_samples, ready))
+        self._hand_out()
         try:
-            yield worker
+            yield await ready
         finally:
-            worker.samples_in_flight -= num_samples
-            await self._notify()
+            ready.cancel()  # if it still waits
+            if not ready.cancelled() and ready.exception() is None:
+                ready.result().samples_in_flight -= num_samples
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give workers to the requests that wait, as far as there is capacity; tell them if no worker is left."""
+        while self._waiting:
+            num_samples, ready = self._waiting[0]
+            if not ready.done():  # else it was cancelled
+                worker = self._choose(num_samples)
+                if worker is not None:
+                    worker.samples_in_flight += num_samples
+                    ready.set_result(worker)
+                elif all(worker.dead for worker in self.all):
+                    ready.set_exception(self._none_left())
+                else:
+                    return
+            self._waiting.popleft()
+
+    def _none_left(self) -> NoWorkerLeft:
+        errors = "; ".join(f"{worker.url}: {worker.last_error}" for worker in self.all)
+        return NoWorkerLeft(
+            f"none of the {len(self.all)} SGLang servers answers any more: {errors} "
+            "(docs/troubleshooting.md#requests-fail)"
+        )
 
     def _choose(self, num_samples: int) -> Worker | None:
         def has_capacity(worker: Worker) -> bool:
@@ -119,14 +138,10 @@ class Workers:
             if num_revivals >= REVIVALS_UNTIL_DEAD and not worker.dead:
                 worker.dead = True
                 logger.error("SGLang server %s did not come back: %s", worker.url, worker.last_error)
-                await self._notify()
+                self._hand_out()
         worker.failures, worker.dead, worker.available = 0, False, True
         logger.info("SGLang server %s is back in use.", worker.url)
-        await self._notify()
-
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+        self._hand_out()
 
     async def close(self) -> None:
         """Stop trying to bring workers back."""

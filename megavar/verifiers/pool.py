@@ -4,12 +4,14 @@ Results are matched to jobs by index, never by completion order. Workers are spa
 torch). Spawning imports the calling script again, so the script needs its `__main__` guard.
 """
 
+import json
 import multiprocessing
+import os
 import pickle
 import signal
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
@@ -26,9 +28,10 @@ _ERROR_CHARACTERS = 500
 _STOP_POLL_SECONDS = 0.5
 _MOST_PENDING, _MOST_REMEMBERED = 256, 4096
 """Jobs that are read ahead, and jobs whose verdicts are remembered."""
-_MOST_AT_ONCE, _QUICK_SECONDS = 32, 0.05
+_MOST_AT_ONCE, _QUICK_SECONDS = 64, 0.05
 """Jobs sent to a worker at once, as long as they take it so little time."""
-_READY, _VERDICT = "ready", "verdict"
+_QUIET_SECONDS = 0.02
+"""A worker wakes its parent when its jobs are done, or when this time has passed since it did so."""
 _RETURNABLE = (Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER)
 """Verdicts that a verifier may return; the pool itself sets the others."""
 
@@ -125,7 +128,7 @@ def _advance(workers: list["_Worker"], queue: _Queue, timeout_seconds: float) ->
     until = min(worker.deadline for worker in workers) - time.monotonic()
     wait([worker.connection for worker in workers], min(max(0.0, until), _STOP_POLL_SECONDS))
     for worker in list(workers):
-        while (verdict := worker.receive(timeout_seconds)) is not None:
+        for verdict in worker.receive(timeout_seconds):
             queue.settle(worker.jobs.popleft(), verdict)
         if worker.dead:
             worker.kill()
@@ -142,15 +145,23 @@ def _is_busy(worker: "_Worker") -> bool:
 
 
 class _Worker:
-    """One worker process and the jobs that it was given: more at once where they take little time."""
+    """One worker process and the jobs that it was given: more at once where they take little time.
+
+    It writes each verdict into a pipe at once, so that none is lost with it, but wakes its parent, by an empty message,
+    for many at a time.
+    """
 
     def __init__(self) -> None:
         # Not forked: threads of gloo or CUDA in the caller do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self.connection, child_end = context.Pipe()
-        self.process = context.Process(target=_serve, args=(child_end,), daemon=True)
+        self._verdicts, verdicts_end = context.Pipe(duplex=False)
+        os.set_blocking(self._verdicts.fileno(), False)
+        self._unread = b""
+        self.process = context.Process(target=_serve, args=(child_end, verdicts_end), daemon=True)
         self.process.start()
         child_end.close()
+        verdicts_end.close()
         self.jobs: deque[VerifyJob] = deque()
         self.deadline = time.monotonic() + _START_SECONDS
         self.is_ready = False
@@ -165,47 +176,59 @@ class _Worker:
         self.jobs.extend(pending.popleft() for _ in range(min(self._num_at_once, len(pending))))
         self._given_at, self.deadline = now, now + timeout_seconds
         try:
-            self.connection.send((list(self.jobs), timeout_seconds))
+            # Each by itself: one that cannot be read there (a verifier that cannot be imported) costs its own verdict.
+            self.connection.send(([pickle.dumps(job) for job in self.jobs], timeout_seconds))
         except OSError:
             self.deadline = 0.0  # It died while idle; `receive` reads its exit code.
 
-    def receive(self, timeout_seconds: float) -> str | None:
-        """The verdict of the first job if it is available; sets `dead` if the worker died or timed out."""
-        if self.dead:
-            return None
+    def receive(self, timeout_seconds: float) -> list[str]:
+        """The next verdicts, as far as there are any; sets `dead` if the worker died or timed out."""
+        reason = verdict = ""
         try:
-            if self.connection.poll():
-                kind, verdict = self.connection.recv()
+            while self.connection.poll():
+                self.connection.recv_bytes()
                 self.is_ready = True
-                if kind != _VERDICT:
-                    return None
-                self.deadline = time.monotonic() + timeout_seconds
-                return str(verdict)
-            if time.monotonic() < self.deadline:
-                return None
-            reason = f"did not start within {_START_SECONDS:.0f} seconds"
-            verdict = str(Verdict.TIMEOUT)
+                self.deadline = time.monotonic() + timeout_seconds + _QUIET_SECONDS
         except (EOFError, OSError):
             self.process.join(5)
             reason = f"died with code {self.process.exitcode}"
             # SIGALRM: the worker's own timer fired before this process killed it.
             verdict = str(Verdict.TIMEOUT) if self.process.exitcode == -signal.SIGALRM else f"error: worker {reason}"
-        self.dead = True
-        if not self.is_ready:
+        is_late = time.monotonic() >= self.deadline
+        verdicts = self._read_verdicts()
+        if is_late and verdicts:  # the next job may have just begun, and the message that says so be on its way
+            self.deadline = time.monotonic() + _QUIET_SECONDS
+        elif is_late and not reason:
+            reason, verdict = f"did not start within {_START_SECONDS:.0f} seconds", str(Verdict.TIMEOUT)
+        self.dead = bool(reason)
+        if self.dead and not self.is_ready:
             raise RuntimeError(
                 f"a verifier worker {reason} before it was ready; see its output above, and check that the calling "
                 "script has an `if __name__ == '__main__'` guard."
             )
-        return verdict if self.jobs else None
+        if self.dead and len(verdicts) < len(self.jobs):
+            verdicts.append(verdict)
+        return verdicts
+
+    def _read_verdicts(self) -> list[str]:
+        """What the worker has written, a JSON string a line."""
+        try:
+            while data := os.read(self._verdicts.fileno(), 2**16):
+                self._unread += data
+        except BlockingIOError:
+            pass
+        *lines, self._unread = self._unread.split(b"\n")
+        return list(json.loads(b"[" + b",".join(lines) + b"]"))
 
     def kill(self) -> None:
         """End the process."""
         self.process.kill()
         self.process.join()
         self.connection.close()
+        self._verdicts.close()
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, verdicts: Connection) -> None:
     """Main loop of a worker: verify jobs until the parent closes the pipe."""
     # These reach the whole process group or job; the parent stops in order, and kills its workers.
     for number in SIGNALS:
@@ -213,29 +236,25 @@ def _serve(connection: Connection) -> None:
     # Warm-up: importing math-verify takes seconds, which must not count against the first job's timeout.
     math.verify("\\boxed{x+1}", "1+x")
     try:
-        connection.send((_READY, ""))
+        connection.send_bytes(b"")
         while True:
-            message = connection.recv_bytes()
-            for verdict in _verdicts(message):
-                connection.send((_VERDICT, verdict))
+            jobs, timeout_seconds = connection.recv()
+            woken = time.monotonic()
+            for job in jobs:
+                os.write(verdicts.fileno(), json.dumps(_verify(job, timeout_seconds)).encode() + b"\n")
+                if (now := time.monotonic()) - woken >= _QUIET_SECONDS:
+                    connection.send_bytes(b"")
+                    woken = now
+            connection.send_bytes(b"")
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
 
-def _verdicts(message: bytes) -> Iterator[str]:
-    try:
-        jobs, timeout_seconds = pickle.loads(message)
-    except Exception as error:  # a verifier that cannot be imported here
-        yield _described(error)
-        return
-    for job in jobs:
-        yield _verify(job, timeout_seconds)
-
-
-def _verify(job: VerifyJob, timeout_seconds: float) -> str:
+def _verify(message: bytes, timeout_seconds: float) -> str:
     try:
         # If the parent dies now, a hanging verifier (even in C code) must terminate soon after.
         signal.setitimer(signal.ITIMER_REAL, timeout_seconds + _GRACE_SECONDS)
+        job = pickle.loads(message)
         verdict = job.verifier(job.response, job.gold)
         if verdict not in _RETURNABLE:
             return f"error: the verifier returned {verdict!r}, expected one of {', '.join(_RETURNABLE)}"

@@ -1,5 +1,6 @@
 """Conversion is exact both ways, refuses what is wrong before it writes, and leaves nothing half done."""
 
+import errno
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ from helpers.tiny_models import save_tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from megavar.checkpoints import huggingface
 from megavar.checkpoints import megatron as sharded
 from megavar.checkpoints.convert import MAX_SHARD_BYTES, Model, differences, to_hugging_face, to_megatron
 from megavar.checkpoints.huggingface import atomic_folder
@@ -466,3 +468,31 @@ def test_a_kill_at_any_moment_leaves_nothing_or_a_complete_checkpoint(folder, tm
             assert list(differences(Model(folder), Model(target))) == []
     to_megatron(folder, target, None, True)
     assert any(found) and [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_converted_checkpoint_with_a_changed_weight_is_refused_by_name(folder, checkpoint, tmp_path):
+    """Its weights are not hashed before they are read: the digest of the tensors in megavar.json tells."""
+    damaged = copy(checkpoint, tmp_path / "damaged")
+    file = damaged / "__0_0.distcp"
+    data, weight = file.read_bytes(), tensors_of(folder)["model.layers.0.mlp.down_proj.weight"].numpy().tobytes()
+    assert data.count(weight) == 1
+    where = data.index(weight) + len(weight) // 2
+    file.write_bytes(data[:where] + bytes([data[where] ^ 1]) + data[where + 1 :])
+    with pytest.raises(ValueError, match=r"__0_0\.distcp has another checksum"):
+        to_hugging_face(damaged, tmp_path / "hf", None, MAX_SHARD_BYTES, False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
+    (damaged / "SHA256SUMS").unlink()  # without it, the change is taken for a wanted one
+    assert not to_hugging_face(damaged, tmp_path / "hf", None, MAX_SHARD_BYTES, False).same_as_source
+
+
+def test_what_the_disk_refuses_while_more_is_written_fails_the_conversion(folder, tmp_path, monkeypatch):
+    def refuse(handle):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(huggingface, "SYNC_BYTES", 1000)
+    to_megatron(folder, tmp_path / "m", None, False)
+    assert to_hugging_face(tmp_path / "m", tmp_path / "hf", None, MAX_SHARD_BYTES, False).same_as_source
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    with pytest.raises(ValueError, match=r"n could not be written: .*Input/output error; no partial output is left"):
+        to_megatron(folder, tmp_path / "n", None, False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "m"]

@@ -64,3 +64,13 @@ def name_process_and_hang(response: str, gold: str) -> str:
 
 def has_no_torch(response: str, gold: str) -> str:
     return "wrong" if "torch" in sys.modules else "correct"
+
+
+class NotImportable:
+    """A verifier that a worker cannot unpickle, like one whose module it lacks."""
+
+    def __reduce__(self):
+        return fail, ("", "")
+
+    def __call__(self, response: str, gold: str) -> str:
+        return "correct"

@@ -65,6 +65,32 @@ def test_a_crash_or_an_exception_touches_its_own_row_only(verifier, verdict):
     assert run(jobs) == ["correct", verdict, "correct", "wrong"]
 
 
+def test_a_verifier_that_workers_cannot_import_touches_its_own_rows_only():
+    """Also where it is given to a worker together with others."""
+    jobs = [timed(f"0 x {index}") for index in range(300)]
+    jobs[100::2] = [VerifyJob(odd_verifiers.NotImportable(), str(index), "") for index in range(100)]
+    verdicts = run(jobs, num_workers=1)
+    assert verdicts[100::2] == ["error: RuntimeError: odd"] * 100
+    assert set(verdicts[:100] + verdicts[101::2]) == {"correct"}
+
+
+def test_a_hanging_job_among_quick_ones_costs_its_own_verdict_only():
+    """Also where it is given to a worker together with others, whose verdicts wait in the pipe when it is killed."""
+    jobs = [timed(f"0 x {index}") for index in range(300)]
+    for index in (150, 151, 290):
+        jobs[index] = VerifyJob(odd_verifiers.hang_deaf_to_signals, str(index), "")
+    started = time.monotonic()
+    verdicts = run(jobs, num_workers=1, timeout_seconds=1.0)
+    assert [index for index, verdict in enumerate(verdicts) if verdict == "timeout"] == [150, 151, 290]
+    assert verdicts.count("correct") == 297
+    assert time.monotonic() - started < 40  # four starts of a worker
+
+
+def test_a_job_within_its_deadline_is_not_cut_short_by_those_before_it():
+    jobs = [*(timed(f"0 x {index}") for index in range(100)), *(timed(f"0.8 x {index}") for index in range(3))]
+    assert run(jobs, num_workers=1, timeout_seconds=1.0) == ["correct"] * 103
+
+
 def test_equal_jobs_are_judged_once(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
