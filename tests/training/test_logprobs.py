@@ -93,7 +93,10 @@ def alone(tmp_path):
 
 
 def bf16_errors(gradients: list[Tensor], references: list[Tensor]) -> list[float]:
-    return [float((found.double() - right).norm() / right.norm()) for found, right in zip(gradients, references)]
+    return [
+        float((found.double() - right).norm() / right.norm())
+        for found, right in zip(gradients, references, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("elements", CHUNKS.values(), ids=CHUNKS)
