@@ -2,10 +2,10 @@
 
     python tools/bench_train.py [--model FOLDER]
 
-All three take the same sequences through gradients, clipping and AdamW in float32. transformers gets them padded, sorted
-by length. The Megatron loop has the same model and packed microbatches, and its own loss: vocabulary-parallel cross
-entropy of full logits, its mean over the trained tokens, without weights. The sides take turns in one process. Ratios
-are of the median times, megavar / baseline; processor time is that of all threads.
+All three take the same sequences through gradients, clipping and AdamW in float32. transformers gets them padded, in
+order of length. The Megatron loop has the same model and packed microbatches, and its own loss: vocabulary-parallel
+cross entropy of full logits, its mean over the trained tokens, without weights. The sides take turns in one process.
+Ratios are of the median times, megavar / that side; processor time is that of all threads.
 """
 
 import argparse
