@@ -4,9 +4,8 @@ loss = (1 / C) x sum over target tokens of weight x -logp, C constant (docs/meth
 Megatron's schedules add the microbatches up and divide by nothing, so the gradient is the same at every split.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch import Tensor
 from megavar.config.schema import ParallelConfig, PrecisionConfig
 from megavar.packing import Microbatch, PackShape
 from megavar.training.megatron_on_cpu import device
-from megavar.training.model import Targets
+from megavar.training.model import Targets, WeightedTargets
 from megavar.training.precision import FP8_TOKEN_MULTIPLE
 
 
@@ -53,7 +52,12 @@ def configure_gradients(config: Any) -> None:
 
 def gradient_pass(chunks: list[torch.nn.Module], microbatches: Sequence[Microbatch], normalizer: float) -> StepSums:
     """Add up the gradients of the global batch, of which `microbatches` are this data-parallel rank's part."""
-    results = _run(chunks, microbatches, partial(_weighted_loss, normalizer=normalizer), forward_only=False)
+
+    def targets_of(microbatch: Microbatch) -> Targets:
+        weights = torch.from_numpy(microbatch.weights) / normalizer
+        return WeightedTargets(*_targets(microbatch), 1.0, weights.to(device()))
+
+    results = _run(chunks, microbatches, targets_of, _loss, forward_only=False)
     sums = torch.zeros(3, dtype=torch.float64)
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         for result in results:
@@ -68,21 +72,25 @@ def score_pass(
     chunks: list[torch.nn.Module], microbatches: Sequence[Microbatch], temperature: float
 ) -> list[NDArray[np.float32]]:
     """Log-probs [S] of each microbatch's targets on the last pipeline stage; an empty list on the others."""
+
+    def targets_of(microbatch: Microbatch) -> Targets:
+        return Targets(*_targets(microbatch), temperature)
+
     with torch.no_grad():
-        results = _run(chunks, microbatches, _collect, forward_only=True, temperature=temperature)
+        results = _run(chunks, microbatches, targets_of, _collect, forward_only=True)
     return [result["logps"] for result in results]
 
 
 def _run(
     chunks: list[torch.nn.Module],
     microbatches: Sequence[Microbatch],
+    targets_of: Callable[[Microbatch], Targets],
     loss_function: Any,
     forward_only: bool,
-    temperature: float = 1.0,
 ) -> list[dict[str, Any]]:
-    def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Any, Any]:
         microbatch = next(iterator)
-        return _forward(model, microbatch, temperature), partial(loss_function, microbatch)
+        return _forward(model, microbatch, targets_of(microbatch)), loss_function
 
     iterators = [iter(microbatches) for _ in chunks]
     results: list[dict[str, Any]] = get_forward_backward_func()(
@@ -97,7 +105,7 @@ def _run(
     return results
 
 
-def _forward(model: torch.nn.Module, microbatch: Microbatch, temperature: float) -> Tensor:
+def _forward(model: torch.nn.Module, microbatch: Microbatch, targets: Targets) -> Any:
     where = device()
     # The longest segment itself, never a rounded size: if it equalled the total of several segments, Megatron
     # would take the rotary table for one of the entire pack (rope_utils.py:155) and not restart positions.
@@ -106,22 +114,22 @@ def _forward(model: torch.nn.Module, microbatch: Microbatch, temperature: float)
     packed = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
     )
-    targets = Targets(
-        torch.from_numpy(microbatch.positions).to(where), torch.from_numpy(microbatch.targets).to(where), temperature
-    )
     token_ids = torch.from_numpy(microbatch.token_ids)[None].to(where)
-    output: Tensor = model(token_ids, None, None, labels=targets, packed_seq_params=packed)
-    return output
+    return model(token_ids, None, None, labels=targets, packed_seq_params=packed)
 
 
-def _weighted_loss(microbatch: Microbatch, logps: Tensor, normalizer: float) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    weights = torch.from_numpy(microbatch.weights).to(logps.device)
-    loss = -(weights * logps).sum() / normalizer
-    sums = torch.stack([loss.detach().double(), -logps.detach().double().sum(), loss.new_tensor(len(logps)).double()])
+def _targets(microbatch: Microbatch) -> tuple[Tensor, Tensor]:
+    where = device()
+    return torch.from_numpy(microbatch.positions).to(where), torch.from_numpy(microbatch.targets).to(where)
+
+
+def _loss(output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    loss, logps = output
+    sums = torch.stack([loss.detach().double(), -logps.double().sum(), loss.new_tensor(len(logps)).double()])
     # Megatron adds up the integer, and finish() above ignores it.
     return loss, torch.ones((), dtype=torch.int, device=logps.device), {"sums": sums}
 
 
-def _collect(microbatch: Microbatch, logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def _collect(logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
     one = torch.ones((), dtype=torch.int, device=logps.device)
     return logps.sum(), one, {"logps": logps.cpu().numpy()}

@@ -19,7 +19,7 @@ from torch import Tensor
 from megavar.config.schema import ParallelConfig, PrecisionConfig
 from megavar.models.dims import ModelDims
 from megavar.training.attention import PackedAttention, RMSNorm
-from megavar.training.logprobs import token_logps
+from megavar.training.logprobs import token_logps, weighted_loss
 from megavar.training.megatron_on_cpu import device
 from megavar.training.precision import has_transformer_engine, transformer_config_arguments
 from megavar.training.rope import yarn_frequencies
@@ -34,13 +34,23 @@ class Targets:
     temperature: float
 
 
+@dataclass(frozen=True)
+class WeightedTargets(Targets):
+    """As `Targets`, to be trained: the sum of `weights[i]` x -log-prob is asked for as well, and its gradients."""
+
+    weights: Tensor
+
+
 class LogProbModel(GPTModel):  # type: ignore[misc]
-    """GPTModel whose `labels` are `Targets` and whose output on the last stage is their log-probs [S], float32."""
+    """GPTModel whose `labels` are `Targets` and whose output on the last stage is their log-probs [S], float32.
+
+    For `WeightedTargets` it is the loss, a float32 scalar with gradients, and the log-probs without.
+    """
 
     vocab_rows: int
     """Real rows of the vocabulary; the rest is padding."""
 
-    def _postprocess(self, hidden_states: Tensor, labels: Targets, **_: Any) -> Tensor:
+    def _postprocess(self, hidden_states: Tensor, labels: Targets, **_: Any) -> Tensor | tuple[Tensor, Tensor]:
         if not self.post_process:
             return hidden_states
         table = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
@@ -49,14 +59,11 @@ class LogProbModel(GPTModel):  # type: ignore[misc]
             chosen = gathered.squeeze(1)[labels.positions]
         else:
             chosen = copy_to_tensor_model_parallel_region(hidden_states.squeeze(1)[labels.positions])
-        return token_logps(
-            chosen,
-            self.output_layer.weight if table is None else table,
-            labels.ids,
-            self.vocab_rows,
-            labels.temperature,
-            parallel_state.get_tensor_model_parallel_group(),
-        )
+        table = self.output_layer.weight if table is None else table
+        group = parallel_state.get_tensor_model_parallel_group()
+        if isinstance(labels, WeightedTargets):
+            return weighted_loss(chosen, table, labels.ids, labels.weights, self.vocab_rows, labels.temperature, group)
+        return token_logps(chosen, table, labels.ids, self.vocab_rows, labels.temperature, group)
 
 
 def transformer_config(
