@@ -123,8 +123,9 @@ class Forecast:
         replicas = self._ranks // layout.ranks_per_replica
         states = 8 if weights == 4 else 12  # two moments, and the float32 copy of shorter weights
         optimizer = held * states / (replicas if self._config.policy.train.distributed_optimizer else 1)
-        # Logits exist for a chunk of the vocabulary at a time (training/logprobs.py), with their gradient.
-        logits = 2 * 4 * LOGITS_AT_ONCE
+        # A chunk of logits and the float32 gradient of the output table exist at a time (training/logprobs.py).
+        rows = self._dims.vocab_size // layout.tensor
+        logits = 4 * (max(LOGITS_AT_ONCE, rows * self._dims.hidden_size) + rows * self._dims.hidden_size)
         parts = {"weights": held * weights, "gradients": held * 4, "optimizer": optimizer, "logits": logits}
         listed = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in parts.items())
         return f"about {sum(parts.values()) / 1e9:,.2f} GB before activations ({listed} GB) on {self._ranks} ranks"

@@ -81,7 +81,7 @@ def test_memory_is_that_of_the_parameters_on_a_rank(config_file):
     assert forecast._num_parameters == count
     listed = dict(re.findall(r"(\w+) ([\d.]+)", forecast._memory().partition("(")[2]))
     assert float(listed["weights"]) == pytest.approx(4e-9 * count, abs=0.005)
-    assert LOGITS_AT_ONCE == CHUNK_ELEMENTS and float(listed["logits"]) == 0.13
+    assert LOGITS_AT_ONCE == CHUNK_ELEMENTS and float(listed["logits"]) == 0.07
     split = check_run(load_config(config_file, ["parallel.tensor=2"]), 4)
     assert split._ranks == 4 and "on 4 ranks" in split._memory()
 
