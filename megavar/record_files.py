@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 LONG_ROWS, SHORT_ROWS = 256, 8192
 """Rows of a row group, and of a table that is read: of records that hold a trace's tokens, and of others."""
-MERGED_AT_ONCE = 2**27
+MERGED_AT_ONCE = 2**26
 """Bytes of the rows that a merge sorts in memory; more go through temporary files."""
 
 
@@ -72,7 +72,14 @@ class RecordFile(Generic[Record]):
 
     def tables(self) -> Iterator[pa.Table]:
         """The rows, in tables of bounded size."""
-        with _reading(self.file), pq.ParquetFile(self.file, page_checksum_verification=True) as source:
+        with (
+            _reading(self.file),
+            pq.ParquetFile(
+                self.file,
+                page_checksum_verification=True,
+                pre_buffer=False,  # which would keep what was read
+            ) as source,
+        ):
             num_missing = source.metadata.num_rows
             for batch in source.iter_batches(group_rows(self.record_type), columns=self.columns):
                 table = pa.Table.from_batches([batch])

@@ -56,7 +56,7 @@ class SequenceSet(Sequence[TrainSequence]):
 
 
 class TextNumbers:
-    """Numbers the texts of sequences; those that share memory are one."""
+    """Numbers the texts of sequences; an array that is in several is one text."""
 
     def __init__(self) -> None:
         self.num_texts = 0
@@ -64,14 +64,13 @@ class TextNumbers:
     def add(self, sequences: Sequence[TrainSequence]) -> tuple[list[TokenIds], NDArray[np.int32]]:
         """Texts of these sequences that are not in one before, and [N, 3] the numbers of each sequence's texts."""
         new: list[TokenIds] = []
-        number_of: dict[tuple[int, int], int] = {}
+        number_of: dict[int, int] = {}
 
         def number(ids: TokenIds) -> int:
-            key = (ids.__array_interface__["data"][0], len(ids))
-            if key not in number_of:
-                number_of[key] = self.num_texts + len(new)
+            if id(ids) not in number_of:
+                number_of[id(ids)] = self.num_texts + len(new)
                 new.append(ids)
-            return number_of[key]
+            return number_of[id(ids)]
 
         parts = [
             (

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -128,10 +129,13 @@ class QuestionTokens:
             shutil.rmtree(aside, ignore_errors=True)
 
     def _digest(self, kind: str) -> str:
-        digest = hashlib.sha256(self._templates.digest(kind).encode())
+        return hashlib.sha256(f"{self._templates.digest(kind)} {self._digest_of_questions}".encode()).hexdigest()
+
+    @cached_property
+    def _digest_of_questions(self) -> str:
+        digest, names = hashlib.sha256(), [item.name for item in fields(Question)]
         for question in self._questions:
-            for item in fields(question):
-                text = getattr(question, item.name)
+            for text in (getattr(question, name) for name in names):
                 digest.update(f"{-1 if text is None else len(text)}:{text}".encode())
         return digest.hexdigest()
 

@@ -90,13 +90,16 @@ def policy_sequences(
     """
     question_of, trace_of = {question.id: question for question in questions}, by_trace(traces)
     answers_of = answers_by_trace(answers)
+    prompt_of: dict[str, TokenIds] = {}
     sequences = []
     for weight in _with_weight(weights):
         question = _question_of(question_of, weight)
         if weight.status == WeightStatus.GOLD:
             sequences.append(_gold(question, texts, weight.weight))
             continue
-        trace, prompt = _trace_of(trace_of, weight), texts.policy_prompt(question)
+        trace = _trace_of(trace_of, weight)
+        if question.id not in prompt_of:
+            prompt_of[question.id] = texts.policy_prompt(question)
         by_reference = weight.status in (WeightStatus.NO_CORRECT_TRACE, WeightStatus.UNVERIFIABLE)
         if train_answers == "reference" or by_reference:
             answer_ids = [texts.answer(question)]
@@ -104,6 +107,7 @@ def policy_sequences(
             distinct = _distinct_correct(answers_of[weight.question_id, weight.trace_index], weight)
             answer_ids = distinct[:1] if train_answers == "first_correct" else distinct
         share = weight.weight / len(answer_ids)
+        prompt = prompt_of[question.id]
         sequences += [TrainSequence(prompt, trace.trace_ids, share, ids) for ids in answer_ids]
     return sequences
 

@@ -37,7 +37,7 @@ from megavar.record_files import (
     parts,
     rows,
 )
-from megavar.records import Answer, Question, Score, Scored, Trace, TraceFinish, TrainSequence, schema_of
+from megavar.records import Answer, Question, Score, Scored, TokenIds, Trace, TraceFinish, TrainSequence, schema_of
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
@@ -143,10 +143,13 @@ def _sequences(trace_set: TraceSet, num_models: int) -> Iterator[list[TrainSeque
     columns = (*_KEY, "prompt_ids", "trace_ids", "finish")
     for table in RecordFile(trace_set.traces, Trace, columns).tables():
         some: list[TrainSequence] = []
+        of_question: dict[str, tuple[TokenIds, TokenIds]] = {}
         for trace in rows(table, Trace, trace_set.traces):
             if trace.finish == TraceFinish.CLOSED:
-                question = question_of[trace.question_id]
-                prompt, answer = texts.policy_prompt(question), texts.answer(question)
+                if trace.question_id not in of_question:
+                    question = question_of[trace.question_id]
+                    of_question[question.id] = texts.policy_prompt(question), texts.answer(question)
+                prompt, answer = of_question[trace.question_id]
                 some.append(TrainSequence(prompt, trace.trace_ids, 1.0, answer))
                 some += [TrainSequence(trace.prompt_ids, trace.trace_ids, 1.0)] * (num_models - 1)
         yield some

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import pyarrow.compute as pc
+
 from megavar.data.question_tokens import QuestionTexts
 from megavar.data.tokens import NO_WEIGHT, policy_sequences
 from megavar.joins import by_question
@@ -15,7 +17,7 @@ from megavar.stages.run_files import output, round_questions
 
 @dataclass(frozen=True)
 class WeightedTraces:
-    """Of some questions: all traces and verified answers, and the weights that `objective.selection` leaves."""
+    """Of some questions: the traces, their correct answers, and the weights that `objective.selection` leaves."""
 
     questions: Sequence[Question]
     traces: Sequence[Trace]
@@ -54,7 +56,9 @@ def weighted_traces(run: Run) -> Iterator[WeightedTraces]:
         if kept:
             chosen = dict.fromkeys(weight.question_id for weight in kept)
             questions = [question_of[question_id] for question_id in chosen if question_id in question_of]
-            yield WeightedTraces(questions, rows(traces, Trace), rows(answers, Answer), kept)
+            # Wrong answers are not trained on; ones without a verdict stay, to be refused by name.
+            learnt = answers.filter(pc.fill_null(answers["correct"], True))
+            yield WeightedTraces(questions, rows(traces, Trace), rows(learnt, Answer), kept)
     pruned = pruned_mass / max(num_questions, 1)
     print(f"policy: {num_traces} weighted traces, pruned weight mass (min_weight) {pruned:.4f}", flush=True)
     if num_traces == 0:
