@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megavar.liveness import another_rank_ended, leave_other_ranks, watch_other_ranks
-from megavar.ranks import ExplainedFailure, RankZeroError, is_rank_zero, share_exit_code, wait_for_exit_code
+from megavar.ranks import (
+    ExplainedFailure,
+    NodeFailure,
+    RankZeroError,
+    is_rank_zero,
+    share_exit_code,
+    wait_for_exit_code,
+)
 from megavar.rollout.watchdog import die_with_parent
 from megavar.stopping import Stopped, catch_signals, release_signals
 
@@ -197,7 +204,8 @@ def _code_of(work: Callable[[], None]) -> int:
         code = stopped.exit_code
     except (ValueError, FloatingPointError, ExplainedFailure) as error:
         logger.debug("traceback of what follows:", exc_info=True)
-        if is_rank_zero():
+        crashed = isinstance(error, NodeFailure)  # which no other rank reports
+        if is_rank_zero() or crashed:
             print(f"error: {error}", flush=True)
         code = 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:

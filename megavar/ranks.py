@@ -1,18 +1,21 @@
 """What the ranks of one torchrun say to each other besides Megatron's collectives. Imports no torch by itself.
 
-Rank 0 does what needs one process: it talks to servers, reads and writes records, shows progress. A process that
-torchrun did not start is the only rank.
+Rank 0 does what needs one process: it reads and merges records, shows progress. The first rank of every node talks to
+the node's servers and verifies answers. A process that torchrun did not start is the only rank.
 """
 
 import os
+import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 _WAIT_SECONDS = 2.0
 """Of one wait, in which a process does not see signals."""
+_TELL_SECONDS = 1.0
 _REPORT_SECONDS = 60.0
 """Limit of waiting for rank 0 to report an error."""
 RUN_ENDED = "megavar/exit_code"
@@ -28,6 +31,10 @@ class RankZeroError(RuntimeError):
 
 class ExplainedFailure(RuntimeError):
     """A failure that its message explains, so that it is reported as one line without a traceback."""
+
+
+class NodeFailure(ExplainedFailure):
+    """The work of one node failed; the rank that did it reports it."""
 
 
 def distributed() -> Any:
@@ -83,6 +90,90 @@ def on_rank_zero(work: Callable[[], None]) -> None:
     outcome = store.get(key).decode()
     if outcome != "done":
         raise RankZeroError(f"rank 0 failed: {outcome}")
+
+
+def node() -> int:
+    """Number of this process's node among those of this torchrun, from 0; rank 0 is on the first."""
+    return int(os.environ.get("GROUP_RANK", "0"))
+
+
+def leads_node() -> bool:
+    """Whether this process is the first rank of its node."""
+    return rank() == 0 if num_nodes() == 1 else os.environ["LOCAL_RANK"] == "0"
+
+
+def num_nodes() -> int:
+    """Nodes of this torchrun: agents, several of which may be on one machine."""
+    return 1 if distributed() is None else int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
+def on_every_node(work: Callable[[], None]) -> None:
+    """Run `work` on the first rank of every node while the others sleep; returns once all nodes are done.
+
+    Raises:
+        NodeFailure: on the first rank of a node whose `work` failed as its message explains.
+        RankZeroError: on the other ranks, if `work` failed on a node.
+    """
+    global _num_calls
+    if num_nodes() == 1:
+        on_rank_zero(work)
+        return
+    store = distributed().distributed_c10d._get_default_store()
+    _num_calls += 1
+    key = f"megavar/node/{_num_calls}"
+    if leads_node():
+        try:
+            work()
+        except BaseException as error:
+            store.set(f"{key}/{node()}", f"{type(error).__name__}: {error}")
+            if isinstance(error, (ValueError, ExplainedFailure)):
+                raise NodeFailure(f"node {node()} ({socket.gethostname()}): {error}") from error
+            raise
+        store.set(f"{key}/{node()}", "done")
+    for other in range(num_nodes()):
+        while not _has(store, f"{key}/{other}"):
+            pass
+        outcome = store.get(f"{key}/{other}").decode()
+        if outcome != "done":
+            raise RankZeroError(f"node {other} failed: {outcome}")
+
+
+def claimed(blocks: Iterable[Value], name: str) -> Iterator[Value]:
+    """The blocks that fall to this node: each goes to the node that asks first, when it has use for it.
+
+    Args:
+        blocks: the same on every node.
+        name: of the blocks, once in a run of this process.
+    """
+    if num_nodes() == 1:
+        yield from blocks
+        return
+    store = distributed().distributed_c10d._get_default_store()
+    key = f"megavar/claims/{name}"
+    mine = store.add(key, 1) - 1
+    for number, block in enumerate(blocks):
+        if number == mine:
+            yield block
+            mine = store.add(key, 1) - 1
+
+
+class Tally:
+    """A number that is added up over the nodes; each tells of its part every second.
+
+    Args:
+        name: once in a run of this process.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._key, self._untold, self._others, self._told_at = f"megavar/tally/{name}", 0, 0, time.monotonic()
+
+    def add(self, number: int) -> int:
+        """Add to it; returns what is known of the sum."""
+        self._untold += number
+        if num_nodes() > 1 and time.monotonic() - self._told_at > _TELL_SECONDS:
+            store = distributed().distributed_c10d._get_default_store()
+            self._others, self._untold, self._told_at = store.add(self._key, self._untold), 0, time.monotonic()
+        return self._others + self._untold
 
 
 def _has(store: Any, key: str) -> bool:

@@ -311,21 +311,17 @@ class RecordWriter(Generic[Record]):
         make_folder(folder)
         self._next_part = 1 + max((int(part.stem.split("-")[1]) for part in parts(folder)), default=-1)
 
-    def existing(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    def existing(self) -> Iterator[pa.Table]:
         """Tables of what is on disk, data.parquet before the parts; the last of rows with the same identity counts.
 
         A part that a crash of the machine has damaged is renamed, so that its records are made again.
-
-        Args:
-            columns: that are returned; all are read.
 
         Raises:
             DamagedFile: if data.parquet is damaged.
         """
         if self.file.exists():
             try:
-                for table in RecordFile(self.file, self.record_type).tables():
-                    yield table if columns is None else table.select(columns)
+                yield from RecordFile(self.file, self.record_type).tables()
             except DamagedFile as error:
                 raise DamagedFile(f"{error}; restore it, or remove it, and what it held is made again.") from error
         for part in parts(self.folder):
@@ -336,14 +332,20 @@ class RecordWriter(Generic[Record]):
                 os.replace(part, aside)
                 logger.warning("%s; it is now %s, and what it held is made again.", error, aside.name)
                 continue
-            yield from read if columns is None else (table.select(columns) for table in read)
+            yield from read
+
+    def set_aside_damaged(self) -> None:
+        """Read all that is on disk; see `existing`."""
+        for _ in self.existing():
+            pass
 
     def existing_identities(self) -> set[tuple[Any, ...]]:
-        """The columns that identify a row, of every row on disk."""
+        """The columns that identify a row, of every row on disk, no part of which may be damaged."""
         names = identity_columns(self.record_type)
         found: set[tuple[Any, ...]] = set()
-        for table in self.existing(names):
-            found.update(zip(*(table[name].to_pylist() for name in names), strict=True))
+        for file in [*([self.file] if self.file.exists() else []), *parts(self.folder)]:
+            for table in RecordFile(file, self.record_type, names).tables():
+                found.update(zip(*(table[name].to_pylist() for name in names), strict=True))
         return found
 
     def append(self, *records: Record) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from megavar.progress import ProgressLine
+from megavar.ranks import num_nodes
 from megavar.rollout.engine import Engine, GenerateRequest, Generation, NoWorkerLeft, RolloutError
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ async def run_requests(
     total: int | None = None,
     concurrency: int | None = None,
     show_progress: bool = True,
+    count: Callable[[int], int] | None = None,
 ) -> Throughput:
     """Run every request and pass each result to `on_result` as soon as it is there, in order of completion.
 
@@ -66,6 +68,7 @@ async def run_requests(
         total: number of requests; None: the length of `requests` if it has one, else the line shows no remaining time.
         concurrency: requests in flight; None: the engine's capacity (the engine bounds samples by itself).
         show_progress: off on all ranks but one.
+        count: adds a number of finished requests to those of other nodes and returns the sum, which is shown.
 
     Returns:
         The totals of this run.
@@ -77,6 +80,7 @@ async def run_requests(
         total = len(requests)
     pending = iter(requests)
     done, failures = Throughput(), list[tuple[object, Exception]]()
+    here = "" if num_nodes() == 1 else " on this node"
     start = time.monotonic()
 
     async def run_some(progress: ProgressLine) -> None:
@@ -94,7 +98,8 @@ async def run_requests(
             done.num_samples += len(generations)
             done.num_tokens += sum(len(generation.ids) for generation in generations)
             done.seconds = time.monotonic() - start
-            progress.update(done.num_requests, total, f"requests, {done.tokens_per_second:,.0f} tokens/s")
+            shown = done.num_requests if count is None else count(1)
+            progress.update(shown, total, f"requests, {done.tokens_per_second:,.0f} tokens/s{here}")
 
     with ProgressLine(description, show=show_progress) as progress:
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megavar.config.schema import RolloutConfig
+from megavar.ranks import node, on_every_node, on_rank_zero
 from megavar.rollout.sglang_client import SGLangEngine
 from megavar.rollout.sglang_servers import ManagedServers, open_engine, visible_gpus
 from megavar.stopping import Stopped, stop_requested
@@ -20,22 +21,27 @@ Value = TypeVar("Value")
 
 
 class RolloutService:
-    """Gives each stage an engine that serves the model it names; on rank 0 only.
+    """Gives each stage an engine that serves the model it names; each process that uses one has its own.
 
     Args:
         config: rollout section.
         base: a model of the architecture that will be served, for servers that start before that model exists.
-        log_dir: gets `server_NN.log`.
+        log_dir: gets `server_NN.log`, of later nodes in `node_NN`.
     """
 
     def __init__(self, config: RolloutConfig, base: Path, log_dir: Path) -> None:
-        self._config, self._base, self._log_dir = config, base, log_dir
+        self._config, self._base = config, base
+        self._log_dir = log_dir / f"node_{node():02d}" if node() else log_dir
         self._keeps_servers = config.mode == "managed" and not visible_gpus()
         self._early: ManagedServers | None = None
         self._engine: SGLangEngine | None = None
         self._served: Path | None = None
         self._loop = asyncio.Runner()  # makes its event loop when first used
         self._open = AsyncExitStack()
+
+    def on_nodes(self, work: Callable[[], None]) -> None:
+        """Run work that asks servers: on every node with its own ones, or on rank 0 if they are elsewhere."""
+        (on_every_node if self._config.mode == "managed" else on_rank_zero)(work)
 
     def start_early(self) -> None:
         """Start the servers without waiting for them, if they may run alongside other stages."""

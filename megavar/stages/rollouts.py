@@ -7,12 +7,11 @@ from pathlib import Path
 from megavar.joins import by_question
 from megavar.ranks import on_rank_zero
 from megavar.record_files import rows
-from megavar.records import Answer, Trace
-from megavar.rollout.engine import Engine
+from megavar.records import Answer, Question, Trace
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
 from megavar.stages.run_files import log_values, output, question_tokens, round_questions, templates
-from megavar.stages.sample import Sampling, sample_policy
+from megavar.stages.sample import Loaded, Sampling, sample_policy
 from megavar.stages.verify import verify_answers
 from megavar.stages.weigh import Group, counted_scores, weigh_traces
 from megavar.verifiers import NO_VERIFIER
@@ -22,22 +21,23 @@ def execute(run: Run, service: RolloutService) -> None:
     """Write traces, answers, verdicts and weights of the policy that the round starts with."""
     config, folder = run.config, run.round / "rollouts"
 
-    def work() -> None:
-        questions = [question for question in round_questions(run) if question.verifier != NO_VERIFIER]
-        sampling = Sampling(config.sample, templates(run), question_tokens(run), config.seed, run.round_index)
+    def questions() -> list[Question]:
+        return [question for question in round_questions(run) if question.verifier != NO_VERIFIER]
 
-        async def sample(engine: Engine) -> None:
-            num_traces, num_answers = config.posterior.num_rollouts, config.sample.num_answers
-            await sample_policy(engine, questions, sampling, num_traces, num_answers, folder)
+    def load() -> Loaded:
+        return questions(), templates(run), question_tokens(run)
 
-        service.run(run.reference, sample)
-        answers = folder / "answers" / "data.parquet"
-        verify_answers(questions, answers, config.verify, config.sample.flush_seconds, folder / "verified")
+    def weigh() -> None:
         all_traces = replace(config.objective, num_traces=None)  # objective.num_traces is about q's traces
         values = weigh_traces(_groups(folder), "forward_kl", all_traces, folder / "weights")
         log_values(run, "rollouts", {run.round_index: values})
 
-    on_rank_zero(work)
+    sampling = Sampling(config.sample, config.seed, run.round_index, load)
+    num_traces, num_answers = config.posterior.num_rollouts, config.sample.num_answers
+    sample_policy(service, run.reference, num_traces, num_answers, sampling, folder)
+    answers = folder / "answers" / "data.parquet"
+    verify_answers(questions, answers, config.verify, config.sample.flush_seconds, folder / "verified")
+    on_rank_zero(weigh)
 
 
 def _groups(folder: Path) -> Iterator[Group]:

@@ -1,23 +1,29 @@
 """Runs the stages of a run in order, each once: what is finished is skipped.
 
-Every rank calls every stage: training and scoring use all ranks, the rest runs on rank 0 while the others wait. A
+Every rank calls every stage: training and scoring use all ranks, sampling and verifying the first rank of every node,
+the rest runs on rank 0 while the others wait. A
 stage's module, and with it the libraries it needs, is imported when the stage runs.
 """
 
+import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 
 from megavar.config.schema import RunConfig
-from megavar.ranks import barrier, from_rank_zero, is_rank_zero, on_rank_zero
+from megavar.ranks import barrier, from_rank_zero, is_rank_zero, leads_node, num_nodes, on_every_node, on_rank_zero
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
 from megavar.runs.owner import owned
 from megavar.runs.plan import Stage, check_outputs, find_stage, stages_of
 from megavar.stopping import stop_if_requested
+
+LATE_SECONDS = 60.0
+"""How long a node may take to see a file that another one wrote."""
 
 
 def run_pipeline(config: RunConfig) -> None:
@@ -44,17 +50,46 @@ def _run_stages(config: RunConfig, stages: list[tuple[Stage, Run]]) -> None:
             Run(config).open()
 
         on_rank_zero(prepare)
+        _check_shared(Run(config).folder)
         _run_in_order(config, stages)
+
+
+def _check_shared(folder: Path) -> None:
+    """Every node must see what rank 0 writes into the run's folder.
+
+    Raises:
+        NodeFailure: on a node that does not.
+    """
+    if num_nodes() == 1:
+        return
+    name = from_rank_zero(lambda: f".seen_by_all.{os.getpid()}.{time.time_ns()}")
+    on_rank_zero((folder / name).touch)
+
+    def look() -> None:
+        until = time.monotonic() + LATE_SECONDS
+        while not (folder / name).exists():
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"does not see {folder / name}, which rank 0 wrote {LATE_SECONDS:.0f} s ago; runs_dir must be a "
+                    "folder that all nodes share."
+                )
+            with suppress(OSError):
+                os.listdir(folder)  # a network file system may look again
+            time.sleep(0.5)
+
+    on_every_node(look)
+    on_rank_zero((folder / name).unlink)
 
 
 def _run_in_order(config: RunConfig, stages: list[tuple[Stage, Run]]) -> None:
     service = RolloutService(config.rollout, Run(config).base, Run(config).folder / "servers")
-    pending = [(stage, run) for stage, run in stages if not _is_finished(run, stage)] if is_rank_zero() else []
+    is_finished = from_rank_zero(lambda: [_is_finished(run, stage) for stage, run in stages])
+    pending = [pair for pair, finished in zip(stages, is_finished, strict=True) if not finished]
     try:
         for stage, run in stages:
             if (stage, run) in pending:
                 pending.remove((stage, run))
-                if pending and pending[0][0].serves:
+                if pending and pending[0][0].serves and leads_node():
                     service.start_early()
             run_once(run, stage, partial(_execute, run, stage, service))
             service.end_stage()

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from megavar.config.schema import VerifyConfig
 from megavar.joins import OUTPUTS_DO_NOT_MATCH, Identity, by_question, check_complete, identities
 from megavar.progress import ProgressLine
-from megavar.ranks import on_rank_zero
+from megavar.ranks import Tally, claimed, from_rank_zero, is_rank_zero, node, on_every_node, on_rank_zero
 from megavar.record_files import RecordFile, RecordFileWriter, RecordWriter, lists
 from megavar.records import Answer, Judgement, Question, TokenIds, Verdict
 from megavar.rollout.service import RolloutService
@@ -32,49 +32,59 @@ _KEY = ("question_id", "trace_index", "answer_index")
 
 def execute(run: Run, service: RolloutService) -> None:
     """A verdict for every answer of the round."""
-
-    def work() -> None:
-        answers, flush_seconds = run.round / "answers" / "data.parquet", run.config.sample.flush_seconds
-        verify_answers(round_questions(run), answers, run.config.verify, flush_seconds, run.round / "verified")
-
-    on_rank_zero(work)
+    answers, flush_seconds = run.round / "answers" / "data.parquet", run.config.sample.flush_seconds
+    verify_answers(lambda: round_questions(run), answers, run.config.verify, flush_seconds, run.round / "verified")
 
 
 def verify_answers(
-    questions: Sequence[Question], answers: Path, config: VerifyConfig, flush_seconds: float, folder: Path
+    questions: Callable[[], Sequence[Question]], answers: Path, config: VerifyConfig, flush_seconds: float, folder: Path
 ) -> None:
-    """Write the records of the file `answers` with `correct` and `verdict` to `folder`.
+    """Write the records of the file `answers` with `correct` and `verdict` to `folder`; every rank calls it.
 
-    Verdicts of an interrupted call are reused; they are in the folder `judgements` in it until all answers have one.
+    Each node judges the answers that it claims, and rank 0 merges. Verdicts of an interrupted call are reused; they are
+    in the folder `judgements` in it until all answers have one.
+
+    Args:
+        questions: of the answers; called where they are needed.
 
     Raises:
         ValueError: for an answer to an unknown question, a question with an unknown verifier, or a verdict in `folder`
             that is of none of these answers.
     """
-    finished = folder / "data.parquet"
-    if finished.exists():
-        _refuse_others(*(RecordFile(file, Answer, (*_KEY, "answer_ids")) for file in (answers, finished)))
-        return
-    judge_of = _judges(answers, {question.id: question for question in questions}, config.plugins)
-    writer = RecordWriter(folder / "judgements", Judgement, flush_seconds)
-    writer.finish()
-    pending = _Pending(answers, RecordFile(writer.file, Judgement), judge_of)
-    with ProgressLine("verdicts", pending.num_judged) as progress:
-        num_verified = pending.num_judged
+    finished, judgements = folder / "data.parquet", folder / "judgements"
 
-        def keep(index: int, verdict: str) -> None:
-            nonlocal num_verified
-            writer.append(Judgement(*pending.pop(index), verdict))
-            num_verified += 1
-            progress.update(num_verified, pending.num_answers, "answers")
+    def begin() -> bool:
+        if finished.exists():
+            _refuse_others(*(RecordFile(file, Answer, (*_KEY, "answer_ids")) for file in (answers, finished)))
+            return False
+        _judges(answers, questions(), config.plugins)
+        RecordWriter(judgements, Judgement, flush_seconds).finish()
+        return True
 
-        try:
-            verify_all(pending.jobs(), config.num_workers, config.timeout_seconds, keep)
-        finally:
-            writer.flush()
+    def judge() -> None:
+        known = RecordFile(judgements / "data.parquet", Judgement)
+        pending = _Pending(answers, known, _judges(answers, questions(), config.plugins))
+        writer, tally = RecordWriter(judgements, Judgement, flush_seconds, node()), Tally(str(folder))
+        with ProgressLine("verdicts", pending.num_judged, show=is_rank_zero()) as progress:
+
+            def keep(index: int, verdict: str) -> None:
+                writer.append(Judgement(*pending.pop(index), verdict))
+                progress.update(pending.num_judged + tally.add(1), pending.num_answers, "answers")
+
+            try:
+                verify_all(pending.jobs(), config.num_workers, config.timeout_seconds, keep)
+            finally:
+                writer.flush()
+
+    if from_rank_zero(begin):
+        on_every_node(judge)
+        on_rank_zero(lambda: _merge(answers, RecordWriter(judgements, Judgement, flush_seconds), finished))
+
+
+def _merge(answers: Path, writer: RecordWriter[Judgement], finished: Path) -> None:
     writer.finish()
     judgements = RecordFile(writer.file, Judgement)
-    check_complete(identities(judgements), identities(RecordFile(answers, Answer, _KEY)), folder)
+    check_complete(identities(judgements), identities(RecordFile(answers, Answer, _KEY)), finished.parent)
     verdicts: Counter[str] = Counter()
     with RecordFileWriter(finished, Answer) as verified:
         for some_answers, some_judgements in by_question(RecordFile(answers, Answer), judgements):
@@ -105,7 +115,8 @@ class _Pending:
         """One for each, in the order of the file."""
         answers = RecordFile(self._answers, Answer, (*_KEY, "answer_ids", "text"))
         index = 0
-        for some_answers, some_judgements in by_question(answers, self._judgements):
+        tables = by_question(answers, self._judgements)
+        for some_answers, some_judgements in claimed(tables, f"verify {self._judgements.file}"):
             digest_of = dict(_digests(some_judgements))
             texts = some_answers["text"].to_pylist()
             for (key, digest), text in zip(_digests(some_answers), texts, strict=True):
@@ -156,9 +167,9 @@ def _warn_of_errors(verdicts: Counter[str]) -> None:
         )
 
 
-def _judges(answers: Path, question_of: dict[str, Question], plugins: Sequence[str]) -> dict[str, tuple[Verifier, str]]:
+def _judges(answers: Path, questions: Sequence[Question], plugins: Sequence[str]) -> dict[str, tuple[Verifier, str]]:
     """Verifier and ground truth of the questions of these answers."""
-    judge_of = {}
+    judge_of, question_of = {}, {question.id: question for question in questions}
     for key in identities(RecordFile(answers, Answer, _KEY)):
         if key[0] in judge_of:
             continue

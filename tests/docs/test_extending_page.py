@@ -109,7 +109,7 @@ def test_the_verifier_judges_in_the_pool_from_outside(outside, tmp_path, monkeyp
         get_verifier(questions[0].verifier)
     config = VerifyConfig(num_workers=1, plugins=["any_of:verify"])
     write_records(tmp_path / "answers.parquet", answers, Answer)
-    verify_answers(questions, tmp_path / "answers.parquet", config, 0.0, tmp_path / "verified")
+    verify_answers(lambda: questions, tmp_path / "answers.parquet", config, 0.0, tmp_path / "verified")
     verified = read_records(tmp_path / "verified" / "data.parquet", Answer)
     assert [row.verdict for row in verified] == ["correct", "correct", "wrong", "no_answer"]
 

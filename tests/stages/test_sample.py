@@ -31,10 +31,23 @@ class Echo:
         return [Generation(ids, logps, "stop", "\\boxed{2}", request.seed + n) for n in range(request.num_samples)]
 
 
+class Service:
+    """Has one engine, whatever the model."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def on_nodes(self, work):
+        work()
+
+    def run(self, model, work):
+        return asyncio.run(work(self.engine))
+
+
 def sample(folder, **settings):
     templates = Templates(BASE, TemplateConfig())
-    sampling = Sampling(SampleConfig(**settings), templates, templates, 1, 1)
-    asyncio.run(sample_policy(Echo(templates.close_token), QUESTIONS, sampling, 2, 3, folder))
+    sampling = Sampling(SampleConfig(**settings), 1, 1, lambda: (QUESTIONS, templates, templates))
+    sample_policy(Service(Echo(templates.close_token)), BASE, 2, 3, sampling, folder)
     kinds = {"traces": Trace, "answers": Answer}
     return [read_records(folder / name / "data.parquet", kind) for name, kind in kinds.items()]
 

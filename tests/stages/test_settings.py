@@ -71,6 +71,9 @@ class Parrot:
 
 
 class ParrotService:
+    def on_nodes(self, work):
+        work()
+
     def run(self, model, work):
         import asyncio
 

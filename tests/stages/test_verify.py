@@ -35,7 +35,7 @@ ANSWERS = [
 def verified(questions, answers, folder):
     file = folder.parent / f"answers_{folder.name}.parquet"
     write_records(file, answers, Answer)
-    verify_answers(questions, file, CONFIG, 0.0, folder)
+    verify_answers(lambda: questions, file, CONFIG, 0.0, folder)
     return read_records(folder / "data.parquet", Answer)
 
 
@@ -72,7 +72,7 @@ if __name__ == "__main__":
     texts = ["0", "1", "2", "kill", "4", "5"]
     answers = [Answer("q", 0, i, 1, np.array([i], np.int32), text, "stop", 0) for i, text in enumerate(texts)]
     write_records(folder / "answers.parquet", answers, Answer)
-    verify_answers(questions, folder / "answers.parquet", VerifyConfig(num_workers=1), 0.0, folder / "verified")
+    verify_answers(lambda: questions, folder / "answers.parquet", VerifyConfig(num_workers=1), 0.0, folder / "verified")
 """
 
 

@@ -49,8 +49,8 @@ def test_answers_that_no_verifier_has_judged(tmp_path, warnings):
     answers = [Answer(row.id, 0, index, 1, ids, "\\boxed{1}", "stop", 0) for row in questions for index in range(3)]
     write_records(tmp_path / "good.parquet", answers[:3], Answer)
     write_records(tmp_path / "bad.parquet", answers, Answer)
-    verify.verify_answers(questions[:1], tmp_path / "good.parquet", VerifyConfig(), 1.0, tmp_path / "good")
+    verify.verify_answers(lambda: questions[:1], tmp_path / "good.parquet", VerifyConfig(), 1.0, tmp_path / "good")
     assert warnings() == []
-    verify.verify_answers(questions, tmp_path / "bad.parquet", VerifyConfig(), 1.0, tmp_path / "bad")
+    verify.verify_answers(lambda: questions, tmp_path / "bad.parquet", VerifyConfig(), 1.0, tmp_path / "bad")
     (line,) = warnings()
     assert "3 of 6 answers have no judgement" in line and "#verdicts-are-errors-or-time-outs" in line
