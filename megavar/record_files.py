@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 LONG_ROWS, SHORT_ROWS = 256, 8192
 """Rows of a row group, and of a table that is read: of records that hold a trace's tokens, and of others."""
-MERGED_AT_ONCE = 2**26
-"""Bytes of the rows that a merge sorts in memory; more go through temporary files."""
+MERGED_AT_ONCE, MOST_HELD = 2**26, 4
+"""Bytes of the rows that a merge sorts at a time, and how many times as many it may hold in memory."""
 
 
 class DamagedFile(ValueError):
@@ -391,25 +392,16 @@ def merge(groups: Sequence[Sequence[Path]], record_type: type[Any], folder: Path
     Yields:
         One table a group, with the same identities.
     """
-    names = identity_columns(record_type)
-    orders = [_positions(group, record_type, names) for group in groups]
-    num_rows, size = max((count for _, count in orders), default=0), group_rows(record_type)
-    num_bytes = sum(_uncompressed_bytes(file) for group in groups for file in group)
+    sources = [_Source(group, record_type) for group in groups]
+    num_rows, size = max(source.num_rows for source in sources), group_rows(record_type)
+    num_bytes = sum(sum(source.sizes) for source in sources)
     at_once = size * max(1, MERGED_AT_ONCE * num_rows // (size * max(num_bytes, 1)))
     spill = folder / ".merge"
     shutil.rmtree(spill, ignore_errors=True)
     try:
-        if num_rows <= at_once:
-            chosen = [[_kept(table, rank) for table, rank in _ranked(group, order, record_type)]
-                      for group, (order, _) in zip(groups, orders, strict=True)]  # fmt: skip
-            yield [_in_order(tables, record_type) for tables in chosen]
-            return
-        for index, (group, (order, _)) in enumerate(zip(groups, orders, strict=True)):
-            _distribute(_ranked(group, order, record_type), at_once, spill / str(index), record_type)
-        for bucket in range(-(-num_rows // at_once)):
-            yield [
-                _in_order(_spilled(spill / str(index) / f"{bucket}.arrow"), record_type) for index in range(len(groups))
-            ]
+        yield from map(
+            list, zip(*(source.tables(at_once, spill / str(n)) for n, source in enumerate(sources)), strict=True)
+        )
     finally:
         shutil.rmtree(spill, ignore_errors=True)
 
@@ -419,12 +411,62 @@ _RANK = "__rank"
 Ranks = NDArray[np.int64]
 
 
-def _positions(files: Sequence[Path], record_type: type[Any], names: list[str]) -> tuple[Ranks, int]:
-    """[rows] the place of each row of these files in the sorted whole, -1 if a later one replaces it; their number."""
-    tables = [RecordFile(file, record_type, names).table() for file in files]
-    if not tables:
-        return np.zeros(0, np.int64), 0
-    table = pa.concat_tables(tables).combine_chunks()
+class _Source:
+    """Files whose rows are merged into one order."""
+
+    def __init__(self, files: Sequence[Path], record_type: type[Any]) -> None:
+        self._files, self._type = files, record_type
+        self.sizes = [_uncompressed_bytes(file) for file in files]
+        self.num_rows = 0
+        self._ranks_of: list[Ranks] = []
+        """Of each file's rows: the place in the merged order; -1 if a later row replaces it."""
+        if files:
+            names = identity_columns(record_type)
+            tables = [RecordFile(file, record_type, names).table() for file in files]
+            ranks = _ranks(pa.concat_tables(tables).combine_chunks(), names)
+            self.num_rows = int(ranks.max(initial=-1)) + 1
+            self._ranks_of = np.split(ranks, np.cumsum([len(table) for table in tables])[:-1])
+
+    def tables(self, at_once: int, spill: Path) -> Iterator[pa.Table]:
+        """The rows in order, `at_once` in a table; one table if there are none.
+
+        Where a table's rows are in more files than fit into memory, they go through temporary files in `spill`.
+        """
+        spans = [(kept.min(), kept.max()) if len(kept := ranks[ranks >= 0]) else (0, -1) for ranks in self._ranks_of]
+        buckets = range(max(1, -(-self.num_rows // at_once)))
+        held = np.zeros(len(buckets) + 1, np.int64)
+        for (first, last), size in zip(spans, self.sizes, strict=True):
+            if last >= 0:
+                held[first // at_once] += size
+                held[last // at_once + 1] -= size
+        if held.cumsum().max() > MOST_HELD * MERGED_AT_ONCE:
+            _distribute(self._ranked(range(len(self._files))), at_once, spill, self._type)
+            for bucket in buckets:
+                yield _in_order(_spilled(spill / f"{bucket}.arrow"), self._type)
+            return
+        waiting = deque(sorted(range(len(spans)), key=lambda number: spans[number]))
+        rows_held: list[pa.Table] = []
+        for bucket in buckets:
+            end = (bucket + 1) * at_once
+            while waiting and spans[waiting[0]][0] < end:
+                rows_held += [_kept(table, ranks) for table, ranks in self._ranked([waiting.popleft()])]
+            now = [table.filter(pc.less(table[_RANK], end)) for table in rows_held]
+            rows_held = [
+                later for table in rows_held if len(later := table.filter(pc.greater_equal(table[_RANK], end)))
+            ]
+            yield _in_order(now, self._type)
+
+    def _ranked(self, numbers: Iterable[int]) -> Iterator[tuple[pa.Table, Ranks]]:
+        """Tables of the files with these numbers, with the ranks of their rows."""
+        for number in numbers:
+            start = 0
+            for table in RecordFile(self._files[number], self._type).tables():
+                yield table, self._ranks_of[number][start : start + len(table)]
+                start += len(table)
+
+
+def _ranks(table: pa.Table, names: list[str]) -> Ranks:
+    """[rows] the place of each row in the sorted whole, -1 if a later row has the same identity."""
     order = pc.sort_indices(table, [(name, "ascending") for name in names]).to_numpy().astype(np.int64)  # stable
     is_last = np.ones(len(order), bool)
     if len(order) > 1:
@@ -436,15 +478,7 @@ def _positions(files: Sequence[Path], record_type: type[Any], names: list[str]) 
         is_last[:-1] = ~same
     ranks = np.full(len(order), -1, np.int64)
     ranks[order[is_last]] = np.arange(is_last.sum())
-    return ranks, int(is_last.sum())
-
-
-def _ranked(files: Sequence[Path], ranks: Ranks, record_type: type[Any]) -> Iterator[tuple[pa.Table, Ranks]]:
-    start = 0
-    for file in files:
-        for table in RecordFile(file, record_type).tables():
-            yield table, ranks[start : start + len(table)]
-            start += len(table)
+    return ranks
 
 
 def _kept(table: pa.Table, ranks: Ranks) -> pa.Table:

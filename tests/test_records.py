@@ -22,6 +22,7 @@ def answer(index: int, correct: bool | None = None) -> Answer:
 
 
 def indices(writer):
+    writer.set_aside_damaged()
     return sorted(index for _, _, index in writer.existing_identities())
 
 
