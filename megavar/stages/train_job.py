@@ -10,6 +10,7 @@ from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
 from megavar.runs.metrics import Metrics
 from megavar.training.checkpoint import list_checkpoints, step_of
+from megavar.training.hardware import release_memory
 from megavar.training.loop import train_model
 from megavar.training.sequence_files import Make, shared_sequences
 
@@ -41,6 +42,7 @@ def train_stage(
                 progress.update(step, num_steps, f"steps, loss {values['loss']:.4f}, {speed}")
 
         train_model(init, sequences, train, config.parallel, config.precision, config.seed, checkpoints, report)
+        release_memory()
         barrier()
 
     if not is_rank_zero():

@@ -1,8 +1,12 @@
 """What this rank's device can do and holds: peak FLOP/s for the MFU, and the most memory used."""
 
+import gc
+import logging
 import resource
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 PEAK_FLOPS = {
     "GB200": 2.5e15,
@@ -29,3 +33,13 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated() / 2**30)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB on Linux
+
+
+def release_memory() -> None:
+    """Give the device memory that nothing refers to any more back to the driver, for servers; nothing on CPUs."""
+    if not torch.cuda.is_available():
+        return
+    gc.collect()  # models and optimizers refer to themselves in circles
+    torch.cuda.empty_cache()
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+    logger.info("GPU memory: %.1f of %.1f GiB are free after this stage.", free, total)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from numpy.typing import NDArray
@@ -14,6 +13,7 @@ from megavar.packing import pack, partition
 from megavar.records import LogProbs
 from megavar.sequences import SequenceSet
 from megavar.training.forward_backward import pack_shape, score_pass
+from megavar.training.hardware import release_memory
 from megavar.training.load_weights import load_weights
 from megavar.training.model import build_model, transformer_config
 
@@ -68,8 +68,7 @@ class Scorer:
     def release(self) -> None:
         """Free the model's memory."""
         self._chunks = []
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
 
 
 def _of_context_ranks(parts: list[Part]) -> list[Part]:
