@@ -314,13 +314,21 @@ def export_traces(arguments: Sequence[str]) -> int:
     return reported(work)
 
 
+def launch_command(arguments: Sequence[str]) -> int:
+    """Start a run here or on a cluster."""
+    from megavar.launch.command import main as launch_main
+
+    return launch_main(arguments)
+
+
 LOOKING: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "check": ("check a run before it starts, its data and model too, and print what it will take", check),
     "export-traces": ("write a run's weighted traces for trainers elsewhere", export_traces),
+    "launch": ("start a run here or as a job of a cluster; ask for the job, or cancel it", launch_command),
     "report": ("write a run's results, figures and traces as one HTML page", report),
     "show": ("print records of a run", show),
 }
-"""Commands that write no records: what they do, and the function that does it."""
+"""Commands that are no stages: what they do, and the function that does it."""
 
 
 def _help() -> str:
