@@ -189,9 +189,10 @@ export MASTER_ADDR MASTER_PORT
 
 trap : TERM # which the agents get too; this script waits until their ranks have saved
 srun --kill-on-bad-exit=1 --output="$logs/node_%n.log" "${container[@]}" "${agent[@]}" --logs "$logs" "${arguments[@]}"
-code=$?
+code=$? # the largest of the nodes
 if [ "$code" -eq 0 ]; then exit 0; fi
-if [ -s "$logs/exit_code" ]; then code=$(cat "$logs/exit_code"); fi
+first=$(cat "$logs/exit_code" || echo "$code")               # of the node that ended first: srun then stops the others,
+if [ "$code" -ne 137 ] || [ "$first" -ne 75 ]; then code=$first; fi # also after one that was killed and left none
 
 progressed() { # records or checkpoints since this start
 	[ -n "$(find "$run" \( -name '*.parquet' -o -name 'step_*' \) -newer "$run/launch/job_id" -print -quit)" ]
