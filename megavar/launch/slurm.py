@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megavar.config.schema import RunConfig, at_least
+from megavar.config.schema import RunConfig, at_least, validate
 from megavar.rollout.sglang_servers import check_interpreter, device_slices
 from megavar.runs.folder import Run
 from megavar.stages.check import check_run
@@ -81,8 +81,6 @@ def check_job(config: RunConfig, settings: SlurmSettings) -> None:
             f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context}, expert "
             f"{layout.expert}, needs a multiple of {layout.least_ranks}; change --nodes or the layout."
         )
-    if shutil.which("sbatch") is None:
-        raise ValueError("sbatch is not on PATH; submit from a login node of the cluster, or use --executor local.")
     rollout = config.rollout
     if rollout.mode == "managed":
         gpus = [str(index) for index in range(settings.gpus_per_node)]
@@ -99,6 +97,7 @@ def check_job(config: RunConfig, settings: SlurmSettings) -> None:
 
 
 def _check_settings(settings: SlurmSettings) -> None:
+    validate(settings)  # again: flags may have replaced values of the file
     gpus, ranks = settings.gpus_per_node, settings.ranks_per_node
     if settings.num_ranks_per_node < 1:
         raise ValueError(f"gpus_per_node={gpus} and ranks_per_node={ranks} leave no rank on a node; set one of them.")
