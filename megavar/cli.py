@@ -342,7 +342,7 @@ def _help() -> str:
     commands = "\n".join(f"  {name:<13} {summary}" for name, summary in rows)
     return (
         "usage: megavar COMMAND --config FILE [key=value ...]\n"
-        "       megavar report RUN [RUN ...] | show FILE\n\n"
+        "       megavar report RUN [RUN ...] | show FILE | launch status RUN | launch cancel RUN\n\n"
         f"commands:\n{commands}\n\n"
         "Stages of later rounds are named sample_02 and so on. `run` and the stages that train or score start under\n"
         "torchrun: torchrun --nproc-per-node N -m megavar run --config FILE. `megavar COMMAND --help` says more."

@@ -16,23 +16,22 @@ REASON = (
     f"no {', '.join(MISSING)} (Debian: slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge slurmdbd "
     "slurm-wlm-mysql-plugin mariadb-server)"
 )
+NODES = 2
 START_SECONDS = 60.0
 
 
 class LoopbackSlurm:
-    """Nodes n1, n2, ... of one machine, which may claim more CPUs than that has.
+    """Nodes n1 and n2 of one machine, which claim 4 CPUs each, whatever that has.
 
     Args:
-        folder: an empty one.
-        proctrack: how Slurm finds a step's processes, `pgid` or `cgroup`.
+        folder: an empty one that every user can enter.
         settings: further lines of slurm.conf, partitions among them.
+        proctrack: how Slurm finds a step's processes, `pgid` or `cgroup`.
     """
 
-    def __init__(
-        self, folder: Path, nodes: int = 2, cpus: int = 4, proctrack: str = "pgid", settings: str = ""
-    ) -> None:
-        self.folder, self.nodes, self.cpus, self.proctrack, self.settings = folder, nodes, cpus, proctrack, settings
-        self._ports = _free_ports(4 + nodes)
+    def __init__(self, folder: Path, settings: str = "", proctrack: str = "pgid") -> None:
+        self.folder, self.settings, self.proctrack = folder, settings, proctrack
+        self._ports = _free_ports(3 + NODES)
         self._is_up = False
         self._daemons: list[subprocess.Popen[bytes]] = []
         self.environment = {
@@ -75,7 +74,7 @@ class LoopbackSlurm:
         (munge / "key").write_bytes(os.urandom(1024))
         (munge / "key").chmod(0o400)
         (folder / "control").mkdir(mode=0o700)
-        for node in range(1, self.nodes + 1):
+        for node in range(1, NODES + 1):
             (folder / "spool" / f"n{node}").mkdir(parents=True)
         names = {"key-file": "key", "socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         self._daemon("munged", "--foreground", *(f"--{option}={munge / name}" for option, name in names.items()))
@@ -110,9 +109,9 @@ class LoopbackSlurm:
         self.ask("sacctmgr", "--immediate", "add", "account", "tests", "cluster=loopback")
         self.ask("sacctmgr", "--immediate", "add", "user", user, "account=tests")
         self._daemon("slurmctld", "-D")
-        for node in range(1, self.nodes + 1):
+        for node in range(1, NODES + 1):
             self._daemon("slurmd", "-D", "-N", f"n{node}")
-        idle = f"idle {self.nodes}"
+        idle = f"idle {NODES}"
         self._is_up = _wait(
             lambda: self.ask("sinfo", "--noheader", "--partition=debug", "--format=%T %D") == idle, START_SECONDS
         )
@@ -175,9 +174,9 @@ AccountingStoragePass={self.folder}/munge/sock
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 {self.settings}
 """
-        for node in range(1, self.nodes + 1):
-            address = f"NodeAddr=127.0.0.1 Port={self._ports[3 + node]}"
-            lines += f"NodeName=n{node} NodeHostname={host} {address} CPUs={self.cpus} RealMemory=1000\n"
+        for node in range(1, NODES + 1):
+            address = f"NodeAddr=127.0.0.1 Port={self._ports[2 + node]}"
+            lines += f"NodeName=n{node} NodeHostname={host} {address} CPUs=4 RealMemory=1000\n"
         return lines
 
 

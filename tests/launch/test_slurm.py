@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,8 +43,9 @@ rollout: {{python: {ROOT}/.venv-sglang/bin/python, dtype: float32, max_total_tok
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    with LoopbackSlurm(tmp_path_factory.mktemp("slurm"), settings=PARTITIONS) as running:
+def slurm():
+    """Not in pytest's folder, which others cannot enter: munge asks that its socket can be reached by all."""
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, LoopbackSlurm(Path(folder), PARTITIONS) as running:
         yield running
 
 
