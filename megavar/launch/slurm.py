@@ -19,6 +19,7 @@ from megavar.runs.folder import Run
 from megavar.stages.check import check_run
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_TIME = re.compile(r"(\d+-)?\d+:\d\d:\d\d")
 
 
 @dataclass
@@ -38,7 +39,7 @@ class SlurmSettings:
     cpus_per_node: int | None = None
     """CPUs asked for on each node; null: whole nodes (`--exclusive`)."""
     time: str = "4:00:00"
-    """Limit of one start of the job, as Slurm writes it: [DAYS-]HOURS:MINUTES:SECONDS."""
+    """Limit of one start of the job, [DAYS-]HOURS:MINUTES:SECONDS, in quotes."""
     warn_seconds: int = at_least(1, default=300)
     """The run is asked to save and stop this long before the limit: at least one step, one save and a minute."""
     max_requeues: int = at_least(0, default=20)
@@ -105,6 +106,11 @@ def _check_settings(settings: SlurmSettings) -> None:
         raise ValueError(f"ranks_per_node={ranks} is more than gpus_per_node={gpus}; each rank needs a GPU.")
     if settings.cpus_per_node is not None and settings.cpus_per_node < 1:
         raise ValueError(f"cpus_per_node={settings.cpus_per_node} is too small; the least is 1.")
+    if not _TIME.fullmatch(settings.time):
+        raise ValueError(
+            f"time={settings.time!r} is not [DAYS-]HOURS:MINUTES:SECONDS; in the file it needs quotes, time: '4:00:00', "
+            "since YAML reads 4:00:00 as a number."
+        )
     for name in settings.environment:
         if not _VARIABLE.fullmatch(name):
             raise ValueError(f"environment has {name!r:.100}, which is not the name of a variable.")

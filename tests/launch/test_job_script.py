@@ -106,6 +106,7 @@ def test_a_container_gets_the_working_directory_the_runs_and_the_mounts(folder):
         ("gpus_per_node: 2\nranks_per_node: 4\n", (), "ranks_per_node=4 is more than gpus_per_node=2; each rank needs"),
         (f"{NODES}python: none/python\n", (), "python=none/python is not an executable; set python to the interpreter"),
         (f"{NODES}python: /usr/bin/env\n", (), "python=/usr/bin/env cannot import megavar; set python to the"),
+        (f"{NODES}time: 4:00:00\n", (), "time='14400' is not [DAYS-]HOURS:MINUTES:SECONDS; in the file it needs quotes"),
         (f"{NODES}environment: {{A-B: x}}\n", (), "environment has 'A-B', which is not the name of a variable."),
         (f"{NODES}sbatch: [qos]\n", (), "sbatch='qos' is not an option of one line, such as --qos=low."),
         (NODES, ("rollout.mode=managed", "rollout.urls=[]"), "rollout.python=.venv-sglang/bin/python is not an exec"),
@@ -146,3 +147,8 @@ def test_a_run_that_was_never_submitted_has_no_job(folder):
     for action in ("status", "cancel"):
         done = subprocess.run([*look, action, "runs/a"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and done.stdout.startswith("error: runs/a has no Slurm job: there is no ")
+
+
+def test_the_example_is_sound(folder):
+    settings = load_settings(SlurmSettings, ROOT / "examples" / "slurm" / "slurm.yaml")
+    assert settings.num_ranks == 16 and settings.time == SlurmSettings().time

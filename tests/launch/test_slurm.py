@@ -26,7 +26,7 @@ PreemptMode=REQUEUE
 PartitionName=low Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 """
-NODES = "nodes: 2\ngpus_per_node: 0\nranks_per_node: 1\ncpus_per_node: 4\ntime: '10'\nwarn_seconds: 60\n"
+NODES = "nodes: 2\ngpus_per_node: 0\nranks_per_node: 1\ncpus_per_node: 4\ntime: '0:10:00'\nwarn_seconds: 60\n"
 UNTIL_SAMPLE = """
 sample: {sampler: policy, max_trace_tokens: 80, max_answer_tokens: 16}
 objective: {ratio: none}
@@ -113,7 +113,7 @@ def followed_until_training(slurm: LoopbackSlurm, folder: Path, *arguments: str)
         launcher = subprocess.Popen(
             command(folder, "--wait", *arguments), cwd=ROOT, env=environment(slurm), stdout=printed, stderr=printed
         )
-    wait_until(lambda: (folder / "runs/a/metrics.jsonl").exists() and len(sft_losses(folder)) >= 5, 90)
+    wait_until(lambda: (folder / "runs/a/metrics.jsonl").exists() and len(sft_losses(folder)) >= 4, 90)
     return launcher
 
 
@@ -157,7 +157,6 @@ def test_the_plain_script_works_and_a_mistake_is_neither_done_nor_requeued(slurm
     ("setting", "message"),
     [
         ("partition: none", "sbatch refused the job: invalid partition specified: none; "),
-        ("time: soon", "sbatch refused the job: Invalid --time specification"),
         ("gpus_per_node: 1", "sbatch refused the job: "),
     ],
 )
@@ -172,63 +171,58 @@ def test_what_slurm_refuses_is_one_line(slurm, folder, setting, message):
 
 
 @pytest.mark.sglang
-def test_a_run_over_two_nodes_to_its_end(slurm, folder):
+def test_a_cancelled_job_saves_and_ends_and_the_next_one_finishes_the_run(slurm, folder):
+    """No second one is submitted before that."""
     write_run(folder, TO_THE_END)
-    launched = done(slurm, *command(folder, "--wait"))
-    assert launched.returncode == 0, launched.stdout
-    lines, job = launched.stdout.splitlines(), job_of(folder)
-    assert lines[0].startswith(f"job {job} is submitted") and lines[-1] == f"job {job} COMPLETED on n[1-2], exit code 0"
-    assert f"sft: {NUM_STEPS} of {NUM_STEPS} steps" in launched.stdout  # rank 0's log
-    assert (folder / "runs" / "a" / "hf" / "config.json").is_file()
-    assert {file.name for file in (folder / "runs/a/logs/latest/").iterdir()} == {"job.log", "node_0.log", "node_1.log"}
-
-
-def test_a_cancelled_job_saves_and_is_not_requeued_and_no_second_one_is_submitted(slurm, folder):
     launcher = followed_until_training(slurm, folder)
     job = job_of(folder)
     second = done(slurm, *command(folder))
     assert second.returncode == 2 and f"job {job} RUNNING on n[1-2] already; wait for it" in second.stdout
     assert ask(slurm, "cancel", folder).returncode == 0
-    assert launcher.wait(60) not in (0, None)
+    assert launcher.wait(90) != 0
     assert f"job {job} CANCELLED" in (folder / "printed.txt").read_text().splitlines()[-1]
     step = max(sft_losses(folder))
     assert [saved.name for saved in (folder / "runs/a/sft/checkpoints").iterdir()] == [f"step_{step:06d}"]
     assert step < NUM_STEPS and slurm.ask("squeue", "--noheader") == ""
 
+    launched = done(slurm, *command(folder, "--wait"))
+    assert launched.returncode == 0, launched.stdout
+    lines, next_job = launched.stdout.splitlines(), job_of(folder)
+    assert next_job != job and lines[0].startswith(f"job {next_job} is submitted")
+    assert lines[-1] == f"job {next_job} COMPLETED on n[1-2], exit code 0"
+    assert f"sft: {NUM_STEPS} of {NUM_STEPS} steps" in launched.stdout  # rank 0's log
+    assert max(sft_losses(folder)) == NUM_STEPS and (folder / "runs" / "a" / "hf" / "config.json").is_file()
+    assert {file.name for file in (folder / "runs/a/logs/latest/").iterdir()} == {"job.log", "node_0.log", "node_1.log"}
 
-def test_a_preempted_job_goes_on_and_one_that_makes_no_progress_ends(slurm, folder):
-    """It saves in the time of grace. Its third start fails as the second did, without having done more."""
-    (folder / "nodes.yaml").write_text(f"{NODES}partition: low\n")
+
+def test_a_job_that_is_preempted_then_killed_goes_on_and_one_without_progress_ends(slurm, folder):
+    """Start 0 saves in the time of grace, start 1 loses an agent, start 2 fails after sft and may not start again."""
+    write_run(folder, UNTIL_SAMPLE, save_interval=2)
+    (folder / "nodes.yaml").write_text(f"{NODES}partition: low\nmax_requeues: 2\n")
     launcher = followed_until_training(slurm, folder)
-    job = job_of(folder)
+    job, logs = job_of(folder), folder / "runs" / "a" / "logs"
     urgent = ["sbatch", "--partition=high", "--nodes=2", "--cpus-per-task=4", "--output=/dev/null", "--wrap=sleep 1"]
     assert done(slurm, *urgent).returncode == 0
-    assert launcher.wait(150) == 1
-    printed, logs = (folder / "printed.txt").read_text(), folder / "runs" / "a" / "logs"
-    assert printed.splitlines()[-1].startswith(f"job {job} FAILED") and "restart 2, exit code 1" in printed
-    assert sorted(path.name for path in logs.iterdir()) == [f"{job}.0", f"{job}.1", f"{job}.2", "latest"]
+    wait_until(lambda: (logs / f"{job}.1").is_dir(), 60)
     assert "stopped by SIGTERM: step " in (logs / f"{job}.0" / "node_0.log").read_text()
-    assert (
-        (logs / f"{job}.2" / "job.log")
-        .read_text()
-        .endswith("failed with exit code 1\nerror: no progress since this start, so the job is not requeued\n")
-    )
-    assert_the_curve_is_an_undisturbed_ones(folder)
-
-
-def test_a_job_with_a_killed_agent_goes_on_from_its_checkpoint_as_often_as_allowed(slurm, folder):
-    write_run(folder, UNTIL_SAMPLE, save_interval=2)
-    (folder / "nodes.yaml").write_text(f"{NODES}max_requeues: 1\n")
-    launcher = followed_until_training(slurm, folder)
-    job = job_of(folder)
+    saved = max(sft_losses(folder))
+    wait_until(lambda: max(sft_losses(folder)) >= saved + 4, 60)
     (agent,) = [process for process in psutil.process_iter() if is_agent_of(process, folder, "1")]
     ranks = agent.children()
     agent.send_signal(signal.SIGKILL)
     assert launcher.wait(150) == 1
     assert not any(rank.is_running() for rank in ranks)
-    log = folder / "runs" / "a" / "logs" / f"{job}.1" / "job.log"
-    assert "error: requeued 1 times (max_requeues) already; `sbatch " in log.read_text()
+    printed = (folder / "printed.txt").read_text()
+    assert printed.splitlines()[-1].startswith(f"job {job} FAILED") and "restart 2, exit code 1" in printed
+    last = (logs / f"{job}.2" / "job.log").read_text()
+    assert "error: requeued 2 times (max_requeues) already; `sbatch " in last
     assert_the_curve_is_an_undisturbed_ones(folder)
+
+    assert done(slurm, "sbatch", f"{folder}/runs/a/launch/job.sh").returncode == 0
+    wait_until(lambda: job_of(folder) != job, 30)
+    wait_until(lambda: ask(slurm, "status", folder).returncode != 0, 60)
+    last = (logs / f"{job_of(folder)}.0" / "job.log").read_text()
+    assert last.endswith("failed with exit code 1\nerror: no progress since this start, so the job is not requeued\n")
 
 
 def is_agent_of(process: psutil.Process, folder: Path, node: str) -> bool:
