@@ -108,8 +108,8 @@ def _check_settings(settings: SlurmSettings) -> None:
         raise ValueError(f"cpus_per_node={settings.cpus_per_node} is too small; the least is 1.")
     if not _TIME.fullmatch(settings.time):
         raise ValueError(
-            f"time={settings.time!r} is not [DAYS-]HOURS:MINUTES:SECONDS; in the file it needs quotes, time: '4:00:00', "
-            "since YAML reads 4:00:00 as a number."
+            f"time={settings.time!r} is not [DAYS-]HOURS:MINUTES:SECONDS; in a file it needs quotes, "
+            "time: '4:00:00', since YAML reads 4:00:00 as a number."
         )
     for name in settings.environment:
         if not _VARIABLE.fullmatch(name):

@@ -106,7 +106,7 @@ def test_a_container_gets_the_working_directory_the_runs_and_the_mounts(folder):
         ("gpus_per_node: 2\nranks_per_node: 4\n", (), "ranks_per_node=4 is more than gpus_per_node=2; each rank needs"),
         (f"{NODES}python: none/python\n", (), "python=none/python is not an executable; set python to the interpreter"),
         (f"{NODES}python: /usr/bin/env\n", (), "python=/usr/bin/env cannot import megavar; set python to the"),
-        (f"{NODES}time: 4:00:00\n", (), "time='14400' is not [DAYS-]HOURS:MINUTES:SECONDS; in the file it needs quotes"),
+        (f"{NODES}time: 4:00:00\n", (), "time='14400' is not [DAYS-]HOURS:MINUTES:SECONDS; in a file it needs"),
         (f"{NODES}environment: {{A-B: x}}\n", (), "environment has 'A-B', which is not the name of a variable."),
         (f"{NODES}sbatch: [qos]\n", (), "sbatch='qos' is not an option of one line, such as --qos=low."),
         (NODES, ("rollout.mode=managed", "rollout.urls=[]"), "rollout.python=.venv-sglang/bin/python is not an exec"),
