@@ -322,13 +322,21 @@ def export_traces(arguments: Sequence[str]) -> int:
     return reported(work)
 
 
+def launch_command(arguments: Sequence[str]) -> int:
+    """Start a run here or on a cluster."""
+    from megavar.launch.command import main as launch_main
+
+    return launch_main(arguments)
+
+
 LOOKING: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "check": ("check a run before it starts, its data and model too, and print what it will take", check),
     "export-traces": ("write a run's weighted traces for trainers elsewhere", export_traces),
+    "launch": ("start a run here or as a job of a cluster; ask for the job, or cancel it", launch_command),
     "report": ("write a run's results, figures and traces as one HTML page", report),
     "show": ("print records of a run", show),
 }
-"""Commands that write no records: what they do, and the function that does it."""
+"""Commands that are no stages: what they do, and the function that does it."""
 
 
 def _help() -> str:
@@ -342,7 +350,7 @@ def _help() -> str:
     commands = "\n".join(f"  {name:<13} {summary}" for name, summary in rows)
     return (
         "usage: megavar COMMAND --config FILE [key=value ...]\n"
-        "       megavar report RUN [RUN ...] | show FILE\n\n"
+        "       megavar report RUN [RUN ...] | show FILE | launch status RUN | launch cancel RUN\n\n"
         f"commands:\n{commands}\n\n"
         "Stages of later rounds are named sample_02 and so on. `run` and the stages that train or score start under\n"
         "torchrun: torchrun --nproc-per-node N -m megavar run --config FILE. `megavar COMMAND --help` says more."

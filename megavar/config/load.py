@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -16,6 +16,7 @@ MAX_NODES = 100_000
 """Of a file, its aliases written out: nobody writes more, and a few aliases of aliases make billions."""
 MAX_DEPTH = 50
 MAX_MESSAGE_CHARACTERS = 400
+Settings = TypeVar("Settings")
 _RESOLVER = re.compile(r"\$\{[^}]*:")
 
 
@@ -37,21 +38,35 @@ def load_config(file: Path, overrides: list[str]) -> RunConfig:
     names = top.pop("include", OmegaConf.create([]))
     if not isinstance(names, ListConfig) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{file}: include={names!r:.100} is not a list of file names, such as [base.yaml].")
+    included = [_read(file.parent / name) for name in names]
+    return _resolve(RunConfig, file, [*included, top, *map(_override, overrides)])
+
+
+def load_settings(kind: type[Settings], file: Path) -> Settings:
+    """Read a YAML file of other settings than a run's into their dataclass, with the same checks.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
+    return _resolve(kind, file, [_read(file)])
+
+
+def _resolve(kind: type[Settings], file: Path, layers: list[DictConfig]) -> Settings:
+    """Merge the layers, weakest first, over the defaults of a dataclass, and check the values."""
     try:
-        included = [_read(file.parent / name) for name in names]
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), *included, top, *map(_override, overrides))
+        merged = OmegaConf.merge(OmegaConf.structured(kind), *layers)
         missing = OmegaConf.missing_keys(merged)
         if missing:
             raise ValueError(
                 f"{file}: no value for {', '.join(sorted(missing))}; set each in the file or as key=value."
             )
-        config = cast(RunConfig, OmegaConf.to_object(merged))
+        settings = cast(Settings, OmegaConf.to_object(merged))
     except (OmegaConfBaseException, TypeError, AttributeError, RecursionError, OverflowError) as error:
         key = getattr(error, "full_key", None)
         place = f"{file}: {_printable(str(key))}" if key else str(file)
         raise ValueError(f"{place}: {_first_line(error)}") from error
-    validate(config)
-    return config
+    validate(settings)
+    return settings
 
 
 def _first_line(error: Exception) -> str:

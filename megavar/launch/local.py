@@ -1,28 +1,17 @@
 """Starts a run on this machine with as many ranks as its parallel layout needs."""
 
-import importlib
-import logging
 import os
 import shlex
-import signal
-import sys
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from megavar.cli import end_with_agent, launch, reported, run_all_stages, show_logs
+from megavar.cli import end_with_agent, launch, reported, show_logs
 from megavar.config.load import load_config
 from megavar.config.schema import ParallelConfig, RunConfig
-from megavar.ranks import environment_without_torchrun, is_rank_zero
+from megavar.launch.agent import import_for_forks, start_run
+from megavar.ranks import is_rank_zero
 from megavar.rollout.sglang_servers import visible_gpus
 from megavar.stages.check import check_run
-from megavar.stopping import INTERRUPTED, RUN_AGAIN, SIGNALS
-
-MISTAKE = 2
-"""Exit code of a user's mistake, which rank 0 has reported."""
-STOP_LIMIT_SECONDS = 600
-"""For ranks that were asked to stop, before they are killed."""
 
 
 def run_on_enough_ranks(config_file: Path, overrides: list[str], command: Sequence[str]) -> int:
@@ -54,9 +43,7 @@ def run_on_enough_ranks(config_file: Path, overrides: list[str], command: Sequen
     sizes += f", expert {layout.expert}," if layout.expert > 1 else ""
     started = os.environ.get("WORLD_SIZE", "none")
     print(f"{sizes} needs {num_ranks} ranks, torchrun started {started}: starting {num_ranks} here", flush=True)
-    if forks:
-        return start_ranks(num_ranks, _run_forked, config)
-    return start_ranks(num_ranks, sys.executable, "-u", *command)
+    return start_run(config, command, num_ranks, forks)
 
 
 def _check(config: RunConfig, command: Sequence[str], forks: bool) -> None:
@@ -68,17 +55,7 @@ def _check(config: RunConfig, command: Sequence[str], forks: bool) -> None:
     _check_machine(config.parallel, command)
     if forks and is_rank_zero():
         check_run(config, config.parallel.least_ranks)
-        importlib.import_module("megavar.training.loop")
-
-
-def _run_forked(config: RunConfig) -> None:
-    # A forked rank has the agent's handlers, which would end it with a traceback.
-    for number in (*SIGNALS, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)
-    end_with_agent()
-    code = reported(lambda: run_all_stages(config))
-    if code:
-        sys.exit(code)
+        import_for_forks()
 
 
 def _check_machine(layout: ParallelConfig, command: Sequence[str]) -> None:
@@ -101,50 +78,3 @@ def _check_machine(layout: ParallelConfig, command: Sequence[str]) -> None:
             f"the parallel layout needs {needed} GPUs, one a rank, and this machine has {len(gpus)}; choose smaller "
             "--tp, --pp or --cp, or start on several nodes."
         )
-
-
-def start_ranks(num_ranks: int, entrypoint: Callable[..., None] | str, *arguments: Any) -> int:
-    """Run a function, or a program, on this many ranks under torchrun's agent in this process, until all have ended.
-
-    torchrun's own report of a failure is left out, but at logging.level=debug: the rank that failed has said why.
-
-    Args:
-        entrypoint: a function, whose ranks are forked from this process, or the path of a program.
-
-    Returns:
-        0, or 2 if a rank ended with a user's mistake, 75 or 130 if the ranks were asked to stop, 1 for any other
-        failure.
-    """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    clean = environment_without_torchrun()
-    for name in os.environ.keys() - clean.keys():
-        del os.environ[name]
-    if logging.getLogger("megavar").level > logging.DEBUG:
-        for name in ("torch.distributed.elastic", "torch.multiprocessing"):
-            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="fork",
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else a folder in /tmp stays behind
-        signals_to_handle=",".join(number.name for number in (*SIGNALS, signal.SIGQUIT)),
-    )
-    # A rank stops after its step, which may take longer than the agent's 30 seconds.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(STOP_LIMIT_SECONDS))
-    try:
-        elastic_launch(config, entrypoint)(*arguments)
-    except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        return next((code for code in (MISTAKE, RUN_AGAIN, INTERRUPTED) if code in codes), 1)
-    except SignalException as stopped:
-        return INTERRUPTED if stopped.sigval == signal.SIGINT else RUN_AGAIN
-    return 0

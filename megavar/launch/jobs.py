@@ -1,0 +1,202 @@
+"""Slurm's jobs of a run: submit one, ask how it is, follow it, cancel it."""
+
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megavar.disk import atomic_write, make_folder
+from megavar.ranks import ExplainedFailure
+
+POLL_SECONDS = 2.0
+SILENT_SECONDS = 600.0
+"""For a Slurm that does not answer, before following a job is given up."""
+OVER = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
+    *("PREEMPTED", "REVOKED", "TIMEOUT"),
+}
+"""States in which a job has ended and is not requeued."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What Slurm says of a job."""
+
+    job: str
+    name: str
+    """Slurm's word for the state, such as RUNNING."""
+    details: str
+    """Why it waits, or where it runs."""
+    exit_code: int
+    """As a shell has it; of a job that did not complete it is never 0."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job has ended."""
+        return self.name in OVER
+
+    def __str__(self) -> str:
+        code = f", exit code {self.exit_code}" if self.is_over else ""
+        return f"job {self.job} {self.name}{self.details}{code}"
+
+
+def submit(script: str, folder: Path) -> str:
+    """Write the script into the folder of a run and submit it; returns the job's id.
+
+    Raises:
+        ValueError: if a job of this run is waiting or running, or Slurm refuses the new one.
+    """
+    job = job_of(folder)
+    state = None if job is None else _find_state(job)
+    if state is not None and not state.is_over:
+        raise ValueError(f"{folder}: {state} already; wait for it, or end it with `megavar launch cancel {folder}`.")
+    file = script_of(folder)
+    make_folder(file.parent)
+    with atomic_write(file) as temporary:
+        temporary.write_text(script)
+    done = _slurm("sbatch", "--parsable", str(file))
+    if done.returncode:
+        raise ValueError(f"sbatch refused the job: {_reason(done)}.")
+    job = done.stdout.strip().split(";")[0]
+    with atomic_write(_job_file(folder)) as temporary:
+        temporary.write_text(f"{job}\n")
+    return job
+
+
+def script_of(folder: Path) -> Path:
+    """Where the script of a run's job is."""
+    return folder / "launch" / "job.sh"
+
+
+def job_of(folder: Path) -> str | None:
+    """Id of the newest job of a run, if there is one; the script writes it too, when it starts."""
+    file = _job_file(folder)
+    return file.read_text().strip() if file.is_file() else None
+
+
+def _job_file(folder: Path) -> Path:
+    return folder / "launch" / "job_id"
+
+
+def require_job(folder: Path) -> str:
+    """Id of the newest job of a run.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    job = job_of(folder)
+    if job is None:
+        raise ValueError(
+            f"{folder} has no Slurm job: there is no {_job_file(folder)}; give the folder of a launched run."
+        )
+    return job
+
+
+def state_of(job: str) -> JobState:
+    """Ask Slurm for the state of a job: the controller, or where that has forgotten it, the accounting.
+
+    Raises:
+        ExplainedFailure: if neither knows.
+    """
+    state = _find_state(job)
+    if state is None:
+        raise ExplainedFailure(f"Slurm does not know job {job} any more, so how it ended cannot be said.")
+    return state
+
+
+def _find_state(job: str) -> JobState | None:
+    """None if Slurm has forgotten the job.
+
+    Raises:
+        ExplainedFailure: if Slurm does not answer.
+    """
+    shown = _slurm("scontrol", "--oneliner", "show", "job", job)
+    if shown.returncode == 0:
+        values = dict(re.findall(r"(?:^| )(\w+)=(\S*)", shown.stdout))
+        reason, nodes = values.get("Reason", "None"), values.get("NodeList", "")
+        details = (
+            f" ({reason})" if reason not in ("None", "") else f" on {nodes}" if nodes not in ("", "(null)") else ""
+        )
+        restarts = values.get("Restarts", "0")
+        details += f", restart {restarts}" if restarts != "0" else ""
+        return _state(job, values["JobState"], details, values["ExitCode"])
+    if "Invalid job id" not in shown.stderr:
+        raise ExplainedFailure(f"Slurm does not answer: {_reason(shown)}.")
+    kept = _slurm("sacct", "--allocations", "--noheader", "--parsable2", "--jobs", job, "--format=State,ExitCode")
+    if kept.returncode or not kept.stdout.strip():
+        return None
+    name, code = kept.stdout.splitlines()[-1].split("|")
+    return _state(job, name.split()[0], "", code)  # without "by USER" of a cancelled one
+
+
+def _state(job: str, name: str, details: str, exit_code: str) -> JobState:
+    code, _, number = exit_code.partition(":")
+    shells = 128 + int(number) if int(number or 0) else int(code)
+    return JobState(job, name, details, 0 if name == "COMPLETED" else shells or 1)
+
+
+def cancel(job: str) -> None:
+    """Ask Slurm to end a job.
+
+    Raises:
+        ValueError: if the job has ended.
+    """
+    state = state_of(job)
+    if state.is_over:
+        raise ValueError(f"{state}: there is nothing to cancel.")
+    done = _slurm("scancel", job)
+    if done.returncode:
+        raise ExplainedFailure(f"scancel failed: {_reason(done)}.")
+
+
+def follow(job: str, folder: Path) -> JobState:
+    """Print the job's states and rank 0's log until the job is over; returns its last state.
+
+    Raises:
+        ExplainedFailure: if Slurm does not answer for long, or knows the job no more.
+    """
+    said, log, position, heard_at = "", None, 0, time.monotonic()
+    while True:
+        try:
+            state = state_of(job)
+            heard_at = time.monotonic()
+        except ExplainedFailure:
+            if time.monotonic() - heard_at > SILENT_SECONDS:
+                raise
+            time.sleep(POLL_SECONDS)
+            continue
+        if str(state) != said:
+            said = str(state)
+            print(said, flush=True)
+        newest = rank_zero_log(folder)
+        if newest != log:
+            log, position = newest, 0
+        if log is not None:
+            with log.open("rb") as file:
+                file.seek(position)
+                new = file.read()
+            position += len(new)
+            print(new.decode(errors="replace"), end="", flush=True)
+        if state.is_over:
+            return state
+        time.sleep(POLL_SECONDS)
+
+
+def rank_zero_log(folder: Path) -> Path | None:
+    """The newest attempt's log of the node with rank 0, if it has begun."""
+    log = folder / "logs" / "latest" / "node_0.log"
+    return log.resolve() if log.is_file() else None
+
+
+def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{command[0]} is not on PATH; use a login node of the cluster.") from error
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """What a command of Slurm printed, as one line."""
+    lines = [re.sub(r"^\w+: (error|fatal): ", "", line).strip(" .") for line in done.stderr.splitlines()]
+    return "; ".join(line for line in lines if line) or f"exit code {done.returncode}"
