@@ -28,6 +28,8 @@ FEW = 5000
 MOST_WORDS = 10
 """Of an answer in mathematics; a longer one is prose."""
 _WHOLE_SOLUTION = re.compile(r"####\s*\S")
+_ONE_WORD = re.compile(r"-?[0-9A-Za-z][0-9A-Za-z.,/]{0,30}")
+"""What most answers are, which need no closer look."""
 BadReferences = dict[str, tuple[str, str]]
 """Question id -> (kind, description)."""
 
@@ -131,6 +133,8 @@ def misplaced(question: Question) -> tuple[str, str] | None:
             f"`answer` is {answer!r:.80}, with more than one box; give what is in the last.",
         )
     if question.verifier == "text":
+        return None
+    if _ONE_WORD.fullmatch(answer):
         return None
     text = normalise(answer)
     if not any(char.isalnum() for char in text):

@@ -12,8 +12,8 @@ PRIVATE = base64.b64encode(
 ).decode()
 DAPO = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
-    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on its own line "
-    'after "Answer:".'
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
 )
 
 
