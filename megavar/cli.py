@@ -329,10 +329,60 @@ def launch_command(arguments: Sequence[str]) -> int:
     return launch_main(arguments)
 
 
+def import_published(arguments: Sequence[str]) -> int:
+    """Write a question file of published data sets."""
+    parser = argparse.ArgumentParser(
+        "megavar import",
+        description="Make a question file of published data sets as they were downloaded (docs/data.md). Every answer "
+        "is judged by its verifier; rows that are left out are in OUT.rejected.jsonl, with the reason.",
+    )
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help=".jsonl, .json, .csv or .parquet")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="question file to write")
+    parser.add_argument("--layout", metavar="NAME", help="instead of the one that the columns say")
+    parser.add_argument(
+        "--map", metavar="FIELD=COLUMN,...", default="", help="columns of a layout that is not known, such as "
+        "question=prompt,answer=label; COLUMN.KEY is inside an object"
+    )  # fmt: skip
+    parser.add_argument(
+        "--trace-markers", nargs=2, metavar=("BEFORE", "BEHIND"), help="of the trace in a mapped solution, if they are "
+        "not <think> </think>"
+    )  # fmt: skip
+    parser.add_argument("--max-trace-tokens", type=int, metavar="N", help="leave out longer traces")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="folder whose tokenizer counts these tokens")
+    parser.add_argument(
+        "--exclude", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="held-out questions, in "
+        "any layout: the same ones, and those with 13 words in a row in common, are left out"
+    )  # fmt: skip
+    chosen = parser.parse_args(arguments)
+
+    def work() -> None:
+        show_logs("info")
+        from megavar.stages.import_questions import ImportSettings, import_questions
+
+        pairs = [pair.partition("=") for pair in chosen.map.split(",") if pair]
+        if any(not column for _, _, column in pairs):
+            raise ValueError(f"--map {chosen.map}: give FIELD=COLUMN,..., such as question=prompt,answer=label.")
+        import_questions(
+            chosen.files,
+            chosen.out,
+            ImportSettings(
+                layout=chosen.layout,
+                columns={name.strip(): column.strip() for name, _, column in pairs},
+                markers=None if chosen.trace_markers is None else tuple(chosen.trace_markers),
+                exclude=chosen.exclude,
+                max_trace_tokens=chosen.max_trace_tokens,
+                model=chosen.model,
+            ),
+        )
+
+    return reported(work)
+
+
 LOOKING: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "check": ("check a run before it starts, its data and model too, and print what it will take", check),
     "export-traces": ("write a run's weighted traces for trainers elsewhere", export_traces),
     "launch": ("start a run here or as a job of a cluster; ask for the job, or cancel it", launch_command),
+    "import": ("make a question file of published data sets", import_published),
     "report": ("write a run's results, figures and traces as one HTML page", report),
     "show": ("print records of a run", show),
 }

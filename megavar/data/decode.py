@@ -19,7 +19,7 @@ def open_decoder(model: Path) -> Decoder:
     Raises:
         ValueError: if the folder has no tokenizer.json.
     """
-    tokenizer = _open(model)
+    tokenizer = open_tokenizer(model)
 
     def decode(ids: TokenIds) -> str:
         text: str = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
@@ -38,7 +38,7 @@ def end_token(model: Path) -> int:
     try:
         named: Any = json.loads(file.read_text(encoding="utf-8"))["eos_token"]
         text = named["content"] if isinstance(named, dict) else named
-        token = _open(model).token_to_id(text)
+        token = open_tokenizer(model).token_to_id(text)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} names no eos_token ({error!r:.200}); copy it again.") from error
     if token is None:
@@ -46,7 +46,12 @@ def end_token(model: Path) -> int:
     return int(token)
 
 
-def _open(model: Path) -> Tokenizer:
+def open_tokenizer(model: Path) -> Tokenizer:
+    """Load the tokenizer of a Hugging Face folder.
+
+    Raises:
+        ValueError: if the folder has no tokenizer.json, or it cannot be loaded.
+    """
     file = model / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"{model} has no tokenizer.json; give the folder of a model with a fast tokenizer.")

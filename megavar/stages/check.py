@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megavar.config.schema import RunConfig
-from megavar.data.questions import Problems, read_questions
+from megavar.data.overlap import Overlap
+from megavar.data.questions import MOST_SHOWN, Problems, read_questions
 from megavar.data.templates import Templates
 from megavar.objectives import check_objective
 from megavar.records import Question
@@ -44,6 +45,7 @@ def check_run(config: RunConfig, ranks: int | None) -> Forecast:
     _check_microbatches(config)
     train = usable_questions(config, config.data.train)
     held_out = [] if config.data.eval is None else usable_questions(config, config.data.eval)
+    _warn_of_overlap(config, train, held_out)
     sampled = _sampled_questions(config, train)
     if config.objective.on_no_correct_trace == "gold":
         require_gold_traces(sampled, Path(config.data.train), "objective.on_no_correct_trace=gold")
@@ -91,6 +93,19 @@ def usable_questions(config: RunConfig, file: str) -> list[Question]:
     if len(bad) == len(questions):
         raise ValueError(f"{file}: no question has a reference answer that is correct by its own verifier.")
     return [question for question in questions if question.id not in bad]
+
+
+def _warn_of_overlap(config: RunConfig, train: list[Question], held_out: list[Question]) -> None:
+    """Say which questions are trained on and held out."""
+    known = Overlap(question.question for question in held_out)
+    shared = [question.id for question in train if question.question in known] if held_out else []
+    if shared:
+        logger.warning(
+            "check: %d of %d questions of data.train=%s are those of data.eval=%s, or have 13 words in a row in common "
+            "with one (%s%s); leave them out with `megavar import %s --exclude %s --out NEW.jsonl`.",
+            len(shared), len(train), config.data.train, config.data.eval, ", ".join(shared[:MOST_SHOWN]),
+            ", ..." if len(shared) > MOST_SHOWN else "", config.data.train, config.data.eval,
+        )  # fmt: skip
 
 
 def _check_packages(config: RunConfig) -> None:

@@ -28,6 +28,8 @@ FEW = 5000
 MOST_WORDS = 10
 """Of an answer in mathematics; a longer one is prose."""
 _WHOLE_SOLUTION = re.compile(r"####\s*\S")
+_ONE_WORD = re.compile(r"-?[0-9A-Za-z][0-9A-Za-z.,/]{0,30}")
+"""What most answers are, which need no closer look."""
 BadReferences = dict[str, tuple[str, str]]
 """Question id -> (kind, description)."""
 
@@ -81,7 +83,7 @@ def _judge(file: Path, questions: Sequence[Question], config: VerifyConfig, solu
     for question in questions:
         if question.verifier == NO_VERIFIER:
             continue
-        if (problem := _misplaced(question)) is not None:
+        if (problem := misplaced(question)) is not None:
             found[question.id] = problem
         else:
             judged.append(question)
@@ -100,7 +102,7 @@ def _judge(file: Path, questions: Sequence[Question], config: VerifyConfig, solu
             nonlocal num_judged
             num_judged += 1
             progress.update(num_judged, len(judged), "questions")
-            if verdict != Verdict.CORRECT:
+            if not is_accepted(judged[index], verdict):
                 found[judged[index].id] = _described(judged[index], verdict, config)
 
         verify_all(jobs, config.num_workers, config.timeout_seconds, keep)
@@ -108,7 +110,13 @@ def _judge(file: Path, questions: Sequence[Question], config: VerifyConfig, solu
     return dict(sorted(found.items(), key=lambda item: order[item[0]]))
 
 
-def _misplaced(question: Question) -> tuple[str, str] | None:
+def is_accepted(question: Question, verdict: str) -> bool:
+    """Whether a verdict on the reference answer is good: tests without a known program need only be readable."""
+    has_no_program = question.verifier == "code" and question.solution is None
+    return verdict == Verdict.CORRECT or (has_no_program and verdict == Verdict.NO_ANSWER)
+
+
+def misplaced(question: Question) -> tuple[str, str] | None:
     """What is in the field `answer` and should not be, whatever the verifier says."""
     answer = question.answer
     if question.verifier not in ("math", "choice", "text"):
@@ -125,6 +133,8 @@ def _misplaced(question: Question) -> tuple[str, str] | None:
             f"`answer` is {answer!r:.80}, with more than one box; give what is in the last.",
         )
     if question.verifier == "text":
+        return None
+    if _ONE_WORD.fullmatch(answer):
         return None
     text = normalise(answer)
     if not any(char.isalnum() for char in text):

@@ -42,6 +42,7 @@ def judge(file, template=SOLUTION, **verify):
         {"answer": "C", "question": "Which?\nA. 1\nB. 2\nC. 3", "solution": "\\boxed{3}", "verifier": "choice"},
         {"answer": "grey | gray", "verifier": "text"},
         {"answer": '{"target": 6, "nums": [1, 2, 3]}', "solution": "\\boxed{1+2+3}", "verifier": "countdown"},
+        {"answer": '{"inputs": ["1"], "outputs": ["2"]}', "verifier": "code"},
         {"answer": "?", "verifier": "none"},
         {"answer": "\\text{even}"},
         {"answer": "5 \\text{ km}", "solution": "\\boxed{5000 \\text{ m}}"},
@@ -96,6 +97,15 @@ def test_all_bad_rows_are_counted_and_the_first_ten_shown(tmp_path):
         "13 of 14 rows are bad: 12 not correct by their own verifier, 1 empty answers. The first 10 are shown. "
         "Correct them, or leave them out with data.on_bad_reference=drop."
     )
+
+
+def test_questions_that_are_trained_on_and_held_out_are_said(tmp_path, caplog):
+    write(tmp_path, {"question": "7+5"}, {"question": "What is 2+2?"}, {"question": "8+5"})
+    (tmp_path / "e.jsonl").write_text(json.dumps(GOOD | {"question": "what is  $2+2$"}))
+    with caplog.at_level(logging.WARNING):
+        check_run(config_of(tmp_path, f"data.eval={tmp_path}/e.jsonl"), 1)
+    assert f"1 of 3 questions of data.train={tmp_path}/t.jsonl" in caplog.text and "(q1)" in caplog.text
+    assert f"--exclude {tmp_path}/e.jsonl" in caplog.text
 
 
 def test_bad_rows_are_left_out_if_that_is_asked_for(tmp_path, caplog):
