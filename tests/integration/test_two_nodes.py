@@ -16,6 +16,8 @@ from megavar.records import Answer, Trace, identity
 
 pytestmark = pytest.mark.sglang
 ROOT = Path(__file__).parents[2]
+NUM_QUESTIONS, NUM_TRACES = 200, 4
+"""So many that they last until the slower node's server is up, too."""
 CONFIG = """
 name: job
 runs_dir: {folder}
@@ -27,7 +29,7 @@ rollout: {{python: {root}/.venv-sglang/bin/python, dtype: float32, max_total_tok
            concurrency: 8}}
 sft: &train {{epochs: 2, batch_sequences: 16, microbatch_tokens: 1024, learning_rate: 2.0e-3}}
 posterior: {{train: {{<<: *train, epochs: 1}}}}
-sample: {{num_traces: 4, num_answers: 2, max_trace_tokens: 80, max_answer_tokens: 16, flush_seconds: 0.1}}
+sample: {{num_traces: 4, num_answers: 1, max_trace_tokens: 80, max_answer_tokens: 16, flush_seconds: 0.1}}
 score: {{microbatch_tokens: 2048}}
 objective: {{on_no_correct_trace: geometric_mean}}
 policy: {{train: {{<<: *train, epochs: 1}}}}
@@ -68,7 +70,7 @@ def end(nodes: list[subprocess.Popen]) -> None:
 def test_both_nodes_sample_and_the_death_of_one_loses_nothing_that_was_written(tmp_path):
     subprocess.run(
         [sys.executable, "examples/data/generate.py", "--out", tmp_path / "data",
-         "--num-train", "24", "--num-eval", "4"],
+         "--num-train", str(NUM_QUESTIONS), "--num-eval", "4"],
         cwd=ROOT,
         check=True, capture_output=True,
     )  # fmt: skip
@@ -92,11 +94,11 @@ def test_both_nodes_sample_and_the_death_of_one_loses_nothing_that_was_written(t
     finally:
         end(nodes)
     found = {identity(row): row for row in read_records(traces / "data.parquet", Trace)}
-    assert len(found) == 24 * 4
+    assert len(found) == NUM_QUESTIONS * NUM_TRACES
     for key, row in kept.items():
         assert found[key].seed == row.seed and found[key].trace_ids.tolist() == row.trace_ids.tolist()
     answers = read_records(traces.parent / "verified" / "data.parquet", Answer)
     closed = [row for row in found.values() if row.finish == "closed"]
-    assert len(answers) == 2 * len(closed) > 0 and all(row.verdict for row in answers)
+    assert len(answers) == len(closed) > 0 and all(row.verdict for row in answers)
     assert (tmp_path / "job" / "servers" / "node_01" / "server_00.log").exists()
     assert "error" not in (tmp_path / "node_1.txt").read_text()
