@@ -134,10 +134,9 @@ def lists(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """[values] of all rows of a list column, and [rows + 1] where each row begins; a null is an empty list."""
     parts = [chunk.flatten().to_numpy() for chunk in column.chunks]
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
-    values = (
-        parts[0] if len(parts) == 1 else np.concatenate([*parts, np.zeros(0, column.type.value_type.to_pandas_dtype())])
-    )
-    return values, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    if len(parts) != 1:
+        parts = [np.concatenate([*parts, np.zeros(0, column.type.value_type.to_pandas_dtype())])]
+    return parts[0], np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def list_column(values: NDArray[Any], starts: NDArray[np.int64]) -> pa.Array:
@@ -171,8 +170,8 @@ def _values(column: pa.ChunkedArray, kind: Any, file: Path | str) -> list[Any]:
 
 
 def _empty(kind: Any, count: int) -> list[Any]:
-    arrow = pa.list_(pa.int32()) if column_type(kind) is not kind else None
-    if arrow is not None:
+    """Values of a column that is not read."""
+    if column_type(kind) is not kind:  # may be None
         return [None] * count
     if is_enum(kind) or kind is str:
         return [""] * count
@@ -385,12 +384,12 @@ def merge(groups: Sequence[Sequence[Path]], record_type: type[Any], folder: Path
     """The rows of several files, sorted and each once, in tables of bounded size.
 
     Args:
-        groups: files whose rows belong side by side: of each group there is one row for each identity. Within a group
-            the last file counts.
+        groups: files whose rows belong side by side: of each group there should be one row for each identity. Within
+            a group the last file counts.
         folder: gets a temporary subfolder if the rows do not fit into memory.
 
     Yields:
-        One table a group, with the same identities.
+        One table a group, of the same length if each has all rows.
     """
     sources = [_Source(group, record_type) for group in groups]
     num_rows, size = max(source.num_rows for source in sources), group_rows(record_type)
@@ -399,9 +398,10 @@ def merge(groups: Sequence[Sequence[Path]], record_type: type[Any], folder: Path
     spill = folder / ".merge"
     shutil.rmtree(spill, ignore_errors=True)
     try:
-        yield from map(
-            list, zip(*(source.tables(at_once, spill / str(n)) for n, source in enumerate(sources)), strict=True)
-        )
+        num_tables = max(1, -(-num_rows // at_once))
+        of_groups = [source.tables(at_once, num_tables, spill / str(n)) for n, source in enumerate(sources)]
+        for tables in zip(*of_groups, strict=True):
+            yield list(tables)
     finally:
         shutil.rmtree(spill, ignore_errors=True)
 
@@ -427,33 +427,31 @@ class _Source:
             self.num_rows = int(ranks.max(initial=-1)) + 1
             self._ranks_of = np.split(ranks, np.cumsum([len(table) for table in tables])[:-1])
 
-    def tables(self, at_once: int, spill: Path) -> Iterator[pa.Table]:
-        """The rows in order, `at_once` in a table; one table if there are none.
+    def tables(self, at_once: int, num_tables: int, spill: Path) -> Iterator[pa.Table]:
+        """The rows in order, `at_once` in a table, until there are none left.
 
         Where a table's rows are in more files than fit into memory, they go through temporary files in `spill`.
         """
         spans = [(kept.min(), kept.max()) if len(kept := ranks[ranks >= 0]) else (0, -1) for ranks in self._ranks_of]
-        buckets = range(max(1, -(-self.num_rows // at_once)))
-        held = np.zeros(len(buckets) + 1, np.int64)
+        held = np.zeros(num_tables + 1, np.int64)
         for (first, last), size in zip(spans, self.sizes, strict=True):
             if last >= 0:
                 held[first // at_once] += size
                 held[last // at_once + 1] -= size
         if held.cumsum().max() > MOST_HELD * MERGED_AT_ONCE:
             _distribute(self._ranked(range(len(self._files))), at_once, spill, self._type)
-            for bucket in buckets:
+            for bucket in range(num_tables):
                 yield _in_order(_spilled(spill / f"{bucket}.arrow"), self._type)
             return
         waiting = deque(sorted(range(len(spans)), key=lambda number: spans[number]))
         rows_held: list[pa.Table] = []
-        for bucket in buckets:
+        for bucket in range(num_tables):
             end = (bucket + 1) * at_once
             while waiting and spans[waiting[0]][0] < end:
                 rows_held += [_kept(table, ranks) for table, ranks in self._ranked([waiting.popleft()])]
             now = [table.filter(pc.less(table[_RANK], end)) for table in rows_held]
-            rows_held = [
-                later for table in rows_held if len(later := table.filter(pc.greater_equal(table[_RANK], end)))
-            ]
+            later = [table.filter(pc.greater_equal(table[_RANK], end)) for table in rows_held]
+            rows_held = [table for table in later if len(table)]
             yield _in_order(now, self._type)
 
     def _ranked(self, numbers: Iterable[int]) -> Iterator[tuple[pa.Table, Ranks]]:

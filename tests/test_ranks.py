@@ -10,6 +10,7 @@ from helpers.ranks import run_ranks
 
 from megavar import cli
 from megavar.ranks import NodeFailure, RankZeroError, Tally, claimed, leads_node, on_every_node
+from megavar.stages import runner
 
 NUM_NODES, RANKS_A_NODE = 3, 2
 
@@ -85,6 +86,30 @@ def test_the_failure_of_a_node_is_reported_there_with_its_name_and_fails_all(tmp
     others = [outcome for rank, outcome in enumerate(outcomes) if rank != 2]
     assert set(others) == {"RankZeroError: node 1 failed: ValueError: rollout.python is not there"}
     assert (tmp_path / "code").read_text() == "1"
+
+
+def look_at_the_folder(folder: str) -> None:
+    """The second node has a folder of its own by the same name."""
+    node = join_node()
+    runner.LATE_SECONDS = 1.0
+    outcome = "seen"
+    try:
+        runner._check_shared(Path(folder, "own") if node == 1 else Path(folder))
+    except (NodeFailure, RankZeroError) as error:
+        outcome = f"{type(error).__name__}: {error}"
+    Path(folder, os.environ["RANK"]).write_text(outcome)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_a_node_that_does_not_see_the_runs_folder_is_named(tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / ".seen_by_all").write_text("of an earlier start")
+    run_ranks(NUM_NODES * RANKS_A_NODE, look_at_the_folder, str(tmp_path))
+    outcomes = [(tmp_path / str(rank)).read_text() for rank in range(NUM_NODES * RANKS_A_NODE)]
+    assert outcomes[2].startswith("NodeFailure: node 1 (")
+    assert "runs_dir must be a folder that all nodes share" in outcomes[2]
+    assert all(text.startswith("RankZeroError: node 1 failed") for rank, text in enumerate(outcomes) if rank != 2)
 
 
 def test_one_node_takes_all_blocks():

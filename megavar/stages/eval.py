@@ -18,7 +18,7 @@ def execute(run: Run, service: RolloutService) -> None:
         models[f"pi_{run.round_index}"] = run.policy / "hf"
 
     def load() -> Loaded:
-        return eval_questions(run), templates(run), eval_tokens(run)
+        return Loaded(eval_questions(run), templates(run), eval_tokens(run))
 
     sampling = Sampling(config.sample, config.seed, 0, load)  # round 0: equal seeds for all policies
     for name, model in models.items():

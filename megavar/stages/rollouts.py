@@ -25,7 +25,7 @@ def execute(run: Run, service: RolloutService) -> None:
         return [question for question in round_questions(run) if question.verifier != NO_VERIFIER]
 
     def load() -> Loaded:
-        return questions(), templates(run), question_tokens(run)
+        return Loaded(questions(), templates(run), question_tokens(run))
 
     def weigh() -> None:
         all_traces = replace(config.objective, num_traces=None)  # objective.num_traces is about q's traces

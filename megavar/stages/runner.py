@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from megavar.config.schema import RunConfig
+from megavar.disk import atomic_write
 from megavar.ranks import barrier, from_rank_zero, is_rank_zero, leads_node, num_nodes, on_every_node, on_rank_zero
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
@@ -62,23 +63,28 @@ def _check_shared(folder: Path) -> None:
     """
     if num_nodes() == 1:
         return
-    name = from_rank_zero(lambda: f".seen_by_all.{os.getpid()}.{time.time_ns()}")
-    on_rank_zero((folder / name).touch)
+    file = folder / ".seen_by_all"
+    written = from_rank_zero(lambda: f"{os.getpid()} {time.time_ns()}")
+    on_rank_zero(lambda: _put(file, written))
 
     def look() -> None:
         until = time.monotonic() + LATE_SECONDS
-        while not (folder / name).exists():
+        while not (file.is_file() and file.read_text() == written):
             if time.monotonic() > until:
                 raise ValueError(
-                    f"does not see {folder / name}, which rank 0 wrote {LATE_SECONDS:.0f} s ago; runs_dir must be a "
-                    "folder that all nodes share."
+                    f"does not see what rank 0 wrote into {file} {LATE_SECONDS:.0f} s ago; runs_dir must be a folder "
+                    "that all nodes share."
                 )
             with suppress(OSError):
                 os.listdir(folder)  # a network file system may look again
             time.sleep(0.5)
 
     on_every_node(look)
-    on_rank_zero((folder / name).unlink)
+
+
+def _put(file: Path, text: str) -> None:
+    with atomic_write(file) as temporary:
+        temporary.write_text(text)
 
 
 def _run_in_order(config: RunConfig, stages: list[tuple[Stage, Run]]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -35,8 +35,13 @@ BLOCK_REQUESTS = 8
 Item = TypeVar("Item")
 
 
-Loaded = tuple[Sequence[Question], Templates, QuestionTexts]
-"""Questions, tokenizer with the run's templates, token ids of the questions' texts."""
+class Loaded(NamedTuple):
+    """What is sampled."""
+
+    questions: Sequence[Question]
+    templates: Templates
+    texts: QuestionTexts
+    """Of these questions."""
 
 
 class Sampling:
@@ -64,7 +69,7 @@ def execute(run: Run, service: RolloutService) -> None:
     config = run.config
 
     def load() -> Loaded:
-        return round_questions(run), templates(run), question_tokens(run)
+        return Loaded(round_questions(run), templates(run), question_tokens(run))
 
     sampling = Sampling(config.sample, config.seed, run.round_index, load)
     sampler, folder = Sampler(config.sample.sampler), run.round / "traces"
@@ -116,7 +121,7 @@ def sample_traces(
             return [index for index in range(num_traces) if (question.id, index) not in parts.have]
 
         def requests() -> Iterator[tuple[Question, GenerateRequest]]:
-            for index, question in claimed_of(list(enumerate(questions)), folder):
+            for index, question in claimed_of(enumerate(questions), folder):
                 if numbers := missing(question):
                     yield (
                         question,
@@ -155,7 +160,7 @@ def sample_traces(
         return requests(), keep, sum(bool(missing(question)) for question in questions)
 
     def expected() -> Iterator[Identity]:
-        ids = sorted(question.id for question in sampling.loaded[0])
+        ids = sorted(question.id for question in sampling.loaded.questions)
         return ((question_id, index, -1) for question_id in ids for index in range(num_traces))
 
     _sample(service, model, _Parts(folder, Trace, config.flush_seconds), work, f"{sampler} traces", expected)
@@ -177,7 +182,7 @@ def sample_answers(
     config = sampling.config
 
     def judged() -> dict[str, Question]:
-        return {question.id: question for question in sampling.loaded[0] if question.verifier != NO_VERIFIER}
+        return {question.id: question for question in sampling.loaded.questions if question.verifier != NO_VERIFIER}
 
     def answered(of: dict[str, Question], *columns: str) -> Iterator[Trace]:
         """The traces that get answers."""
@@ -186,7 +191,7 @@ def sample_answers(
                 yield trace
 
     def work(parts: _Parts[Answer]) -> Work:
-        questions, texts = judged(), sampling.loaded[2]
+        questions, texts = judged(), sampling.loaded.texts
 
         def missing(key: Key) -> list[int]:
             return [index for index in range(num_answers) if (*key, index) not in parts.have]

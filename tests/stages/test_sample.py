@@ -11,7 +11,7 @@ from megavar.data.templates import Templates
 from megavar.record_files import read_records
 from megavar.records import Answer, Question, Trace
 from megavar.rollout.engine import Generation
-from megavar.stages.sample import QUESTIONS_WITH_LOGPS, Sampling, sample_policy
+from megavar.stages.sample import QUESTIONS_WITH_LOGPS, Loaded, Sampling, sample_policy
 
 BASE = Path(__file__).parents[2] / "examples" / "base" / "qwen3-tiny"
 QUESTIONS = [Question(f"q{n}", "1+1", "2", verifier="none" if n == 1 else "math") for n in range(70)]
@@ -46,7 +46,7 @@ class Service:
 
 def sample(folder, **settings):
     templates = Templates(BASE, TemplateConfig())
-    sampling = Sampling(SampleConfig(**settings), 1, 1, lambda: (QUESTIONS, templates, templates))
+    sampling = Sampling(SampleConfig(**settings), 1, 1, lambda: Loaded(QUESTIONS, templates, templates))
     sample_policy(Service(Echo(templates.close_token)), BASE, 2, 3, sampling, folder)
     kinds = {"traces": Trace, "answers": Answer}
     return [read_records(folder / name / "data.parquet", kind) for name, kind in kinds.items()]
