@@ -5,13 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from helpers.tiny_models import reference_logps
+from transformers import AutoModelForCausalLM
 
 from megavar.config.schema import ParallelConfig, PrecisionConfig, ScoreConfig, TemplateConfig
 from megavar.data.templates import Templates
 from megavar.record_files import read_records, write_records
-from megavar.records import Answer, Question, Score, Trace
+from megavar.records import Answer, Question, Score, Trace, TrainSequence
 from megavar.stages.score import Scoring, TraceSet, score_traces
 from megavar.training import parallel
+from megavar.training.scorer import Scorer
 
 BASE = Path(__file__).parents[2] / "examples" / "base" / "qwen3-tiny"
 QUESTION = Question("a", "7+3", "0", "\n\\boxed{0}")
@@ -23,14 +27,14 @@ def score(tmp_path):
     templates = Templates(BASE, TemplateConfig())
     parallel.start_alone()
 
-    def call(texts, posterior, folder):
+    def call(texts, posterior, folder, **config):
         prompt = templates.policy_prompt(QUESTION)
         traces = [
             Trace("a", index, 1, "policy", prompt, _ids(templates, text), None, finish, 0)
             for index, (text, finish) in enumerate(texts)
         ]
         answers = [Answer("a", 0, 0, 1, np.array([1], np.int32), "0", "stop", 0, True)]
-        scoring = Scoring(ScoreConfig(), ParallelConfig(), PrecisionConfig(dtype="fp32"))
+        scoring = Scoring(ScoreConfig(**config), ParallelConfig(), PrecisionConfig(dtype="fp32"))
         write_records(tmp_path / "traces.parquet", traces, Trace)
         write_records(tmp_path / "verified.parquet", answers, Answer)
         trace_set = TraceSet([QUESTION], templates, tmp_path / "traces.parquet", tmp_path / "verified.parquet")
@@ -64,3 +68,67 @@ def test_kept_rows_of_other_traces_are_refused(score, tmp_path, posterior):
     score(TEXTS, posterior, "scores")
     with pytest.raises(ValueError, match="an existing score of trace 1 of question 'a' is of another trace"):
         score([TEXTS[0], ("7+3\n0\n", "closed"), TEXTS[2]], posterior, "scores")
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A model of the same architecture with other weights."""
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.05 * weight.std() * torch.randn_like(weight)
+    folder = shutil.copytree(BASE, tmp_path / "perturbed")
+    model.save_pretrained(folder)
+    return folder
+
+
+MIXED = [("7", "length"), ("7+3\n0\n", "closed"), ("7+", "length"), ("7+3\n", "closed"), ("7+3\n1\n", "closed")]
+
+
+def test_each_trace_gets_its_own_log_probs_of_each_model(score, other):
+    """Against transformers, with truncated traces before and between the others; one sequence a chunk."""
+    rows = score(MIXED, other, "scores", chunk_sequences=1)
+    templates = Templates(BASE, TemplateConfig())
+    prompt, answer = templates.policy_prompt(QUESTION), templates.answer(QUESTION)
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (BASE, other)]
+    for row, (text, finish) in zip(rows, MIXED, strict=True):
+        found = (row.logp_policy, row.logp_answer, row.logp_posterior)
+        if finish == "length":
+            assert [len(logps) for logps in found] == [0, 0, 0] and row.num_answers is None
+            continue
+        trace = _ids(templates, text)
+        with torch.no_grad():
+            policy, posterior = (
+                reference_logps(model, TrainSequence(prompt, trace, 1.0, answer)).numpy() for model in models
+            )
+        size = len(trace)
+        for logps, expected in zip(found, (policy[:size], policy[size:], posterior[:size]), strict=True):
+            assert logps == pytest.approx(expected, abs=2e-5)
+        assert np.abs(policy[:size] - posterior[:size]).max() > 1e-3
+
+
+def test_an_interrupted_call_goes_on_with_what_each_rank_had_written(score, tmp_path, other, monkeypatch):
+    whole = score(MIXED, other, "whole")
+    calls = []
+
+    class Interrupted(Scorer):
+        def score(self, sequences, indices, *rest):
+            calls.append(list(indices))
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return super().score(sequences, indices, *rest)
+
+    monkeypatch.setattr("megavar.stages.score.Scorer", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        score(MIXED, other, "scores", chunk_sequences=1)
+    (tmp_path / "scores" / "policy" / "part-000000.parquet").rename(
+        tmp_path / "scores" / "policy" / "part-000000-3.parquet"
+    )
+    monkeypatch.undo()
+    again = score(MIXED, other, "scores", chunk_sequences=2)
+    assert calls == [[0], [2], [4]]
+    for row, expected in zip(again, whole, strict=True):
+        for column in ("logp_policy", "logp_posterior", "logp_answer"):
+            assert getattr(row, column) == pytest.approx(getattr(expected, column), abs=2e-5)
+    assert sorted(file.name for file in (tmp_path / "scores").iterdir()) == ["data.parquet"]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from megavar.config.schema import VerifyConfig
-from megavar.record_files import read_records, write_records
-from megavar.records import Answer, Question
+from megavar.record_files import RecordWriter, read_records, write_records
+from megavar.records import Answer, Judgement, Question
 from megavar.stages.verify import verify_answers
 
 QUESTIONS = [Question("a", "3+4", "7"), Question("b", "4+4", "8")]
@@ -115,6 +115,19 @@ def test_verdicts_of_other_samples_are_refused(tmp_path, change):
         ValueError, match="verdict of answer 0 of trace 1 of question 'b', which is not what was sampled"
     ):
         verified(QUESTIONS, [replace(ANSWERS[0], **change)], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "digest", "named"),
+    [(0, 1, "answer 0 of trace 1"), (7, 1, "answer 7 of trace 1")],
+    ids=["sampled again", "not sampled"],
+)
+def test_verdicts_that_an_interrupted_call_left_of_other_samples_are_refused(tmp_path, index, digest, named):
+    writer = RecordWriter(tmp_path / "out" / "judgements", Judgement, 0.0)
+    writer.append(Judgement("b", 1, index, digest, "correct"))
+    with pytest.raises(ValueError, match=f"verdict of {named} of question 'b', which is not what was sampled"):
+        verified(QUESTIONS, ANSWERS, tmp_path / "out")
+    assert not (tmp_path / "out" / "data.parquet").exists()
 
 
 def test_unknown_questions_and_verifiers_are_refused_before_any_work(tmp_path):
