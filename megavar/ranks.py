@@ -170,7 +170,7 @@ class Tally:
     def add(self, number: int) -> int:
         """Add to it; returns what is known of the sum."""
         self._untold += number
-        if num_nodes() > 1 and time.monotonic() - self._told_at > _TELL_SECONDS:
+        if time.monotonic() - self._told_at > _TELL_SECONDS and num_nodes() > 1:
             store = distributed().distributed_c10d._get_default_store()
             self._others, self._untold, self._told_at = store.add(self._key, self._untold), 0, time.monotonic()
         return self._others + self._untold

@@ -1,4 +1,4 @@
-"""Files of records: Parquet (zstd, checksums), one column a field, sorted by the columns that identify a row.
+"""Files of records: Parquet (compressed, with checksums), one column a field, sorted by the columns that identify a row.
 
 What a file holds is read in tables of bounded size, of the columns that are asked for, so memory does not grow with a
 run; `rows` makes records of a table. Stages that produce records for hours use `RecordWriter`, which flushes them every
@@ -199,8 +199,9 @@ class RecordFileWriter:
         make_folder(self._file.parent)
         with ExitStack() as stack:
             temporary = stack.enter_context(atomic_write(self._file))
-            schema = schema_of(self._type)
-            self._writer = stack.enter_context(pq.ParquetWriter(temporary, schema, **_encoding(schema)))
+            self._writer = stack.enter_context(
+                pq.ParquetWriter(temporary, schema_of(self._type), **_encoding(self._type))
+            )
             self._opened = stack.pop_all()
         return self
 
@@ -229,14 +230,21 @@ class RecordFileWriter:
         self._pending = [table.slice(whole)] if whole < len(table) else []
 
 
-def _encoding(schema: pa.Schema) -> dict[str, Any]:
-    """Tokens and log-probs hardly repeat: looking for repetitions costs time and gains nothing."""
-    in_lists = {f"{field.name}.list.element" for field in schema if pa.types.is_list(field.type)}
+def _encoding(record_type: type[Any]) -> dict[str, Any]:
+    """Tokens and log-probs hardly repeat: looking for repetitions costs time and gains nothing.
+
+    Of log-probs only the bytes of the exponents do, for which LZ4 is as good as zstd, at half its time. Rows that are
+    kept for a merge only are not compressed.
+    """
+    schema = schema_of(record_type)
+    element = {field.name: f"{field.name}.list.element" for field in schema if pa.types.is_list(field.type)}
+    logps = {name for name in element if schema.field(name).type == _FLOATS}
+    codec = {element.get(name, name): "lz4" if name in logps else "zstd" for name in schema.names}
     return {
-        "compression": "zstd",
+        "compression": "none" if record_type is Scored else codec,
         "write_page_checksum": True,
-        "use_dictionary": [field.name for field in schema if not pa.types.is_list(field.type)],
-        "use_byte_stream_split": [name for name in in_lists if schema.field(name.split(".")[0]).type == _FLOATS],
+        "use_dictionary": [name for name in schema.names if name not in element],
+        "use_byte_stream_split": [] if record_type is Scored else [element[name] for name in logps],
     }
 
 
@@ -449,8 +457,7 @@ class _Source:
             end = (bucket + 1) * at_once
             while waiting and spans[waiting[0]][0] < end:
                 rows_held += [_kept(table, ranks) for table, ranks in self._ranked([waiting.popleft()])]
-            now = [table.filter(pc.less(table[_RANK], end)) for table in rows_held]
-            later = [table.filter(pc.greater_equal(table[_RANK], end)) for table in rows_held]
+            now, later = zip(*(_divided(table, end) for table in rows_held), strict=True) if rows_held else ((), ())
             rows_held = [table for table in later if len(table)]
             yield _in_order(now, self._type)
 
@@ -485,12 +492,25 @@ def _kept(table: pa.Table, ranks: Ranks) -> pa.Table:
     return ranked if (ranks >= 0).all() else ranked.filter(pa.array(ranks >= 0))
 
 
+def _divided(table: pa.Table, end: int) -> tuple[pa.Table, pa.Table]:
+    """The rows with ranks below `end`, and the others; not copied where their ranks ascend, as a sorted part's do."""
+    ranks = table[_RANK].to_numpy()
+    if (ranks[:-1] <= ranks[1:]).all():
+        first = int(np.searchsorted(ranks, end))
+        return table.slice(0, first), table.slice(first)
+    below = ranks < end
+    return table.filter(pa.array(below)), table.filter(pa.array(~below))
+
+
 def _in_order(tables: Sequence[pa.Table], record_type: type[Any]) -> pa.Table:
     if not tables:
         return schema_of(record_type).empty_table()
     table = pa.concat_tables(tables)
-    order = np.argsort(table[_RANK].to_numpy(), kind="stable")
-    return table.drop_columns([_RANK]).combine_chunks().take(pa.array(order))
+    ranks = table[_RANK].to_numpy()
+    table = table.drop_columns([_RANK])
+    if (ranks[:-1] <= ranks[1:]).all():
+        return table
+    return table.combine_chunks().take(pa.array(np.argsort(ranks, kind="stable")))
 
 
 def _distribute(ranked: Iterable[tuple[pa.Table, Ranks]], at_once: int, folder: Path, record_type: type[Any]) -> None:
