@@ -1,4 +1,4 @@
-"""Files of records: Parquet (compressed, with checksums), one column a field, sorted by the columns that identify a row.
+"""Files of records: Parquet (compressed, checksums), one column a field, sorted by the columns that identify a row.
 
 What a file holds is read in tables of bounded size, of the columns that are asked for, so memory does not grow with a
 run; `rows` makes records of a table. Stages that produce records for hours use `RecordWriter`, which flushes them every
