@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
-import numpy as np
-
 from megavar.data.decode import Decoder
 from megavar.joins import answers_by_trace, by_trace
 from megavar.records import Answer, Question, Weight
 from megavar.report.curves import question_ess
-from megavar.report.run_view import Round
+from megavar.report.run_view import Round, spread
 
 MAX_QUESTIONS = 200
 MAX_CHARACTERS = 4000
@@ -62,13 +60,6 @@ def browser_data(shown: Round, decode: Decoder, max_questions: int = MAX_QUESTIO
 
     weighted = [question for question in shown.questions if question.id in weights_of]
     return [show_question(question) for question in spread(weighted, max_questions)]
-
-
-def spread(questions: Sequence[Question], limit: int) -> list[Question]:
-    """All questions if there are at most `limit`, else `limit` of them, evenly spaced from the first to the last."""
-    if len(questions) <= limit:
-        return list(questions)
-    return [questions[index] for index in np.linspace(0, len(questions) - 1, limit).round().astype(int)]
 
 
 def shorten(text: str) -> str:

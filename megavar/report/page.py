@@ -96,6 +96,9 @@ def _head(label: str, run: RunView, last_round: Round, others: Sequence[str]) ->
         f"{last_round.folder.name} · {len(last_round.questions)} questions · K = {config.num_traces} traces · "
         f"n = {config.sample.num_answers} answers · objective {config.objective.name}"
     )
+    num_read = len({row.question_id for row in last_round.weights})
+    if num_read < last_round.num_weighted:
+        facts += f" · figures of the round: of {num_read} of its {last_round.num_weighted} weighted questions"
     compared = f"<br>Compared with: {escape(', '.join(others))}" if others else ""
     unfinished = run.unfinished()
     note = f"Not finished yet: {', '.join(unfinished)}. Results that need these stages are omitted."

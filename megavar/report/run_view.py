@@ -4,15 +4,19 @@ Writes nothing and needs no torch. Which outputs a report needs is defined here 
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from megavar.config.load import load_config
 from megavar.config.schema import RunConfig
 from megavar.data.questions import read_questions
-from megavar.record_files import read_records
+from megavar.record_files import RecordFile, read_records, rows
 from megavar.records import Answer, Question, Record, Score, Trace, Weight
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
@@ -20,14 +24,23 @@ from megavar.runs.metrics import Metrics
 from megavar.runs.plan import stages_of
 
 _ROUND_RECORDS = ("traces", "verified", "scores", "weights")
+Item = TypeVar("Item")
+MOST_QUESTIONS = 2000
+"""Of a round, whose records a report reads, however large the round is."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """The records of one round, sorted by identity."""
+    """Records of one round, sorted by identity: of all its weighted questions, or of `MOST_QUESTIONS`, evenly spaced.
+
+    What no figure shows is empty: prompts of traces, token ids of answers, log-probs of traces.
+    """
 
     folder: Path
+    num_weighted: int
+    """Questions that have weights, whether their records are here or not."""
     questions: list[Question]
+    """All questions of the round."""
     traces: list[Trace]
     answers: list[Answer]
     scores: list[Score]
@@ -112,16 +125,24 @@ class RunView:
         """
         folder = self.round_folder()
 
-        def read(name: str, record_type: type[Record]) -> list[Record]:
-            return read_records(folder / name / "data.parquet", record_type)
+        def file(name: str, record_type: type[Record], *left_out: str) -> RecordFile[Record]:
+            columns = [item.name for item in fields(record_type) if item.name not in left_out]
+            return RecordFile(folder / name / "data.parquet", record_type, columns)
+
+        weighted = _weighted_questions(folder / "weights" / "data.parquet")
+        chosen = spread(weighted, MOST_QUESTIONS)
+
+        def read(records: RecordFile[Record]) -> list[Record]:
+            return list(_of_questions(records, chosen))
 
         return Round(
             folder,
+            len(weighted),
             self.run.take_questions(_questions(self.config.data.train, "data.train")),
-            read("traces", Trace),
-            read("verified", Answer),
-            read("scores", Score),
-            read("weights", Weight),
+            read(file("traces", Trace, "prompt_ids", "logp_engine")),
+            read(file("verified", Answer, "answer_ids")),
+            read(file("scores", Score, "logp_policy", "logp_posterior")),
+            read(file("weights", Weight)),
         )
 
 
@@ -140,6 +161,27 @@ def labels(runs: Sequence[RunView]) -> dict[str, RunView]:
     """Runs by their label in figures: the folder's name, or its path if several runs have that name."""
     names = Counter(run.folder.name for run in {run.folder: run for run in runs}.values())
     return {run.folder.name if names[run.folder.name] == 1 else str(run.folder): run for run in runs}
+
+
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """All items if there are at most that many, else that many, evenly spaced from the first to the last."""
+    places = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[place] for place in places]
+
+
+def _weighted_questions(file: Path) -> list[str]:
+    """Ids of the questions in a file of weights, in its order."""
+    ids: dict[str, None] = {}
+    for table in RecordFile(file, Weight, ["question_id"]).tables():
+        ids.update(dict.fromkeys(table["question_id"].to_pylist()))
+    return list(ids)
+
+
+def _of_questions(file: RecordFile[Record], question_ids: Sequence[str]) -> Iterator[Record]:
+    """The records of these questions."""
+    wanted = pa.array(question_ids, pa.string())
+    for table in file.tables():
+        yield from rows(table.filter(pc.is_in(table["question_id"], wanted)), file.record_type, file.file)
 
 
 def _questions(file: str, key: str) -> list[Question]:

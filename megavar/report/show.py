@@ -4,15 +4,15 @@ The record type is inferred from the columns. Questions and traces have long tex
 fields. Other records are printed as one table per question, without ids of the question, answer tokens and seeds.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -22,8 +22,8 @@ from rich.text import Text
 
 from megavar.data.decode import Decoder, open_decoder
 from megavar.data.questions import read_questions
-from megavar.record_files import read_records
-from megavar.records import Answer, Bound, Question, Score, Trace, Weight, identity
+from megavar.record_files import RecordFile, rows
+from megavar.records import Answer, Bound, Question, Score, Trace, Weight, identity_columns
 
 RECORD_TYPES: tuple[type[Any], ...] = (Trace, Answer, Score, Weight, Bound)
 _MAX_IDS = 8
@@ -43,26 +43,36 @@ def show(path: Path, limit: int, question_id: str | None, model: Path | None, co
     if limit < 0:
         raise ValueError(f"--limit {limit} is negative; give the number of records to print.")
     decode = open_decoder(model) if model else None
-    records = read_any(path)
-    groups: dict[str, list[Any]] = defaultdict(list)
-    for record in records:
-        groups[_question_of(record)].append(record)
-    if question_id is not None and question_id not in groups:
-        examples = ", ".join(list(groups)[:3])
+    source = _open(path)
+    question_ids = dict.fromkeys(key[0] for key in source.identities)
+    if question_id is not None and question_id not in question_ids:
+        examples = ", ".join(list(question_ids)[:3])
         raise ValueError(f"{path} has no record of question {question_id!r}; it has records of {examples}, ...")
-    chosen = records[:limit] if question_id is None else groups[question_id]
-    kind = type(records[0]).__name__ if records else ""
-    console.print(Text(f"{path}: {len(records)} {kind} records of {len(groups)} questions", "bold"))
+    keys = [key for key in source.identities if question_id in (None, key[0])]
+    chosen = source.read(keys if question_id is not None else keys[:limit])
+    num_records, kind = len(source.identities), source.kind
+    console.print(Text(f"{path}: {num_records} {kind} records of {len(question_ids)} questions", "bold"))
     for name, group in groupby(chosen, _question_of):
         rows = list(group)
         console.print(Rule(Text(name, "bold"), align="left"))
         console.print(*_blocks(rows, decode) if kind in ("Question", "Trace") else [_table(rows)], sep="\n")
-    if len(chosen) < len(records):
+    if len(chosen) < num_records:
         console.print(Text(f"{len(chosen)} shown; --limit N or --question ID shows others.", "dim"))
 
 
-def read_any(path: Path) -> list[Any]:
-    """Read the records of a Parquet or JSONL file, or of a stage's folder: data.parquet and unmerged part files.
+@dataclass(frozen=True)
+class _Source:
+    """Records of one type; only those that are asked for are read whole."""
+
+    kind: str
+    identities: Sequence[tuple[Any, ...]]
+    """Question id first, of each record in order."""
+    read: Callable[[Sequence[tuple[Any, ...]]], list[Any]]
+    """The records with these identities, in their order."""
+
+
+def _open(path: Path) -> _Source:
+    """The records of a Parquet or JSONL file, or of a stage's folder: data.parquet and unmerged part files.
 
     Raises:
         ValueError: if the path does not exist or contains no records of a known type.
@@ -77,26 +87,52 @@ def read_any(path: Path) -> list[Any]:
                 else "give a stage's folder or a file"
             )
             raise ValueError(f"{path} contains neither data.parquet nor part-*.parquet; {advice}.")
-        records = {identity(record): record for file in files for record in _read_file(file)}
-        return [records[key] for key in sorted(records)]
+        return _of_records(files)
     if not path.exists():
         raise ValueError(f"No file or folder {path}; give a file of records, a stage's folder or a question file.")
-    rows = _read_file(path)
-    return rows if rows and isinstance(rows[0], Question) else sorted(rows, key=identity)
+    if path.suffix == ".jsonl" or _record_type(path) is Question:
+        question_of = {(question.id,): question for question in read_questions(path)}
+        return _Source("Question", list(question_of), lambda keys: [question_of[key] for key in keys])
+    return _of_records([path])
 
 
-def _read_file(file: Path) -> list[Any]:
-    if file.suffix == ".jsonl":
-        return list(read_questions(file))
+def _of_records(files: Sequence[Path]) -> _Source:
+    """Of files of one record type, the last of which counts where several have a record."""
+    record_type = _record_type(files[0])
+    names = identity_columns(record_type)
+    found = {
+        key
+        for file in files
+        for table in RecordFile(file, record_type, names).tables()
+        for key in _identities(table, names)
+    }
+
+    def read(keys: Sequence[tuple[Any, ...]]) -> list[Any]:
+        question_ids = pa.array(sorted({key[0] for key in keys}), pa.string())
+        record_of: dict[tuple[Any, ...], Any] = {}
+        for file in files:
+            for table in RecordFile(file, record_type).tables():
+                some = table.filter(pc.is_in(table["question_id"], question_ids))
+                record_of.update(zip(_identities(some, names), rows(some, record_type, file), strict=True))
+        return [record_of[key] for key in keys]
+
+    return _Source(record_type.__name__, sorted(found), read)
+
+
+def _identities(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    return zip(*(table[name].to_pylist() for name in names), strict=True)
+
+
+def _record_type(file: Path) -> type[Any]:
     try:
         columns = pq.read_schema(file).names
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(f"{file} is neither a Parquet file nor a .jsonl file of questions: {error}") from error
     for record_type in RECORD_TYPES:
         if columns == [item.name for item in fields(record_type)]:
-            return list(read_records(file, record_type))
+            return record_type
     if {"id", "question", "answer"} <= set(columns):
-        return list(read_questions(file))
+        return Question
     raise ValueError(
         f"{file} has columns {columns}, which match no record type; give a file of questions, traces, answers, scores, "
         "weights or bounds."

@@ -17,9 +17,10 @@ from megavar.config.schema import ObjectiveConfig
 from megavar.data.decode import open_decoder
 from megavar.record_files import read_records
 from megavar.records import Question, Score
-from megavar.report.browser import MAX_CHARACTERS, shorten, spread
+from megavar.report import run_view
+from megavar.report.browser import MAX_CHARACTERS, shorten
 from megavar.report.page import write_page
-from megavar.report.run_view import RunView, labels, open_run
+from megavar.report.run_view import RunView, labels, open_run, spread
 from megavar.stages.weigh import weigh_traces
 
 VOID = {"meta", "img", "br", "input"}
@@ -140,6 +141,18 @@ def test_long_texts_keep_their_ends_and_many_questions_are_spread():
     questions = [Question(str(index), "x", "1") for index in range(10)]
     assert [row.id for row in spread(questions, 4)] == ["0", "3", "6", "9"]
     assert spread(questions, 10) == questions
+
+
+def test_of_a_large_round_some_questions_are_read_and_the_page_says_so(run, monkeypatch):
+    monkeypatch.setattr(run_view, "MOST_QUESTIONS", 2)
+    last_round = open_run(run.folder).last_round()
+    weighted = {row.question_id for row in last_round.weights}
+    assert last_round.num_weighted == len(QUESTIONS) and len(weighted) == 2
+    for records in (last_round.traces, last_round.answers, last_round.scores):
+        assert {row.question_id for row in records} <= weighted and records
+    page = write_page([run.folder]).read_text()
+    assert f"figures of the round: of 2 of its {len(QUESTIONS)} weighted questions" in page
+    assert set(data_of(page)) == weighted
 
 
 def test_runs_named_after_the_first_are_compared(run, tmp_path):
