@@ -114,18 +114,19 @@ def estimate_bounds(
 def _sums_and_means(traces: Sequence[Score], of_answer: bool) -> tuple[Floats, Floats]:
     """[T] sums and means over the tokens: of log pi - log q of the traces, or of log pi of the reference answers."""
     chosen = [score.logp_answer if of_answer else score.logp_policy for score in traces]
-    lengths = np.array([0 if logps is None else len(logps) for logps in chosen])
-    if lengths.min() == 0:
+    given = [logps for logps in chosen if logps is not None and len(logps)]
+    if len(given) < len(traces):
         _name_the_wrong_one(traces)
-    values = np.concatenate([np.asarray(logps, np.float64) for logps in chosen])
+    lengths = np.array([len(logps) for logps in given])
+    values = np.concatenate(given, dtype=np.float64)
     if not of_answer:
-        posterior = [score.logp_posterior for score in traces]
-        if any(logps is None or len(logps) != length for logps, length in zip(posterior, lengths, strict=True)):
+        posterior = [score.logp_posterior for score in traces if score.logp_posterior is not None]
+        if [len(logps) for logps in posterior] != lengths.tolist():
             _name_the_wrong_one(traces)
-        values = values - np.concatenate([np.asarray(logps, np.float64) for logps in posterior])
-    if not np.isfinite(values).all():
-        _name_the_wrong_one(traces)
+        values -= np.concatenate(posterior, dtype=np.float64)
     sums: Floats = np.add.reduceat(values, np.cumsum(lengths) - lengths)
+    if not np.isfinite(sums).all():
+        _name_the_wrong_one(traces)
     return sums, sums / lengths
 
 

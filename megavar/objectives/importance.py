@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
+from math import isfinite
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,15 +27,17 @@ def log_ratio(score: Score, ratio: str) -> float:
     _check_choice("objective.ratio", ratio, ("geometric_mean", "sequence", "none"))
     if ratio == "none":
         return 0.0
-    policy = _finite(score, "logp_policy", score.logp_policy)
-    posterior = _finite(score, "logp_posterior", score.logp_posterior)
+    policy = _given(score, "logp_policy", score.logp_policy)
+    posterior = _given(score, "logp_posterior", score.logp_posterior)
     if len(policy) != len(posterior):
         raise ValueError(
             f"{_describe(score)}: logp_policy has {len(policy)} tokens, logp_posterior {len(posterior)}; rerun the "
             "score stage."
         )
-    difference = policy - posterior
-    return float(difference.mean() if ratio == "geometric_mean" else difference.sum())
+    total = float(np.subtract(policy, posterior, dtype=np.float64).sum())
+    if not isfinite(total):
+        _refuse_infinite(score, logp_policy=policy, logp_posterior=posterior)
+    return total / len(policy) if ratio == "geometric_mean" else total
 
 
 def log_answer(score: Score, estimator: str) -> float:
@@ -56,8 +60,11 @@ def log_answer(score: Score, estimator: str) -> float:
                 "rerun the sample and verify stages."
             )
         return float(np.log(score.num_correct / score.num_answers)) if score.num_correct else -np.inf
-    logps = _finite(score, "logp_answer", score.logp_answer)
-    return float(logps.mean() if estimator == "geometric_mean" else logps.sum())
+    logps = _given(score, "logp_answer", score.logp_answer)
+    total = float(logps.sum(dtype=np.float64))
+    if not isfinite(total):
+        _refuse_infinite(score, logp_answer=logps)
+    return total / len(logps) if estimator == "geometric_mean" else total
 
 
 def normalise(log_weights: Sequence[float]) -> NDArray[np.float64]:
@@ -274,15 +281,18 @@ def select(weights: Sequence[Weight], selection: str, min_weight: float, seed: i
     return selected, 0.0
 
 
-def _finite(score: Score, column: str, logps: LogProbs | None) -> NDArray[np.float64]:
+def _given(score: Score, column: str, logps: LogProbs | None) -> LogProbs:
     if logps is None or len(logps) == 0:
         raise ValueError(
             f"{_describe(score)} has no {column}; run the score stage, or use settings that do not need it."
         )
-    values = np.asarray(logps, np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError(f"{_describe(score)}: {column} is not finite; check the weights of the scored model for NaN.")
-    return values
+    return logps
+
+
+def _refuse_infinite(score: Score, **columns: LogProbs) -> NoReturn:
+    """Name the first column with a value that is not finite: a sum of float32 in float64 is finite if its terms are."""
+    wrong = next(column for column, logps in columns.items() if not np.isfinite(logps).all())
+    raise ValueError(f"{_describe(score)}: {wrong} is not finite; check the weights of the scored model for NaN.")
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
