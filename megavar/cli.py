@@ -291,6 +291,35 @@ def check(arguments: Sequence[str]) -> int:
     return reported(work)
 
 
+def selftest(arguments: Sequence[str]) -> int:
+    """Compare the ways to the same numbers on the grid of a run."""
+    parser = argparse.ArgumentParser(
+        "megavar selftest",
+        description="Before a run: score and train on some of its sequences on its grid, in several ways, with "
+        "transformers and a server, and compare. Under torchrun, with the run's number of ranks.",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to change")
+    chosen = parser.parse_intermixed_args(arguments)
+
+    def work() -> None:
+        from megavar.config.load import load_config
+        from megavar.stages.check import check_run
+
+        config = load_config(chosen.config, chosen.overrides)
+        show_logs(config.logging.level)
+        if is_rank_zero():
+            check_run(config, world_size())
+        from megavar.stages.selftest import selftest as compare
+
+        with _process_group(config.parallel):
+            catch_signals()
+            compare(config)
+
+    end_with_agent()
+    return reported(work)
+
+
 def export_traces(arguments: Sequence[str]) -> int:
     """Write a run's weighted traces for other trainers."""
     parser = argparse.ArgumentParser(
@@ -384,6 +413,7 @@ LOOKING: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "launch": ("start a run here or as a job of a cluster; ask for the job, or cancel it", launch_command),
     "import": ("make a question file of published data sets", import_published),
     "report": ("write a run's results, figures and traces as one HTML page", report),
+    "selftest": ("compare, on a run's grid, the ways to the same numbers; before it starts", selftest),
     "show": ("print records of a run", show),
 }
 """Commands that are no stages: what they do, and the function that does it."""

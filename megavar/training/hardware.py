@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import resource
 
 import torch
@@ -33,6 +34,13 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated() / 2**30)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB on Linux
+
+
+def free_memory() -> int:
+    """Bytes that this rank's device, or the machine where that is the CPU, has free."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def release_memory() -> None:

@@ -4,8 +4,10 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
@@ -57,19 +59,9 @@ def train_model(
     model = Model(init)
     num_steps = train.steps_of(len(sequences))
     normalizer = loss_normalizer(sequences, train)
-    config = transformer_config(model.dims, parallel, precision, train.recompute)
-    configure_gradients(config)
-    chunks = build_model(config, model.dims)
     existing = list_checkpoints(folder)
-    if not existing:
-        load_weights(chunks, model)
-    chunks = wrap_for_gradients(config, chunks, train)
-    optimizer, scheduler = build_optimizer(chunks, train, config.bf16, num_steps)
-    if existing:
-        load_checkpoint(existing[-1], chunks, optimizer, scheduler)
-    else:
-        optimizer.reload_model_params()
-        scheduler.step(1)
+    start = existing[-1] if existing else None
+    chunks, optimizer, scheduler = open_training(model, train, parallel, precision, num_steps, start)
     shape = pack_shape(parallel, precision)
     first_step, checkpoint_seconds = step_of(existing[-1]) if existing else 0, 0.0
     saved_at = time.monotonic()
@@ -82,13 +74,11 @@ def train_model(
         # Data: this rank's packed microbatches of the global batch.
         indices = data_order(len(sequences), step * train.batch_sequences, (step + 1) * train.batch_sequences, seed)
         lengths, num_targets = sequences.num_tokens[indices].tolist(), int(sequences.num_targets[indices].sum())
-        microbatches = _microbatches(sequences, indices, train.microbatch_tokens, parallel, shape)
+        microbatches = own_microbatches(sequences, indices, train.microbatch_tokens, parallel, shape)
         data_seconds = clock.lap()
 
         # Gradients, added up over microbatches and ranks.
-        for chunk in chunks:
-            chunk.zero_grad_buffer()  # type: ignore[operator]
-        optimizer.zero_grad()
+        clear_gradients(chunks, optimizer)
         sums = gradient_pass(chunks, microbatches, normalizer)
         if not math.isfinite(sums.loss):
             raise FloatingPointError(f"step {step + 1}: the loss is {sums.loss}; {NOT_FINITE}")
@@ -128,6 +118,37 @@ def train_model(
             raise Stopped(f"step {step + 1} of {num_steps} is saved in {folder}")
 
 
+def open_training(
+    model: Model,
+    train: TrainConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    num_steps: int,
+    checkpoint: Path | None,
+) -> tuple[list[torch.nn.Module], Any, Any]:
+    """This rank's part of the model, its optimizer and its schedule, as a checkpoint has them, or at their start."""
+    config = transformer_config(model.dims, parallel, precision, train.recompute)
+    configure_gradients(config)
+    chunks = build_model(config, model.dims)
+    if checkpoint is None:
+        load_weights(chunks, model)
+    chunks = wrap_for_gradients(config, chunks, train)
+    optimizer, scheduler = build_optimizer(chunks, train, config.bf16, num_steps)
+    if checkpoint is None:
+        optimizer.reload_model_params()
+        scheduler.step(1)
+    else:
+        load_checkpoint(checkpoint, chunks, optimizer, scheduler)
+    return chunks, optimizer, scheduler
+
+
+def clear_gradients(chunks: list[torch.nn.Module], optimizer: Any) -> None:
+    """Before the gradients of a step are added up."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()  # type: ignore[operator]
+    optimizer.zero_grad()
+
+
 class _Clock:
     """Wall time of a step, and of its parts."""
 
@@ -153,7 +174,7 @@ def _utilisation(flops: float, seconds: float) -> dict[str, float]:
     return values
 
 
-def _microbatches(
+def own_microbatches(
     sequences: SequenceSet, indices: Sequence[int], budget_tokens: int, parallel: ParallelConfig, shape: PackShape
 ) -> list[Microbatch]:
     """This data-parallel rank's microbatches of the global batch; only its own sequences are read."""

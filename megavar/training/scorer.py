@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from numpy.typing import NDArray
@@ -22,13 +23,25 @@ Part = tuple[NDArray[np.int64], NDArray[np.int64], LogProbs]
 
 
 class Scorer:
-    """A model loaded for scoring, split over the ranks."""
+    """A model loaded for scoring, split over the ranks.
 
-    def __init__(self, model: Model, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
+    Args:
+        chunks: this rank's part of the model, if it is in memory already.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        parallel: ParallelConfig,
+        precision: PrecisionConfig,
+        chunks: list[torch.nn.Module] | None = None,
+    ) -> None:
         self._parallel = parallel
         self._shape = pack_shape(parallel, precision)
-        self._chunks = build_model(transformer_config(model.dims, parallel, precision, "none"), model.dims)
-        load_weights(self._chunks, model)
+        if chunks is None:
+            chunks = build_model(transformer_config(model.dims, parallel, precision, "none"), model.dims)
+            load_weights(chunks, model)
+        self._chunks = chunks
         for chunk in self._chunks:
             chunk.eval()
 
@@ -64,6 +77,16 @@ class Scorer:
         incomplete = [index for index, logps in found.items() if np.isnan(logps).any()]
         assert context_rank > 0 or not incomplete, f"sequences {incomplete[:5]} came back without all their log-probs"
         return {} if context_rank > 0 else found
+
+    def score_all(self, sequences: SequenceSet, temperature: float, microbatch_tokens: int) -> list[LogProbs] | None:
+        """Score a few sequences; [target tokens] of each on rank 0, None on the others. Every rank calls it."""
+        found = self.score(sequences, range(len(sequences)), temperature, microbatch_tokens)
+        gathered: list[dict[int, LogProbs]] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(found, gathered)
+        if gathered is None:
+            return None
+        logps_of = {index: logps for of_rank in gathered for index, logps in of_rank.items()}
+        return [logps_of[index] for index in range(len(sequences))]
 
     def release(self) -> None:
         """Free the model's memory."""

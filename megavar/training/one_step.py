@@ -1,0 +1,60 @@
+"""One training step of a few sequences, whose gradients are formed twice, in microbatches of different sizes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megavar.checkpoints.convert import Model
+from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
+from megavar.records import LogProbs
+from megavar.sequences import SequenceSet
+from megavar.training.checkpoint import save_checkpoint
+from megavar.training.forward_backward import gradient_pass, pack_shape
+from megavar.training.hardware import release_memory
+from megavar.training.loop import clear_gradients, open_training, own_microbatches
+from megavar.training.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of one way to pack the sequences, the same on every rank."""
+
+    loss: float
+    norm: float
+
+
+def take_one_step(
+    init: Model,
+    sequences: SequenceSet,
+    budgets: Sequence[int],
+    train: TrainConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    folder: Path,
+) -> tuple[list[Gradients], list[LogProbs] | None]:
+    """Form the gradients of all sequences once for each budget, take one step and save it to `folder`.
+
+    Every rank calls it.
+
+    Args:
+        budgets: tokens of a microbatch.
+
+    Returns:
+        The gradients, and [target tokens] log-probs of each sequence after the step, on rank 0.
+    """
+    chunks, optimizer, scheduler = open_training(init, train, parallel, precision, 1, None)
+    normalizer, shape, found = float(sequences.num_targets.sum()), pack_shape(parallel, precision), []
+    for budget in budgets:
+        clear_gradients(chunks, optimizer)
+        microbatches = own_microbatches(sequences, range(len(sequences)), budget, parallel, shape)
+        loss = gradient_pass(chunks, microbatches, normalizer).loss
+        optimizer.prepare_grads()
+        found.append(Gradients(loss, float(optimizer.get_grad_norm())))
+    optimizer.step()
+    save_checkpoint(folder, 1, chunks, optimizer, scheduler, 1, init)
+    scorer = Scorer(init, parallel, precision, chunks)
+    after = scorer.score_all(sequences, 1.0, budgets[0])
+    scorer.release()
+    del chunks, optimizer, scheduler
+    release_memory()
+    return found, after
