@@ -78,7 +78,7 @@ def score_with_megavar(model_folder: Path, sequences: list[TrainSequence]) -> tu
     from megavar.training.scorer import Scorer
 
     parallel.start_alone()
-    scorer = Scorer(Model(model_folder), ParallelConfig(), PrecisionConfig(dtype="fp32"))
+    scorer = Scorer(Model(model_folder), ParallelConfig(), PrecisionConfig(recipe="fp32"))
     started = time.perf_counter()
     found = scorer.score(in_memory(sequences), range(len(sequences)), 1.0, MICROBATCH_TOKENS)
     seconds = time.perf_counter() - started

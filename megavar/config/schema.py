@@ -95,10 +95,9 @@ class ParallelConfig:
 class PrecisionConfig:
     """Arithmetic of the training engine."""
 
-    dtype: str = choice("bf16", "fp32", default="bf16")
-    """Of parameters and activations; gradients and optimizer states are float32."""
-    fp8: str = choice("none", "delayed", "tensorwise", "blockwise", "mxfp8", default="none")
-    """Transformer Engine FP8 recipe for the linear layers."""
+    recipe: str = choice("fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise", "mxfp8", default="bf16")
+    """Of parameters and activations: float32 or bf16. With FP8 those are bf16, and Transformer Engine's linear layers
+    multiply in 8 bits (docs/gpu.md#precision). Gradients are added up, and optimizer states kept, in float32."""
 
 
 @dataclass
@@ -238,6 +237,9 @@ class ScoreConfig:
     """Token budget of one packed microbatch on one data-parallel rank."""
     chunk_sequences: int = at_least(1, default=4096)
     """Sequences scored between two writes to disk."""
+    precision: str = choice("auto", "fp32", "bf16", "fp8_current", "fp8_blockwise", "mxfp8", default="auto")
+    """Arithmetic of scoring, whatever models are trained in; `auto`: bf16, or fp32 if `precision.recipe` is. FP8's
+    rounding would go into the weights. fp8_delayed is none of these: its scales move in training only."""
 
 
 @dataclass
@@ -346,6 +348,13 @@ class RunConfig:
         """K: the traces of a question that are weighed."""
         return self.objective.num_traces or self.sample.num_traces
 
+    @property
+    def score_recipe(self) -> str:
+        """The precision that traces are scored in."""
+        if self.score.precision != "auto":
+            return self.score.precision
+        return "fp32" if self.precision.recipe == "fp32" else "bf16"
+
 
 def validate(config: Any, path: str = "") -> None:
     """Check every value of `config` on its own, then the pairs that depend on each other.
@@ -437,10 +446,6 @@ def _validate_pairs(config: RunConfig) -> None:
         raise ValueError(
             f"parallel.virtual_pipeline={config.parallel.virtual_pipeline} needs parallel.pipeline of at least 2, "
             f"got {config.parallel.pipeline}."
-        )
-    if config.precision.fp8 != "none" and config.precision.dtype != "bf16":
-        raise ValueError(
-            f"precision.fp8={config.precision.fp8} needs precision.dtype=bf16, got {config.precision.dtype}."
         )
 
 

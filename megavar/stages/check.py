@@ -178,10 +178,11 @@ def _check_model(config: RunConfig, ranks: int | None) -> tuple["ModelDims", int
     dims = read_dims(Path(config.model))
     if ranks is not None:
         check_layout(config.parallel, dims, ranks)
-        if config.precision.fp8 != "none":
-            from megavar.training.precision import check_precision
+        if {config.precision.recipe, config.score_recipe} - {"fp32", "bf16"}:
+            from megavar.training.precision import check_recipe
 
-            check_precision(config.precision)
+            check_recipe("precision.recipe", config.precision.recipe)
+            check_recipe("score.precision", config.score_recipe)
     model = Model(Path(config.model))
     model.check_tied_head()
     return dims, model.num_parameters

@@ -79,7 +79,7 @@ def execute(run: Run, service: RolloutService) -> None:
         traces, verified = (run.round / name / "data.parquet" for name in ("traces", "verified"))
         trace_set = TraceSet(round_questions(run), question_tokens(run), traces, verified)
     key = from_rank_zero(lambda: Manifest(run.folder).made_from(run.entry("score")))
-    scoring = Scoring(config.score, config.parallel, config.precision)
+    scoring = Scoring(config.score, config.parallel, PrecisionConfig(config.score_recipe))
     score_traces(trace_set, run.reference, sampler_folder(run), scoring, run.round / "scores", key)
 
 

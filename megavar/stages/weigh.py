@@ -70,7 +70,7 @@ def _warn(values: dict[str, float], config: RunConfig) -> None:
             config.num_traces,
         )
     difference = values.get("largest_engine_difference", 0.0)
-    if difference > LARGE_DIFFERENCE_NATS[config.precision.dtype]:
+    if difference > LARGE_DIFFERENCE_NATS["fp32" if config.score_recipe == "fp32" else "bf16"]:
         logger.warning(
             "weigh: log-probs of serving and training engine differ by up to %.3g nats "
             "(docs/troubleshooting.md#large-engine-difference).",

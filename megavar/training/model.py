@@ -119,7 +119,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         apply_rope_fusion=has_transformer_engine(),
         **recomputations[recompute],
-        **transformer_config_arguments(precision),
+        **transformer_config_arguments(precision, dims.num_experts),
     )
 
 

@@ -25,6 +25,8 @@ class Scorer:
     """A model loaded for scoring, split over the ranks."""
 
     def __init__(self, model: Model, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
+        # Transformer Engine updates them on leaving the layers with gradients on (quantization.py, autocast_exit).
+        assert precision.recipe != "fp8_delayed", "delayed scales stay 1 without a backward pass: use another recipe"
         self._parallel = parallel
         self._shape = pack_shape(parallel, precision)
         self._chunks = build_model(transformer_config(model.dims, parallel, precision, "none"), model.dims)

@@ -26,7 +26,7 @@ def text_logps(model: Model, text: str) -> Tensor:
     if not model.is_megatron:
         return _by_transformers(model, ids)
     parallel.start_alone()
-    scorer = Scorer(model, ParallelConfig(), PrecisionConfig(dtype="fp32"))
+    scorer = Scorer(model, ParallelConfig(), PrecisionConfig(recipe="fp32"))
     sequence = TrainSequence(np.array(ids[:1], np.int32), np.array(ids[1:], np.int32), 1.0)
     logps_of = scorer.score(in_memory([sequence]), [0], 1.0, len(ids))
     parallel.stop()

@@ -27,7 +27,7 @@ from megavar.training.model import build_model, transformer_config
 from megavar.training.optimizer import wrap_for_gradients
 from megavar.training.scorer import Scorer
 
-FP32 = PrecisionConfig(dtype="fp32")
+FP32 = PrecisionConfig(recipe="fp32")
 
 
 def run_cases(cases: Sequence[dict], sequences: Sequence[TrainSequence]) -> None:

@@ -34,7 +34,7 @@ def score(tmp_path):
             for index, (text, finish) in enumerate(texts)
         ]
         answers = [Answer("a", 0, 0, 1, np.array([1], np.int32), "0", "stop", 0, True)]
-        scoring = Scoring(ScoreConfig(**config), ParallelConfig(), PrecisionConfig(dtype="fp32"))
+        scoring = Scoring(ScoreConfig(**config), ParallelConfig(), PrecisionConfig(recipe="fp32"))
         write_records(tmp_path / "traces.parquet", traces, Trace)
         write_records(tmp_path / "verified.parquet", answers, Answer)
         trace_set = TraceSet([QUESTION], templates, tmp_path / "traces.parquet", tmp_path / "verified.parquet")

@@ -42,7 +42,13 @@ WITHOUT_EFFECT = {
 CHOOSES_INPUTS = {"posterior.source", "sample.sampler", "policy.init"}
 """Decide which stage's outputs are read; those are recorded by digest."""
 EXCEPTIONS = {
-    "weigh": {"sample.num_traces", "score.temperature", "sample.temperature", "precision.dtype"},  # for its warnings
+    "weigh": {
+        "sample.num_traces",
+        "score.temperature",
+        "sample.temperature",
+        "precision.recipe",
+        "score.precision",
+    },  # for its warnings
     "rollouts": {"objective.num_traces"},  # set to null there
 }
 NOT_READ_HERE = {"epochs", "rollout.dtype", "rollout.deterministic"}
@@ -128,7 +134,7 @@ def seen(tmp_path_factory):
                 Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
             Path("run.yaml").write_text(
                 f"name: a\nmodel: {BASE}\ndata: {{train: train.jsonl, max_sequence_tokens: 160}}\n"
-                "precision: {dtype: fp32}\nsft: &train {num_steps: 1, batch_sequences: 4}\n"
+                "precision: {recipe: fp32}\nsft: &train {num_steps: 1, batch_sequences: 4}\n"
                 "posterior: {train: *train}\npolicy: {mix_gold: true, train: *train}\n"
                 "sample: {num_traces: 2, num_answers: 2, max_trace_tokens: 64, max_answer_tokens: 16}\n"
                 "logging: {tensorboard: false}\neval: {num_bootstrap: 10}\n"
