@@ -91,12 +91,13 @@ def run_gradient(case: dict, grid: ParallelConfig, sequences: Sequence[TrainSequ
 
 
 def run_train(case: dict, grid: ParallelConfig, sequences: Sequence[TrainSequence]) -> None:
-    out, losses = Path(case["out"]), []
+    out, losses, norms = Path(case["out"]), [], []
     train = TrainConfig(**case["train"])
     model = Path(case["model"])
 
     def report(step: int, num_steps: int, metrics: dict[str, float]) -> None:
         losses.append(metrics["loss"])
+        norms.append(metrics["grad_norm"])
         if step == case.get("stop_after"):
             raise StopIteration
 
@@ -107,6 +108,7 @@ def run_train(case: dict, grid: ParallelConfig, sequences: Sequence[TrainSequenc
     if ranks.is_rank_zero():
         to_hugging_face(list_checkpoints(out)[-1], out / "hf", None, MAX_SHARD_BYTES, overwrite=True)
         (out / "losses.json").write_text(json.dumps(losses))
+        (out / "norms.json").write_text(json.dumps(norms))
 
 
 def run_reload(case: dict, grid: ParallelConfig, sequences: Sequence[TrainSequence]) -> None:

@@ -51,6 +51,8 @@ EXCEPTIONS = {
     },  # for its warnings
     "rollouts": {"objective.num_traces"},  # set to null there
 }
+OF_COPIES = {schema.ObjectiveConfig: "objective.", schema.PrecisionConfig: "precision."}
+"""Sections that stages make altered copies of."""
 NOT_READ_HERE = {"epochs", "rollout.dtype", "rollout.deterministic"}
 """Keys that other settings of these runs leave unused, and those of the serving engine."""
 
@@ -112,7 +114,7 @@ class Reads:
                 copies = caller.f_globals["__name__"] in ("dataclasses", "copy")
                 checks = caller.f_code is Templates.__init__.__code__  # that every template has its placeholders
                 if not (copies or checks):
-                    self.keys.add(self.path_of.get(id(section), "objective.") + name)
+                    self.keys.add(self.path_of.get(id(section), OF_COPIES.get(type(section))) + name)
             return value
 
         return read
