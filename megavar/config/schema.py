@@ -136,6 +136,9 @@ class TrainConfig:
     """Activation checkpointing: none, the core attention only, or every layer."""
     distributed_optimizer: bool = True
     """Shard optimizer states over the data-parallel ranks."""
+    overlap_communication: bool = True
+    """With the distributed optimizer: reduce gradients during the last backward pass of a step, and gather updated
+    parameters during the next forward pass."""
     save_interval: int = at_least(1, default=100)
     """Optimizer steps between checkpoints."""
     save_minutes: float = at_least(0, default=15.0)

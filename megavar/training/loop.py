@@ -19,7 +19,7 @@ from megavar.training.forward_backward import configure_gradients, gradient_pass
 from megavar.training.hardware import peak_flops, peak_memory_gib
 from megavar.training.load_weights import load_weights
 from megavar.training.model import build_model, transformer_config
-from megavar.training.optimizer import NOT_FINITE, build_optimizer, wrap_for_gradients
+from megavar.training.optimizer import NOT_FINITE, build_optimizer, gather_parameters, wrap_for_gradients
 from megavar.training.parallel import agree
 
 Report = Callable[[int, int, dict[str, float]], None]
@@ -122,6 +122,7 @@ def train_model(
         save_is_due = 0 < train.save_minutes * 60 <= time.monotonic() - saved_at
         stops, save_is_due = agree(save_is_due)
         if stops or save_is_due or (step + 1) % train.save_interval == 0 or step + 1 == num_steps:
+            gather_parameters(chunks)
             save_checkpoint(folder, step + 1, chunks, optimizer, scheduler, train.keep_checkpoints, model)
             checkpoint_seconds, saved_at = clock.lap(), time.monotonic()
         if stops:

@@ -18,13 +18,29 @@ NOT_FINITE = (
 
 def wrap_for_gradients(config: Any, chunks: list[torch.nn.Module], train: TrainConfig) -> list[torch.nn.Module]:
     """Wrap each chunk in Megatron's DistributedDataParallel: gradients are added up in float32."""
+    overlaps = train.distributed_optimizer and train.overlap_communication
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=train.distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=train.distributed_optimizer,
+        overlap_grad_reduce=overlaps,
+        overlap_param_gather=overlaps,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    if overlaps:  # gradients of all but a step's last microbatch stay on their rank
+        no_syncs = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
+    return wrapped
+
+
+def gather_parameters(chunks: list[torch.nn.Module]) -> None:
+    """Complete the parameters after an update; with overlap they are otherwise gathered as the next step needs them."""
+    for chunk in chunks:
+        if chunk.use_forward_hook:
+            chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
+            chunk.enable_forward_pre_hook()  # type: ignore[operator]
 
 
 def build_optimizer(
