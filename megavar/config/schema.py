@@ -77,8 +77,13 @@ class ParallelConfig:
     """Context-parallel size, ranks: each sequence is split along its tokens."""
     expert: int = at_least(1, default=1)
     """Expert parallelism: the experts of a mixture, spread over the ranks of a pipeline stage."""
-    sequence: bool = False
-    """Sequence parallelism: norms and dropout split along tokens over the tensor-parallel ranks."""
+    sequence: bool | None = None
+    """Sequence parallelism: norms split along tokens over the tensor-parallel ranks; null: with tensor parallelism."""
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether tokens are split over the tensor-parallel ranks between layers."""
+        return self.tensor > 1 if self.sequence is None else self.sequence
 
     @property
     def ranks_per_replica(self) -> int:
@@ -139,6 +144,10 @@ class TrainConfig:
     overlap_communication: bool = True
     """With the distributed optimizer: reduce gradients during the last backward pass of a step, and gather updated
     parameters during the next forward pass."""
+    optimizer_moments: str = choice("fp32", "bf16", default="fp32")
+    """AdamW moments on GPUs: bf16 needs 4 bytes less a parameter, Transformer Engine and the distributed optimizer."""
+    optimizer_offload: float = at_least(0, default=0.0)
+    """Fraction of the optimizer states that GPUs keep in host memory and update there."""
     save_interval: int = at_least(1, default=100)
     """Optimizer steps between checkpoints."""
     save_minutes: float = at_least(0, default=15.0)
@@ -352,6 +361,11 @@ class RunConfig:
         return self.objective.num_traces or self.sample.num_traces
 
     @property
+    def training_jobs(self) -> dict[str, TrainConfig]:
+        """The settings of each training job, by their key."""
+        return {"sft": self.sft, "posterior.train": self.posterior.train, "policy.train": self.policy.train}
+
+    @property
     def score_recipe(self) -> str:
         """The precision that traces are scored in."""
         if self.score.precision != "auto":
@@ -424,6 +438,7 @@ def _validate_pairs(config: RunConfig) -> None:
             "stand in for it; use objective.ratio=none."
         )
     _validate_posterior(config)
+    _validate_optimizers(config)
     if objective.min_weight > 0 and objective.selection != "weighted":
         raise ValueError(
             f"objective.min_weight={objective.min_weight} has no effect with objective.selection="
@@ -472,6 +487,17 @@ def _validate_secrets(rollout: RolloutConfig) -> None:
             "rollout.urls has a URL with a user name, a password or a query, which would be saved with the run; give "
             "http://HOST:PORT, and the servers' key by rollout.api_key_env."
         )
+
+
+def _validate_optimizers(config: RunConfig) -> None:
+    for name, train in config.training_jobs.items():
+        if train.optimizer_offload > 1:
+            raise ValueError(f"{name}.optimizer_offload={train.optimizer_offload} is a fraction; the most is 1.")
+        if train.optimizer_moments == "bf16" and not train.distributed_optimizer:
+            raise ValueError(
+                f"{name}.optimizer_moments=bf16 needs the distributed optimizer, but {name}.distributed_optimizer=false; "
+                "use optimizer_moments=fp32 or distributed_optimizer=true."
+            )
 
 
 def _validate_posterior(config: RunConfig) -> None:

@@ -38,7 +38,7 @@ class StepSums:
 def pack_shape(parallel: ParallelConfig, precision: PrecisionConfig) -> PackShape:
     """The multiples that this parallel layout and precision require of a microbatch's length."""
     multiple = parallel.context * RECIPES[precision.recipe].token_multiple
-    multiple *= parallel.tensor if parallel.sequence else 1
+    multiple *= parallel.tensor if parallel.sequence_parallel else 1
     return PackShape(parallel.context, multiple)
 
 

@@ -1,8 +1,10 @@
 """The training loop: weighted sequences in, checkpoints out. It knows nothing of objectives."""
 
+import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,8 @@ from megavar.training.model import build_model, transformer_config
 from megavar.training.optimizer import NOT_FINITE, build_optimizer, gather_parameters, wrap_for_gradients
 from megavar.training.parallel import agree
 
+GC_INTERVAL_STEPS = 100
+"""Ranks wait for the slowest in every step: garbage is collected after the same steps on all of them."""
 Report = Callable[[int, int, dict[str, float]], None]
 """Called on every rank with (steps done, steps in all, metrics of the last step)."""
 
@@ -33,6 +37,19 @@ def loss_normalizer(sequences: SequenceSet, train: TrainConfig) -> float:
     return train.batch_sequences * float(np.mean(np.abs(sequences.weights) * sequences.num_targets))
 
 
+@contextmanager
+def _without_collecting_garbage() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_without_collecting_garbage()
 def train_model(
     init: Path,
     sequences: SequenceSet,
@@ -115,6 +132,8 @@ def train_model(
             "optimizer_seconds": optimizer_seconds,
             "checkpoint_seconds": checkpoint_seconds,
         }
+        if (step + 1) % GC_INTERVAL_STEPS == 0:
+            gc.collect()
         # Reported before it is saved: a step that a checkpoint holds is never taken again, so its row must be there.
         report(step + 1, num_steps, metrics)
         clock.lap()

@@ -1,6 +1,7 @@
 """The Megatron model of a Hugging Face model's sizes, whose output is log-probs of chosen tokens."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
         context_parallel_size=parallel.context,
-        sequence_parallel=parallel.sequence,
+        sequence_parallel=parallel.sequence_parallel,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
         **_mixture(dims),
@@ -126,7 +127,8 @@ def transformer_config(
         output_layer_init_method=_leave_uninitialised,
         # The loss has its own constant normaliser: Megatron shall divide by nothing.
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
+        # Into the float32 gradients within the matrix product; layers.py:924 refuses it without Apex's kernel.
+        gradient_accumulation_fusion=find_spec("fused_weight_gradient_mlp_cuda") is not None,
         masked_softmax_fusion=False,
         apply_rope_fusion=has_transformer_engine(),
         **recomputations[recompute],

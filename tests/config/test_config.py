@@ -58,6 +58,11 @@ def test_a_saved_configuration_loads_to_the_same(tmp_path):
         (["data.fresh_questions=true"], r"data\.fresh_questions=true needs data\.questions_per_round"),
         (["eval.models=[odd]"], r"eval\.models=\['odd'\]"),
         (["parallel.virtual_pipeline=2"], r"parallel\.virtual_pipeline=2 needs parallel\.pipeline"),
+        (["sft.optimizer_offload=2"], r"sft\.optimizer_offload=2\.0 is a fraction"),
+        (
+            ["policy.train.optimizer_moments=bf16", "policy.train.distributed_optimizer=false"],
+            r"policy\.train\.optimizer_moments=bf16 needs .* policy\.train\.distributed_optimizer=false",
+        ),
         (["score.precision=fp8_delayed"], r"score\.precision='fp8_delayed' is unknown; use one of auto, fp32, bf16"),
     ],
 )

@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,13 +14,14 @@ import megavar.training  # noqa: F401  (before megatron, which it makes usable o
 # isort: split
 
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
 
 from megavar import ranks
 from megavar.checkpoints.convert import MAX_SHARD_BYTES, Model, to_hugging_face
 from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
 from megavar.records import TrainSequence
 from megavar.sequences import in_memory
-from megavar.training import loop, parallel
+from megavar.training import loop, optimizer, parallel
 from megavar.training.checkpoint import list_checkpoints
 from megavar.training.forward_backward import configure_gradients, gradient_pass, pack_shape
 from megavar.training.load_weights import load_weights
@@ -91,7 +93,11 @@ def run_gradient(case: dict, grid: ParallelConfig, sequences: Sequence[TrainSequ
 
 
 def run_train(case: dict, grid: ParallelConfig, sequences: Sequence[TrainSequence]) -> None:
+    """`bucket_size`: parameters in a bucket of Megatron's DDP, whose own 40 million hold all of a tiny model."""
     out, losses, norms = Path(case["out"]), [], []
+    optimizer.DistributedDataParallelConfig = partial(
+        DistributedDataParallelConfig, bucket_size=case.get("bucket_size")
+    )
     train = TrainConfig(**case["train"])
     model = Path(case["model"])
 

@@ -45,6 +45,8 @@ def test_a_good_run_passes(config_file):
         (["parallel.pipeline=3"], 3, r"does not divide num_hidden_layers=4"),
         (["parallel.pipeline=2", "parallel.virtual_pipeline=4"], 2, r"= 8 does not divide num_hidden_layers=4"),
         (["precision.recipe=fp8_delayed"], 1, r"precision\.recipe=fp8_delayed needs a CUDA GPU"),
+        (["sft.optimizer_moments=bf16"], 1, r"sft\.optimizer_moments=bf16 and .* need a GPU and Transformer Engine"),
+        (["policy.train.optimizer_offload=0.5"], 1, r"policy\.train\.optimizer_offload=0\.5 need a GPU"),
         (["score.precision=mxfp8"], 1, r"score\.precision=mxfp8 needs a CUDA GPU.*use score\.precision=bf16"),
         (["objective.name=odd"], 1, r"objective\.name='odd' is unknown; use one of iwae"),
         (["sft.microbatch_tokens=100"], 1, r"sft\.microbatch_tokens=100 is less than data\.max_sequence_tokens=160"),
