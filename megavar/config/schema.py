@@ -495,8 +495,8 @@ def _validate_optimizers(config: RunConfig) -> None:
             raise ValueError(f"{name}.optimizer_offload={train.optimizer_offload} is a fraction; the most is 1.")
         if train.optimizer_moments == "bf16" and not train.distributed_optimizer:
             raise ValueError(
-                f"{name}.optimizer_moments=bf16 needs the distributed optimizer, but {name}.distributed_optimizer=false; "
-                "use optimizer_moments=fp32 or distributed_optimizer=true."
+                f"{name}.optimizer_moments=bf16 needs the distributed optimizer, but {name}.distributed_optimizer="
+                "false; use optimizer_moments=fp32 or distributed_optimizer=true."
             )
 
 
