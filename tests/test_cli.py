@@ -85,7 +85,7 @@ def train(tmp_path, name: str, level: str, umask: int = -1) -> list[str]:
     (tmp_path / "t.jsonl").write_text(json.dumps(row))
     (tmp_path / "run.yaml").write_text(
         f"name: a\nruns_dir: {tmp_path}/runs\nmodel: {BASE}\ndata: {{train: {tmp_path}/t.jsonl, "
-        "max_sequence_tokens: 160}\nprecision: {dtype: fp32}\nsft: {num_steps: 2}\n"
+        "max_sequence_tokens: 160}\nprecision: {recipe: fp32}\nsft: {num_steps: 2}\n"
         "sample: {max_trace_tokens: 80, max_answer_tokens: 16}\nrollout: {mode: external, urls: [http://127.0.0.1:9]}\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]

@@ -89,7 +89,7 @@ def score_with_megavar(model_folder: Path, sequences: list[TrainSequence]) -> Sc
     from megavar.training.scorer import Scorer
 
     parallel.start_alone()
-    scorer = Scorer(Model(model_folder), ParallelConfig(), PrecisionConfig(dtype="fp32"))
+    scorer = Scorer(Model(model_folder), ParallelConfig(), PrecisionConfig(recipe="fp32"))
 
     def score(some: list[TrainSequence]) -> list[np.ndarray]:
         found = scorer.score(in_memory(some), range(len(some)), 1.0, MICROBATCH_TOKENS)

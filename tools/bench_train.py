@@ -36,7 +36,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 BASE = Path(__file__).parents[1] / "examples" / "base" / "qwen3-tiny"
 TRAIN = TrainConfig(num_steps=10_000, learning_rate=1e-5)
-PARALLEL, PRECISION = ParallelConfig(), PrecisionConfig(dtype="fp32")
+PARALLEL, PRECISION = ParallelConfig(), PrecisionConfig(recipe="fp32")
 Step = Callable[[], float]
 """Takes one optimizer step and returns the loss."""
 

@@ -59,7 +59,7 @@ name: {name}
 runs_dir: {runs}
 model: {root}/examples/base/qwen3-tiny
 data: {{train: {data}/train.jsonl, eval: {data}/eval.jsonl, max_sequence_tokens: 160}}
-precision: {{dtype: fp32}}
+precision: {{recipe: fp32}}
 parallel: {{tensor: 2}}
 rollout: {{python: {root}/.venv-sglang/bin/python, dtype: float32, max_total_tokens: 8192, context_length: 256,
            concurrency: 8, request_timeout_seconds: 15}}

@@ -75,7 +75,7 @@ name: a
 runs_dir: {folder}/runs
 model: {folder}/model
 data: {{train: {folder}/{questions}, max_sequence_tokens: 160}}
-precision: {{dtype: fp32}}
+precision: {{recipe: fp32}}
 sft: &train {{num_steps: 2, batch_sequences: 2}}
 posterior: {{train: *train}}
 policy: {{train: {{<<: *train, epochs: 2}}}}

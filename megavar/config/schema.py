@@ -77,8 +77,13 @@ class ParallelConfig:
     """Context-parallel size, ranks: each sequence is split along its tokens."""
     expert: int = at_least(1, default=1)
     """Expert parallelism: the experts of a mixture, spread over the ranks of a pipeline stage."""
-    sequence: bool = False
-    """Sequence parallelism: norms and dropout split along tokens over the tensor-parallel ranks."""
+    sequence: bool | None = None
+    """Sequence parallelism: norms split along tokens over the tensor-parallel ranks; null: with tensor parallelism."""
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether tokens are split over the tensor-parallel ranks between layers."""
+        return self.tensor > 1 if self.sequence is None else self.sequence
 
     @property
     def ranks_per_replica(self) -> int:
@@ -95,10 +100,9 @@ class ParallelConfig:
 class PrecisionConfig:
     """Arithmetic of the training engine."""
 
-    dtype: str = choice("bf16", "fp32", default="bf16")
-    """Of parameters and activations; gradients and optimizer states are float32."""
-    fp8: str = choice("none", "delayed", "tensorwise", "blockwise", "mxfp8", default="none")
-    """Transformer Engine FP8 recipe for the linear layers."""
+    recipe: str = choice("fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise", "mxfp8", default="bf16")
+    """Of parameters and activations: float32 or bf16. With FP8 those are bf16, and Transformer Engine's linear layers
+    multiply in 8 bits (docs/gpu.md#precision). Gradients are added up, and optimizer states kept, in float32."""
 
 
 @dataclass
@@ -137,6 +141,13 @@ class TrainConfig:
     """Activation checkpointing: none, the core attention only, or every layer."""
     distributed_optimizer: bool = True
     """Shard optimizer states over the data-parallel ranks."""
+    overlap_communication: bool = True
+    """With the distributed optimizer: reduce gradients during the last backward pass of a step, and gather updated
+    parameters during the next forward pass."""
+    optimizer_moments: str = choice("fp32", "bf16", default="fp32")
+    """AdamW moments on GPUs: bf16 needs 4 bytes less a parameter, Transformer Engine and the distributed optimizer."""
+    optimizer_offload: float = at_least(0, default=0.0)
+    """Fraction of the optimizer states that GPUs keep in host memory and update there."""
     save_interval: int = at_least(1, default=100)
     """Optimizer steps between checkpoints."""
     save_minutes: float = at_least(0, default=15.0)
@@ -238,6 +249,9 @@ class ScoreConfig:
     """Token budget of one packed microbatch on one data-parallel rank."""
     chunk_sequences: int = at_least(1, default=4096)
     """Sequences scored between two writes to disk."""
+    precision: str = choice("auto", "fp32", "bf16", "fp8_current", "fp8_blockwise", "mxfp8", default="auto")
+    """Arithmetic of scoring, whatever models are trained in; `auto`: bf16, or fp32 if `precision.recipe` is. FP8's
+    rounding would go into the weights. fp8_delayed is none of these: its scales move in training only."""
 
 
 @dataclass
@@ -346,6 +360,18 @@ class RunConfig:
         """K: the traces of a question that are weighed."""
         return self.objective.num_traces or self.sample.num_traces
 
+    @property
+    def training_jobs(self) -> dict[str, TrainConfig]:
+        """The settings of each training job, by their key."""
+        return {"sft": self.sft, "posterior.train": self.posterior.train, "policy.train": self.policy.train}
+
+    @property
+    def score_recipe(self) -> str:
+        """The precision that traces are scored in."""
+        if self.score.precision != "auto":
+            return self.score.precision
+        return "fp32" if self.precision.recipe == "fp32" else "bf16"
+
 
 def validate(config: Any, path: str = "") -> None:
     """Check every value of `config` on its own, then the pairs that depend on each other.
@@ -412,6 +438,7 @@ def _validate_pairs(config: RunConfig) -> None:
             "stand in for it; use objective.ratio=none."
         )
     _validate_posterior(config)
+    _validate_optimizers(config)
     if objective.min_weight > 0 and objective.selection != "weighted":
         raise ValueError(
             f"objective.min_weight={objective.min_weight} has no effect with objective.selection="
@@ -438,10 +465,6 @@ def _validate_pairs(config: RunConfig) -> None:
             f"parallel.virtual_pipeline={config.parallel.virtual_pipeline} needs parallel.pipeline of at least 2, "
             f"got {config.parallel.pipeline}."
         )
-    if config.precision.fp8 != "none" and config.precision.dtype != "bf16":
-        raise ValueError(
-            f"precision.fp8={config.precision.fp8} needs precision.dtype=bf16, got {config.precision.dtype}."
-        )
 
 
 def _validate_secrets(rollout: RolloutConfig) -> None:
@@ -464,6 +487,17 @@ def _validate_secrets(rollout: RolloutConfig) -> None:
             "rollout.urls has a URL with a user name, a password or a query, which would be saved with the run; give "
             "http://HOST:PORT, and the servers' key by rollout.api_key_env."
         )
+
+
+def _validate_optimizers(config: RunConfig) -> None:
+    for name, train in config.training_jobs.items():
+        if train.optimizer_offload > 1:
+            raise ValueError(f"{name}.optimizer_offload={train.optimizer_offload} is a fraction; the most is 1.")
+        if train.optimizer_moments == "bf16" and not train.distributed_optimizer:
+            raise ValueError(
+                f"{name}.optimizer_moments=bf16 needs the distributed optimizer, but {name}.distributed_optimizer="
+                "false; use optimizer_moments=fp32 or distributed_optimizer=true."
+            )
 
 
 def _validate_posterior(config: RunConfig) -> None:

@@ -92,7 +92,10 @@ def check_job(config: RunConfig, settings: SlurmSettings) -> None:
             check_interpreter(rollout.python)
     # The nodes have GPUs and environments that this machine may not have; they check those when the job starts.
     elsewhere = replace(
-        config, precision=replace(config.precision, fp8="none"), rollout=replace(rollout, mode="external")
+        config,
+        precision=replace(config.precision, recipe="bf16"),
+        score=replace(config.score, precision="auto"),
+        rollout=replace(rollout, mode="external"),
     )
     check_run(elsewhere, ranks)
 

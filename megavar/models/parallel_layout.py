@@ -36,7 +36,7 @@ def check_layout(config: ParallelConfig, dims: ModelDims, ranks: int) -> None:
             f"parallel.expert={config.expert} does not divide both num_experts={dims.num_experts} and the "
             f"{stage_ranks} ranks of a pipeline stage; use 1 or a divisor of both."
         )
-    if dims.num_experts and config.tensor > 1 and not config.sequence:
+    if dims.num_experts and config.tensor > 1 and not config.sequence_parallel:
         raise ValueError(
             f"parallel.tensor={config.tensor} with an MoE model needs parallel.sequence=true (--sp): Megatron's router "
             "expects tokens that are sharded over the tensor-parallel ranks."

@@ -96,6 +96,16 @@ def _against_num_traces(runs: Mapping[str, RunView], last_round: Round, passes: 
     )
 
 
+def _noise_of_weights(run: RunView) -> str:
+    noise = [row["weight_noise"] for row in run.metrics if row["stage"] == "weigh" and "weight_noise" in row]
+    if not noise:
+        return ""
+    return (
+        f" Rounding moves a weight by {noise[-1]:.2g} (standard deviation, of traces that were scored twice): smaller "
+        "differences between weights mean nothing."
+    )
+
+
 def _of_round(run: RunView, last_round: Round) -> list[ReportFigure]:
     config = run.config
     ess_of = curves.question_ess(last_round.weights)
@@ -130,7 +140,8 @@ def _of_round(run: RunView, last_round: Round) -> list[ReportFigure]:
         ReportFigure(
             "effective_sample_size",
             "Effective sample size",
-            "ESS = (Σ w)² / Σ w² over the traces of each question. The bar at 0 shows questions without weights.",
+            "ESS = (Σ w)² / Σ w² over the traces of each question. The bar at 0 shows questions without weights."
+            + _noise_of_weights(run),
             figures.ess_histogram(np.array(list(ess_of.values())), config.num_traces),
         ),
     ]

@@ -40,6 +40,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "ess": weigh["ess"],
         "num_traces": run.config.num_traces,
         "largest_engine_difference": weigh.get("largest_engine_difference"),
+        "log_ratio_noise": weigh.get("log_ratio_noise"),
+        "weight_noise": weigh.get("weight_noise"),
         "questions": int(weigh["questions"]),
         "questions_with_weight": int(weigh["questions_with_weight"]),
         "traces_sampled": len(traces),
@@ -67,6 +69,9 @@ def summary_rows(summary: dict[str, Any]) -> list[list[tuple[str, str]]]:
         ("answers sampled / correct", f"{summary['answers_sampled']} / {summary['answers_correct']}"),
         ("effective sample size", f"{summary['ess']:.2f} of {summary['num_traces']} traces per question"),
     ]
+    if summary["weight_noise"] is not None:
+        noise = f"±{summary['weight_noise']:.2g} of a weight, ±{summary['log_ratio_noise']:.2g} nats of a log-ratio"
+        sampled.append(("noise of scoring", noise))
     seconds = {**summary["seconds"], "all stages": sum(summary["seconds"].values())}
     return [accuracy, sampled, [(f"{stage}, seconds", f"{value:.0f}") for stage, value in seconds.items()]]
 

@@ -254,7 +254,7 @@ STAGES = (
         inputs=lambda run: (
             {stage: run.entry(stage) for stage in ("sample", "verify")} | {"reference": _reference(run)} | _sampler(run)
         ),
-        outputs=lambda run: _data(run.round, "scores"),
+        outputs=lambda run: [*_data(run.round, "scores"), run.round / "scores" / "again.parquet"],
         all_ranks=True,
     ),
     Stage(

@@ -178,10 +178,20 @@ def _check_model(config: RunConfig, ranks: int | None) -> tuple["ModelDims", int
     dims = read_dims(Path(config.model))
     if ranks is not None:
         check_layout(config.parallel, dims, ranks)
-        if config.precision.fp8 != "none":
-            from megavar.training.precision import check_precision
+        if {config.precision.recipe, config.score_recipe} - {"fp32", "bf16"}:
+            from megavar.training.precision import check_recipe
 
-            check_precision(config.precision)
+            check_recipe("precision.recipe", config.precision.recipe)
+            check_recipe("score.precision", config.score_recipe)
+        for name, train in config.training_jobs.items():
+            if train.optimizer_moments == "bf16" or train.optimizer_offload > 0:
+                from megavar.training.precision import has_transformer_engine
+
+                if not has_transformer_engine():
+                    raise ValueError(
+                        f"{name}.optimizer_moments={train.optimizer_moments} and {name}.optimizer_offload="
+                        f"{train.optimizer_offload:g} need a GPU and Transformer Engine's AdamW; use fp32 and 0."
+                    )
     model = Model(Path(config.model))
     model.check_tied_head()
     return dims, model.num_parameters

@@ -113,7 +113,7 @@ class Forecast:
 
     def _memory(self) -> str:
         """Weights, gradients, optimizer and a chunk of logits of the rank that holds most."""
-        layout, weights = self._config.parallel, 4 if self._config.precision.dtype == "fp32" else 2
+        layout, weights = self._config.parallel, 4 if self._config.precision.recipe == "fp32" else 2
         table = self._dims.vocab_size * self._dims.hidden_size
         tables = 1 if self._dims.tied_embeddings else 2
         experts = 3 * self._dims.hidden_size * self._dims.ffn_size * self._dims.num_experts * self._dims.num_layers
@@ -132,7 +132,7 @@ class Forecast:
 
     def _disk(self) -> float:
         """Bytes of checkpoints that are kept and of exported models."""
-        config, weights = self._config, 4 if self._config.precision.dtype == "fp32" else 2
+        config, weights = self._config, 4 if self._config.precision.recipe == "fp32" else 2
         checkpoint = self._num_parameters * (weights + (8 if weights == 4 else 12))
         jobs = [(config.sft, 1), (config.policy.train, config.rounds)]
         if config.sample.sampler == "posterior":

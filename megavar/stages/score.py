@@ -1,10 +1,11 @@
 """Scores every trace under the policy and the posterior, by the training engine's forward on all ranks.
 
 Each data-parallel rank reads the sequences of its own microbatches and writes its own log-probs; rank 0 merges what
-all have written.
+all have written. Some traces are scored again in other packs, from which `weigh` tells how far rounding moves weights.
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from megavar.record_files import (
     merge,
     parts,
     rows,
+    write_records,
 )
 from megavar.records import Answer, Question, Score, Scored, TokenIds, Trace, TraceFinish, TrainSequence, schema_of
 from megavar.rollout.service import RolloutService
@@ -48,6 +50,9 @@ from megavar.training.parallel import agree
 from megavar.training.scorer import Scorer
 from megavar.training.sequence_files import shared_sequences
 from megavar.verifiers import NO_VERIFIER
+
+NUM_SCORED_AGAIN = 64
+"""Traces that are scored twice, about: all those of some questions."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def execute(run: Run, service: RolloutService) -> None:
         traces, verified = (run.round / name / "data.parquet" for name in ("traces", "verified"))
         trace_set = TraceSet(round_questions(run), question_tokens(run), traces, verified)
     key = from_rank_zero(lambda: Manifest(run.folder).made_from(run.entry("score")))
-    scoring = Scoring(config.score, config.parallel, config.precision)
+    scoring = Scoring(config.score, config.parallel, PrecisionConfig(config.score_recipe))
     score_traces(trace_set, run.reference, sampler_folder(run), scoring, run.round / "scores", key)
 
 
@@ -90,8 +95,8 @@ def score_traces(
 
     log pi(z|x) and log pi(y'|x, z) of the reference answer come from one forward of the policy, log q(z|x, y') from
     one of the posterior, under the prompt it was sampled with. Where the policy itself sampled the traces the two are
-    equal, and one forward gives both. Truncated traces get empty log-probs. Finished chunks of an interrupted call are
-    kept, in the folders `policy` and `posterior` in it, until all are complete.
+    equal, and one forward gives both. Truncated traces get empty log-probs. Second scores of some traces go to
+    `again.parquet`. Finished chunks of an interrupted call are kept in folders of their own until all are complete.
 
     Args:
         sampler: the model that the traces were sampled from, a Hugging Face folder; may equal `policy`.
@@ -110,9 +115,14 @@ def score_traces(
 
     if from_rank_zero(lambda: trace_set is not None and _any_closed(trace_set)):
         sequences = shared_sequences(folder / "sequences", made_from, make)
+        again = from_rank_zero(lambda: None if trace_set is None else _places_scored_again(trace_set))
+        assert again is not None
         for place, (name, model) in enumerate(models.items()):
             indices = np.arange(place, len(sequences), len(models))
-            _score_all(name, model, sequences, indices, folder / name, scoring)
+            passes = _passes(sequences, indices, again, folder / name, scoring.config.microbatch_tokens)
+            _score_all(model, passes, scoring)
+        if trace_set is not None:
+            write_records(folder / "again.parquet", _scored_again(trace_set, again, list(models), folder), Score)
     if trace_set is not None:
         scored = [parts(folder / name) for name in models]
         with RecordFileWriter(folder / "data.parquet", Score) as merged:
@@ -122,10 +132,11 @@ def score_traces(
         check_complete(identities(RecordFile(folder / "data.parquet", Score, _KEY)), expected, folder)
     barrier()  # no rank has the sequences open when they go
     if trace_set is not None:
-        for name in ("policy", "posterior", "sequences"):
+        for name in (*_PARTS, "sequences"):
             shutil.rmtree(folder / name, ignore_errors=True)
 
 
+_PARTS = ("policy", "posterior", "policy_again", "posterior_again")
 _KEY = ("question_id", "trace_index")
 
 
@@ -155,31 +166,97 @@ def _sequences(trace_set: TraceSet, num_models: int) -> Iterator[list[TrainSeque
         yield some
 
 
-def _score_all(
-    name: str, model: Path, sequences: SequenceSet, indices: NDArray[np.int64], folder: Path, scoring: Scoring
-) -> None:
-    """Score the sequences with these indices that have no row in `folder` yet; a row has its place among them."""
-    have = from_rank_zero(lambda: _existing(sequences, indices, folder))
-    missing = np.setdiff1d(np.arange(len(indices)), have)
-    if not len(missing):
+def _places_scored_again(trace_set: TraceSet) -> NDArray[np.int64]:
+    """Places among the closed traces, in the order of their file: all of questions that are spread evenly over it."""
+    closed: Counter[str] = Counter()
+    for table in _trace_file(trace_set).tables():
+        pairs = zip(table["question_id"].to_pylist(), table["finish"].to_pylist(), strict=True)
+        closed.update(question for question, finish in pairs if finish == TraceFinish.CLOSED)
+    sizes = np.array(list(closed.values()))
+    num_questions = min(len(sizes), round(NUM_SCORED_AGAIN / sizes.mean()) or 1)
+    chosen = np.linspace(0, len(sizes) - 1, num_questions).astype(int)
+    is_chosen = np.isin(np.arange(len(sizes)), chosen)
+    return np.flatnonzero(np.repeat(is_chosen, sizes))
+
+
+def _scored_again(
+    trace_set: TraceSet, places: NDArray[np.int64], models: Sequence[str], folder: Path
+) -> Iterator[Score]:
+    """Second scores of the closed traces at these places, without the counts of their answers."""
+    of_models = []
+    for name in models:
+        tables = RecordWriter(folder / f"{name}_again", Scored, 0.0).existing()
+        of_models.append({row.row: row for table in tables for row in rows(table, Scored)})
+    wanted, place = set(places.tolist()), -1
+    for table in _trace_file(trace_set).tables():
+        columns = (table[name].to_pylist() for name in (*_KEY, "round", "finish"))
+        for question, index, number, finish in zip(*columns, strict=True):
+            place += finish == TraceFinish.CLOSED
+            if finish == TraceFinish.CLOSED and place in wanted:
+                policy, sampler = of_models[0][place], of_models[-1][place]
+                logps = policy.logp_trace, sampler.logp_trace, policy.logp_answer
+                yield Score(question, index, number, *logps, None, None)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Sequences that one model scores in packs of one size."""
+
+    sequences: SequenceSet
+    indices: NDArray[np.int64]
+    """Of the sequences that this model scores."""
+    places: NDArray[np.int64]
+    """Among the indices: those that are scored in this pass. A row on disk has the place of its sequence."""
+    microbatch_tokens: int
+    folder: Path
+
+    def missing(self) -> NDArray[np.int64]:
+        """Places that have no row on disk yet."""
+        have = from_rank_zero(lambda: _existing(self.sequences, self.indices, self.folder))
+        return np.setdiff1d(self.places, have)
+
+
+def _passes(
+    sequences: SequenceSet, indices: NDArray[np.int64], again: NDArray[np.int64], folder: Path, budget: int
+) -> list[_Pass]:
+    """All of the sequences with these indices, then those at the places `again` in about half as large packs."""
+    num_tokens = sequences.num_tokens[indices[again]]
+    half = max(int(num_tokens.max()), min(budget, int(num_tokens.sum())) // 2)  # each sequence must fit
+    return [
+        _Pass(sequences, indices, np.arange(len(indices)), budget, folder),
+        _Pass(sequences, indices, again, half, folder.with_name(f"{folder.name}_again")),
+    ]
+
+
+def _score_all(model: Path, passes: Sequence[_Pass], scoring: Scoring) -> None:
+    """Do what is missing of the passes, in their order."""
+    left = [(one, missing) for one in passes if len(missing := one.missing())]
+    if not left:
         return
-    writer = RecordWriter(folder, Scored, flush_seconds=0.0, rank=rank())
-    barrier()  # all have seen which parts there were
     scorer = Scorer(Model(model), scoring.parallel, scoring.precision)
-    config, num_tokens = scoring.config, 0
-    with ProgressLine(f"score {name}", len(have), show=is_rank_zero()) as progress:
-        for start in range(0, len(missing), config.chunk_sequences):
-            if agree()[0]:
-                raise Stopped(f"{len(have) + start} of {len(indices)} traces have their scores under {model}")
-            chunk = missing[start : start + config.chunk_sequences]
-            place_of = dict(zip(indices[chunk].tolist(), chunk.tolist(), strict=True))
-            found = scorer.score(sequences, list(place_of), config.temperature, config.microbatch_tokens)
-            writer.append(*(_scored(sequences, index, place_of[index], logps) for index, logps in found.items()))
-            num_tokens += int(sequences.num_tokens[indices[chunk]].sum())
-            rate = num_tokens / progress.seconds
-            progress.update(len(have) + start + len(chunk), len(indices), f"traces, {rate:,.0f} tokens/s")
+    for one, missing in left:
+        _score_missing(scorer, model, one, missing, scoring.config)
     scorer.release()
     barrier()
+
+
+def _score_missing(scorer: Scorer, model: Path, one: _Pass, missing: NDArray[np.int64], config: ScoreConfig) -> None:
+    """Score the sequences at the places `missing` of a pass, some at a time."""
+    writer = RecordWriter(one.folder, Scored, flush_seconds=0.0, rank=rank())
+    barrier()  # all have seen which parts there were
+    num_tokens, total = 0, len(one.places)
+    done = total - len(missing)
+    with ProgressLine(f"score {one.folder.name}", done, show=is_rank_zero()) as progress:
+        for start in range(0, len(missing), config.chunk_sequences):
+            if agree()[0]:
+                raise Stopped(f"{done + start} of {total} traces have their scores under {model}")
+            chunk = missing[start : start + config.chunk_sequences]
+            place_of = dict(zip(one.indices[chunk].tolist(), chunk.tolist(), strict=True))
+            found = scorer.score(one.sequences, list(place_of), config.temperature, one.microbatch_tokens)
+            writer.append(*(_scored(one.sequences, index, place_of[index], logps) for index, logps in found.items()))
+            num_tokens += int(one.sequences.num_tokens[one.indices[chunk]].sum())
+            rate = num_tokens / progress.seconds
+            progress.update(done + start + len(chunk), total, f"traces, {rate:,.0f} tokens/s")
 
 
 def _scored(sequences: SequenceSet, index: int, place: int, logps: NDArray[np.float32]) -> Scored:

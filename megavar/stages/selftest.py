@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megavar.checkpoints.convert import Model
-from megavar.config.schema import RunConfig
+from megavar.config.schema import PrecisionConfig, RunConfig
 from megavar.disk import atomic_write, make_folder
 from megavar.ranks import ExplainedFailure, from_rank_zero, on_rank_zero
 from megavar.records import LogProbs, TrainSequence
@@ -82,31 +82,33 @@ def selftest(config: RunConfig) -> None:
 def _compare(run: Run, folder: Path) -> list[Comparison]:
     """All comparisons; complete on rank 0."""
     config, base = run.config, Model(run.base)
-    parallel, precision, train = config.parallel, config.precision, config.policy.train
+    parallel, scored_in = config.parallel, PrecisionConfig(config.score_recipe)
+    # of the parameters: what a step has changed is compared without the noise of 8 bits
+    exact = PrecisionConfig("fp32" if config.precision.recipe == "fp32" else "bf16")
     own, served, served_logps = from_rank_zero(lambda: (_own_sequences(run), *_served(run, folder)))
     sequences, samples = in_memory(own), in_memory(served)
     budget, least = config.score.microbatch_tokens, int(sequences.num_tokens.max())
 
-    scorer = Scorer(base, parallel, precision)
+    scorer = Scorer(base, parallel, scored_in)
     packed = scorer.score_all(sequences, 1.0, budget)
     packed_otherwise = scorer.score_all(sequences, 1.0, least)
     scored = scorer.score_all(samples, config.score.temperature, budget)
     scorer.release()
     others = from_rank_zero(lambda: _by_transformers(base, own))
     gradients, trained = take_one_step(
-        base, sequences, (budget, least), train, parallel, precision, folder / "checkpoints"
+        base, sequences, (budget, least), config.policy.train, parallel, config.precision, exact, folder / "checkpoints"
     )
     export_newest(folder, folder / "hf")
-    scorer = Scorer(Model(folder / "hf"), parallel, precision)
+    scorer = Scorer(Model(folder / "hf"), parallel, exact)
     exported = scorer.score_all(sequences, 1.0, budget)
     scorer.release()
 
-    allowed = ALLOWED[_arithmetic(run.config)]
+    allowed = _allowed(scored_in)
     return [
         _of_logps("log-probs: one packing, another", packed, packed_otherwise, allowed),
         _of_logps("log-probs: this grid, transformers", packed, others, allowed),
-        *_of_gradients(gradients, allowed),
-        _of_logps("log-probs after a step: in memory, exported", trained, exported, allowed),
+        *_of_gradients(gradients, _allowed(config.precision)),
+        _of_logps("log-probs after a step: in memory, exported", trained, exported, _allowed(exact)),
         # A server computes in the arithmetic of its own kernels.
         _of_logps("log-probs of samples: server, this grid", served_logps, scored, max(allowed, ALLOWED["bf16"])),
     ]
@@ -173,8 +175,8 @@ def _of_gradients(gradients: Sequence[Gradients], allowed: float) -> list[Compar
     ]
 
 
-def _arithmetic(config: RunConfig) -> str:
-    return config.precision.dtype if config.precision.fp8 == "none" else "fp8"
+def _allowed(precision: PrecisionConfig) -> float:
+    return ALLOWED.get(precision.recipe, ALLOWED["fp8"])
 
 
 def _report(comparisons: list[Comparison], folder: Path) -> None:

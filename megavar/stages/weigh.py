@@ -16,7 +16,7 @@ from megavar.objectives.base import Objective
 from megavar.objectives.bounds import estimate_bounds
 from megavar.objectives.importance import effective_sample_size, weigh_by_reference
 from megavar.ranks import on_rank_zero
-from megavar.record_files import RecordFileWriter, rows, sorted_table, table_of
+from megavar.record_files import RecordFileWriter, read_records, rows, sorted_table, table_of
 from megavar.records import Answer, Bound, Score, Trace, TraceFinish, Weight, WeightStatus, identity
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
@@ -36,14 +36,15 @@ def execute(run: Run, service: RolloutService) -> None:
     """The weight of every trace among those of its question."""
 
     def work() -> None:
-        objective, differences = run.config.objective, [0.0]
+        objective, differences, noise = run.config.objective, [0.0], _NoiseFloor(run)
 
         def groups() -> Iterator[Group]:
             for traces, scores in scored_traces(run):
                 differences.append(engine_difference(traces, scores))
+                noise.add(traces, scores)
                 yield traces, scores
 
-        values = weigh_traces(groups(), objective.name, objective, run.round / "weights")
+        values = weigh_traces(groups(), objective.name, objective, run.round / "weights") | noise.values()
         if run.config.score.temperature == run.config.sample.temperature:
             values["largest_engine_difference"] = max(differences)
         _warn(values, run.config)
@@ -70,7 +71,7 @@ def _warn(values: dict[str, float], config: RunConfig) -> None:
             config.num_traces,
         )
     difference = values.get("largest_engine_difference", 0.0)
-    if difference > LARGE_DIFFERENCE_NATS[config.precision.dtype]:
+    if difference > LARGE_DIFFERENCE_NATS["fp32" if config.score_recipe == "fp32" else "bf16"]:
         logger.warning(
             "weigh: log-probs of serving and training engine differ by up to %.3g nats "
             "(docs/troubleshooting.md#large-engine-difference).",
@@ -149,6 +150,47 @@ def _weigh_question(
 def _unused(score: Score) -> Weight:
     """A trace beyond `objective.num_traces`."""
     return Weight(score.question_id, score.trace_index, score.round, 0.0, 0.0, 0.0, 0.0, WeightStatus.UNUSED)
+
+
+class _NoiseFloor:
+    """How far rounding moves weights, by the traces that were scored again in other packs.
+
+    Of each value the standard deviation of one scoring: the root mean square of the differences, over the root of 2.
+    """
+
+    def __init__(self, run: Run) -> None:
+        file = run.round / "scores" / "again.parquet"
+        again = read_records(file, Score) if file.exists() else []  # no trace was closed
+        self._again = {identity(score): score for score in again}
+        self._questions = {score.question_id for score in again}
+        self._config = run.config.objective
+        self._objective = get_objective(self._config.name)
+        self._differences: list[tuple[float, float]] = []
+
+    def add(self, traces: Sequence[Trace], scores: Sequence[Score]) -> None:
+        """Weigh the questions among these that were scored twice, by either scores."""
+        traces = [trace for trace in traces if trace.question_id in self._questions]
+        first = [score for score in scores if score.question_id in self._questions]
+        second = [self._scored_again(score) for score in first]
+        pairs = zip(*(self._weights(traces, scores) for scores in (first, second)), strict=True)
+        self._differences += [(a.log_ratio - b.log_ratio, a.weight - b.weight) for a, b in pairs]
+
+    def _scored_again(self, score: Score) -> Score:
+        again = self._again.get(identity(score))
+        if again is None:
+            return score
+        return replace(again, num_answers=score.num_answers, num_correct=score.num_correct)
+
+    def _weights(self, traces: Sequence[Trace], scores: Sequence[Score]) -> list[Weight]:
+        """Of the traces that were scored twice."""
+        weights, _ = _weigh_group(self._objective, traces, scores, self._config, _Totals())
+        return [row for row in weights if identity(row) in self._again and row.status != WeightStatus.UNUSED]
+
+    def values(self) -> dict[str, float]:
+        if not self._differences:
+            return {}
+        log_ratio, weight = np.sqrt(np.mean(np.square(self._differences), axis=0) / 2).tolist()
+        return {"log_ratio_noise": log_ratio, "weight_noise": weight}
 
 
 class _Totals:

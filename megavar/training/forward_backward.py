@@ -22,7 +22,7 @@ from megavar.config.schema import ParallelConfig, PrecisionConfig
 from megavar.packing import Microbatch, PackShape
 from megavar.training.megatron_on_cpu import device
 from megavar.training.model import Targets, WeightedTargets
-from megavar.training.precision import FP8_TOKEN_MULTIPLE
+from megavar.training.precision import RECIPES
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class StepSums:
 
 def pack_shape(parallel: ParallelConfig, precision: PrecisionConfig) -> PackShape:
     """The multiples that this parallel layout and precision require of a microbatch's length."""
-    multiple = parallel.context * FP8_TOKEN_MULTIPLE[precision.fp8] * (parallel.tensor if parallel.sequence else 1)
+    multiple = parallel.context * RECIPES[precision.recipe].token_multiple
+    multiple *= parallel.tensor if parallel.sequence_parallel else 1
     return PackShape(parallel.context, multiple)
 
 

@@ -1,8 +1,10 @@
 """The training loop: weighted sequences in, checkpoints out. It knows nothing of objectives."""
 
+import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ from megavar.training.forward_backward import configure_gradients, gradient_pass
 from megavar.training.hardware import peak_flops, peak_memory_gib
 from megavar.training.load_weights import load_weights
 from megavar.training.model import build_model, transformer_config
-from megavar.training.optimizer import NOT_FINITE, build_optimizer, wrap_for_gradients
+from megavar.training.optimizer import NOT_FINITE, build_optimizer, gather_parameters, wrap_for_gradients
 from megavar.training.parallel import agree
 
+GC_INTERVAL_STEPS = 100
+"""Ranks wait for the slowest in every step: garbage is collected after the same steps on all of them."""
 Report = Callable[[int, int, dict[str, float]], None]
 """Called on every rank with (steps done, steps in all, metrics of the last step)."""
 
@@ -35,6 +39,19 @@ def loss_normalizer(sequences: SequenceSet, train: TrainConfig) -> float:
     return train.batch_sequences * float(np.mean(np.abs(sequences.weights) * sequences.num_targets))
 
 
+@contextmanager
+def _without_collecting_garbage() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_without_collecting_garbage()
 def train_model(
     init: Path,
     sequences: SequenceSet,
@@ -105,6 +122,8 @@ def train_model(
             "optimizer_seconds": optimizer_seconds,
             "checkpoint_seconds": checkpoint_seconds,
         }
+        if (step + 1) % GC_INTERVAL_STEPS == 0:
+            gc.collect()
         # Reported before it is saved: a step that a checkpoint holds is never taken again, so its row must be there.
         report(step + 1, num_steps, metrics)
         clock.lap()
@@ -112,6 +131,7 @@ def train_model(
         save_is_due = 0 < train.save_minutes * 60 <= time.monotonic() - saved_at
         stops, save_is_due = agree(save_is_due)
         if stops or save_is_due or (step + 1) % train.save_interval == 0 or step + 1 == num_steps:
+            gather_parameters(chunks)
             save_checkpoint(folder, step + 1, chunks, optimizer, scheduler, train.keep_checkpoints, model)
             checkpoint_seconds, saved_at = clock.lap(), time.monotonic()
         if stops:

@@ -1,6 +1,7 @@
 """The Megatron model of a Hugging Face model's sizes, whose output is log-probs of chosen tokens."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -50,6 +51,12 @@ class LogProbModel(GPTModel):  # type: ignore[misc]
     vocab_rows: int
     """Real rows of the vocabulary; the rest is padding."""
 
+    def __init__(self, *args: Any, **arguments: Any) -> None:
+        super().__init__(*args, **arguments)
+        if self.post_process:
+            # A module of its own, before whose forward Megatron waits for weights that are still being gathered.
+            self.output_layer.forward = _log_probs
+
     def _postprocess(self, hidden_states: Tensor, labels: Targets, **_: Any) -> Tensor | tuple[Tensor, Tensor]:
         if not self.post_process:
             return hidden_states
@@ -60,10 +67,15 @@ class LogProbModel(GPTModel):  # type: ignore[misc]
         else:
             chosen = copy_to_tensor_model_parallel_region(hidden_states.squeeze(1)[labels.positions])
         table = self.output_layer.weight if table is None else table
-        group = parallel_state.get_tensor_model_parallel_group()
-        if isinstance(labels, WeightedTargets):
-            return weighted_loss(chosen, table, labels.ids, labels.weights, self.vocab_rows, labels.temperature, group)
-        return token_logps(chosen, table, labels.ids, self.vocab_rows, labels.temperature, group)
+        found: Tensor | tuple[Tensor, Tensor] = self.output_layer(chosen, table, labels, self.vocab_rows)
+        return found
+
+
+def _log_probs(chosen: Tensor, table: Tensor, labels: Targets, vocab_rows: int) -> Tensor | tuple[Tensor, Tensor]:
+    group = parallel_state.get_tensor_model_parallel_group()
+    if isinstance(labels, WeightedTargets):
+        return weighted_loss(chosen, table, labels.ids, labels.weights, vocab_rows, labels.temperature, group)
+    return token_logps(chosen, table, labels.ids, vocab_rows, labels.temperature, group)
 
 
 def transformer_config(
@@ -98,7 +110,7 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
         context_parallel_size=parallel.context,
-        sequence_parallel=parallel.sequence,
+        sequence_parallel=parallel.sequence_parallel,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
         **_mixture(dims),
@@ -115,11 +127,12 @@ def transformer_config(
         output_layer_init_method=_leave_uninitialised,
         # The loss has its own constant normaliser: Megatron shall divide by nothing.
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
+        # Into the float32 gradients within the matrix product; layers.py:924 refuses it without Apex's kernel.
+        gradient_accumulation_fusion=find_spec("fused_weight_gradient_mlp_cuda") is not None,
         masked_softmax_fusion=False,
         apply_rope_fusion=has_transformer_engine(),
         **recomputations[recompute],
-        **transformer_config_arguments(precision),
+        **transformer_config_arguments(precision, dims.num_experts),
     )
 
 
@@ -166,11 +179,25 @@ def build_model(config: TransformerConfig, dims: ModelDims) -> list[torch.nn.Mod
             vp_stage=vp_stage,
         ).to(device())
         chunk.vocab_rows = dims.vocab_size
+        if config.tensor_model_parallel_size > 1:
+            _mark_experts(chunk)
         if dims.yarn:
             frequencies = yarn_frequencies(dims.yarn, dims.rope_base, dims.head_dim)
             chunk.rotary_pos_emb.inv_freq = frequencies.to(device())
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
     return chunks
+
+
+def _mark_experts(chunk: torch.nn.Module) -> None:
+    """Make every tensor-parallel rank's experts count: they are other experts, or see other tokens.
+
+    Before 0.19 Megatron sums their gradients over those ranks only with expert parallelism (layers.py:886), and counts
+    them in the gradient norm as far as the layers mark them (NVIDIA/Megatron-LM pull request 5916).
+    """
+    for name, parameter in chunk.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def _layer_spec(config: TransformerConfig, vp_stage: int | None) -> Any:

@@ -12,6 +12,7 @@ from megavar.training.checkpoint import save_checkpoint
 from megavar.training.forward_backward import gradient_pass, pack_shape
 from megavar.training.hardware import release_memory
 from megavar.training.loop import clear_gradients, open_training, own_microbatches
+from megavar.training.optimizer import gather_parameters
 from megavar.training.scorer import Scorer
 
 
@@ -30,6 +31,7 @@ def take_one_step(
     train: TrainConfig,
     parallel: ParallelConfig,
     precision: PrecisionConfig,
+    scored_in: PrecisionConfig,
     folder: Path,
 ) -> tuple[list[Gradients], list[LogProbs] | None]:
     """Form the gradients of all sequences once for each budget, take one step and save it to `folder`.
@@ -38,6 +40,8 @@ def take_one_step(
 
     Args:
         budgets: tokens of a microbatch.
+        precision: of the step.
+        scored_in: fp32 or bf16, like the parameters.
 
     Returns:
         The gradients, and [target tokens] log-probs of each sequence after the step, on rank 0.
@@ -51,8 +55,11 @@ def take_one_step(
         optimizer.prepare_grads()
         found.append(Gradients(loss, float(optimizer.get_grad_norm())))
     optimizer.step()
+    gather_parameters(chunks)
     save_checkpoint(folder, 1, chunks, optimizer, scheduler, 1, init)
-    scorer = Scorer(init, parallel, precision, chunks)
+    for chunk in chunks:
+        chunk.config.fp8 = None  # type: ignore[union-attr]
+    scorer = Scorer(init, parallel, scored_in, chunks)
     after = scorer.score_all(sequences, 1.0, budgets[0])
     scorer.release()
     del chunks, optimizer, scheduler

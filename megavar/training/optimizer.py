@@ -18,13 +18,56 @@ NOT_FINITE = (
 
 def wrap_for_gradients(config: Any, chunks: list[torch.nn.Module], train: TrainConfig) -> list[torch.nn.Module]:
     """Wrap each chunk in Megatron's DistributedDataParallel: gradients are added up in float32."""
+    overlaps = train.distributed_optimizer and train.overlap_communication
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=train.distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=train.distributed_optimizer,
+        overlap_grad_reduce=overlaps,
+        overlap_param_gather=overlaps,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    if overlaps:  # gradients of all but a step's last microbatch stay on their rank
+        no_syncs = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
+    return wrapped
+
+
+def gather_parameters(chunks: list[torch.nn.Module]) -> None:
+    """Complete the parameters after an update; with overlap they are otherwise gathered as the next step needs them."""
+    for chunk in chunks:
+        if chunk.use_forward_hook:
+            chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
+            chunk.enable_forward_pre_hook()  # type: ignore[operator]
+
+
+def optimizer_config_arguments(train: TrainConfig, bf16: bool) -> dict[str, Any]:
+    """The values of Megatron's OptimizerConfig."""
+    arguments: dict[str, Any] = {
+        "optimizer": "adam",
+        "lr": train.learning_rate,
+        "min_lr": train.learning_rate * train.min_learning_rate_ratio,
+        "weight_decay": train.weight_decay,
+        "adam_beta1": train.adam_beta1,
+        "adam_beta2": train.adam_beta2,
+        "adam_eps": train.adam_eps,
+        "clip_grad": train.clip_grad,
+        "bf16": bf16,
+        "params_dtype": torch.bfloat16 if bf16 else torch.float32,
+        "use_distributed_optimizer": train.distributed_optimizer,
+    }
+    if train.optimizer_moments == "bf16":
+        moments = dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype"), torch.bfloat16)
+        arguments |= {"use_precision_aware_optimizer": True, **moments}
+    if train.optimizer_offload > 0:
+        arguments |= {
+            "optimizer_cpu_offload": True,
+            "optimizer_offload_fraction": train.optimizer_offload,
+            "overlap_cpu_optimizer_d2h_h2d": True,
+        }
+    return arguments
 
 
 def build_optimizer(
@@ -35,22 +78,7 @@ def build_optimizer(
     The schedule applies the learning rate and also the weight-decay groups, which Megatron writes nowhere else: it is
     to be stepped before the first update, or restored.
     """
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=train.learning_rate,
-            min_lr=train.learning_rate * train.min_learning_rate_ratio,
-            weight_decay=train.weight_decay,
-            adam_beta1=train.adam_beta1,
-            adam_beta2=train.adam_beta2,
-            adam_eps=train.adam_eps,
-            clip_grad=train.clip_grad,
-            bf16=bf16,
-            params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=train.distributed_optimizer,
-        ),
-        chunks,
-    )
+    optimizer = get_megatron_optimizer(OptimizerConfig(**optimizer_config_arguments(train, bf16)), chunks)
     _refuse_nonfinite_norm(optimizer)
     warmup_steps = round(train.warmup_ratio * num_steps)
     scheduler = OptimizerParamScheduler(

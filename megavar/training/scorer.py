@@ -36,6 +36,8 @@ class Scorer:
         precision: PrecisionConfig,
         chunks: list[torch.nn.Module] | None = None,
     ) -> None:
+        # Transformer Engine updates them on leaving the layers with gradients on (quantization.py, autocast_exit).
+        assert precision.recipe != "fp8_delayed", "delayed scales stay 1 without a backward pass: use another recipe"
         self._parallel = parallel
         self._shape = pack_shape(parallel, precision)
         if chunks is None:

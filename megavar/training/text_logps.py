@@ -34,7 +34,7 @@ def text_logps(model: Model, text: str) -> Tensor:
     if not model.is_megatron:
         return torch.from_numpy(transformers_logps(model, [sequence], 1.0)[0])
     parallel.start_alone()
-    scorer = Scorer(model, ParallelConfig(), PrecisionConfig(dtype="fp32"))
+    scorer = Scorer(model, ParallelConfig(), PrecisionConfig(recipe="fp32"))
     logps_of = scorer.score(in_memory([sequence]), [0], 1.0, len(ids))
     parallel.stop()
     return torch.from_numpy(logps_of[0])

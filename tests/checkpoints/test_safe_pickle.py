@@ -113,7 +113,7 @@ def test_a_resumed_training_refuses_a_call_in_its_checkpoint(tmp_path):
     def train(num_steps: int) -> None:
         train_model(
             tmp_path / "model", in_memory(random_sequences(4)), TrainConfig(num_steps=num_steps, batch_sequences=2),
-            ParallelConfig(), PrecisionConfig(dtype="fp32"), 1, tmp_path / "checkpoints", lambda *_: None,
+            ParallelConfig(), PrecisionConfig(recipe="fp32"), 1, tmp_path / "checkpoints", lambda *_: None,
         )  # fmt: skip
 
     train(1)

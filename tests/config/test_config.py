@@ -34,7 +34,7 @@ def test_a_saved_configuration_loads_to_the_same(tmp_path):
         (["sample.nope=1"], "nope"),
         (["sample.num_traces=many"], "many"),
         (["sample.num_traces=0"], r"sample\.num_traces=0 is too small"),
-        (["precision.dtype=fp16"], r"precision\.dtype='fp16' is unknown; use one of bf16, fp32"),
+        (["precision.recipe=fp16"], r"precision\.recipe='fp16' is unknown; use one of fp32, bf16, fp8_delayed"),
         (["seed"], "not of the form key=value"),
         (
             ["objective.answer_estimator=likelihood"],
@@ -58,7 +58,12 @@ def test_a_saved_configuration_loads_to_the_same(tmp_path):
         (["data.fresh_questions=true"], r"data\.fresh_questions=true needs data\.questions_per_round"),
         (["eval.models=[odd]"], r"eval\.models=\['odd'\]"),
         (["parallel.virtual_pipeline=2"], r"parallel\.virtual_pipeline=2 needs parallel\.pipeline"),
-        (["precision.fp8=delayed", "precision.dtype=fp32"], r"precision\.fp8=delayed needs precision\.dtype=bf16"),
+        (["sft.optimizer_offload=2"], r"sft\.optimizer_offload=2\.0 is a fraction"),
+        (
+            ["policy.train.optimizer_moments=bf16", "policy.train.distributed_optimizer=false"],
+            r"policy\.train\.optimizer_moments=bf16 needs .* policy\.train\.distributed_optimizer=false",
+        ),
+        (["score.precision=fp8_delayed"], r"score\.precision='fp8_delayed' is unknown; use one of auto, fp32, bf16"),
     ],
 )
 def test_wrong_values_are_refused_by_key(tmp_path, overrides, message):

@@ -159,7 +159,7 @@ def llama(folder):
 
     parallel.start_alone()
     ids = np.random.default_rng(1).integers(0, 203, 40).astype(np.int32)
-    scorer = Scorer(Model(folder / "megatron"), ParallelConfig(), PrecisionConfig(dtype="fp32"))
+    scorer = Scorer(Model(folder / "megatron"), ParallelConfig(), PrecisionConfig(recipe="fp32"))
     scored = scorer.score(in_memory([TrainSequence(ids[:5], ids[5:], 1.0)]), [0], 1.0, 64)[0]
     parallel.stop()
     with torch.no_grad():

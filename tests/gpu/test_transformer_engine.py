@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.tiny_models import random_sequences, reference_logps, save_tiny_model
 
-from megavar.training.precision import _LEAST_CAPABILITY, has_transformer_engine
+from megavar.training.precision import RECIPES, check_recipe, has_transformer_engine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,9 +20,11 @@ pytestmark = [
 BF16_TOLERANCE = 0.05
 """Largest difference of a log-prob, nats: bf16 has 8 bits, and these models' logits reach tens."""
 FP8_TOLERANCE = 0.5
+LOSS_TOLERANCE = 0.03
+"""Relative, of each loss of eight training steps."""
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4,
          "num_key_value_heads": 2}  # fmt: skip
-SCRIPT = """
+SCORE = """
 import pickle, sys
 from pathlib import Path
 from megavar.config.schema import ParallelConfig, PrecisionConfig
@@ -30,23 +32,39 @@ from megavar.training import parallel
 from megavar.sequences import in_memory
 from megavar.training.scorer import Scorer
 from megavar.checkpoints.convert import Model
-model, sequences, out, dtype, fp8 = sys.argv[1:]
+model, sequences, out, recipe = sys.argv[1:]
 parallel.start(ParallelConfig())
-scorer = Scorer(Model(Path(model)), ParallelConfig(), PrecisionConfig(dtype=dtype, fp8=fp8))
+scorer = Scorer(Model(Path(model)), ParallelConfig(), PrecisionConfig(recipe))
 given = pickle.loads(Path(sequences).read_bytes())
 found = scorer.score(in_memory(given), range(len(given)), 1.0, 512)
 Path(out).write_bytes(pickle.dumps([found[index] for index in range(len(given))]))
 parallel.stop()
 """
+TRAIN = """
+import pickle, sys
+from pathlib import Path
+from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
+from megavar.training import loop, parallel
+from megavar.sequences import in_memory
+model, sequences, out, recipe = sys.argv[1:]
+parallel.start(ParallelConfig())
+given, losses = pickle.loads(Path(sequences).read_bytes()), []
+train = TrainConfig(num_steps=8, batch_sequences=len(given), microbatch_tokens=512, learning_rate=1e-3)
+loop.train_model(Path(model), in_memory(given), train, ParallelConfig(), PrecisionConfig(recipe), 1,
+                 Path(out + "-checkpoints"), lambda step, steps, metrics: losses.append(metrics["loss"]))
+Path(out).write_bytes(pickle.dumps(losses))
+parallel.stop()
+"""
 
 
-def score(folder: Path, name: str, dtype: str, fp8: str = "none") -> list[np.ndarray]:
+def run(script: str, folder: Path, name: str, recipe: str) -> list:
+    """What `script` writes of the model and sequences in `folder`, in a process of its own."""
     out = folder / name
-    (folder / "score.py").write_text(SCRIPT)
+    (folder / "script.py").write_text(script)
     environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
                    "MASTER_PORT": "0"}  # fmt: skip
-    arguments = [str(folder / "model"), str(folder / "sequences.pkl"), str(out), dtype, fp8]
-    subprocess.run([sys.executable, str(folder / "score.py"), *arguments], check=True, env=environment)
+    arguments = [str(folder / "model"), str(folder / "sequences.pkl"), str(out), recipe]
+    subprocess.run([sys.executable, str(folder / "script.py"), *arguments], check=True, env=environment)
     return pickle.loads(out.read_bytes())
 
 
@@ -69,16 +87,28 @@ def test_packed_transformer_engine_layers_in_bf16_equal_float32_transformers(fol
     if not has_transformer_engine():
         pytest.skip("needs Transformer Engine")
     path, reference = folder
-    assert largest(score(path, "bf16", "bf16"), reference) <= BF16_TOLERANCE
+    assert largest(run(SCORE, path, "bf16", "bf16"), reference) <= BF16_TOLERANCE
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
-def test_fp8_recipes_stay_close_to_bf16(folder, recipe):
-    if not has_transformer_engine():
-        pytest.skip("needs Transformer Engine")
-    if torch.cuda.get_device_capability() < _LEAST_CAPABILITY[recipe]:
-        pytest.skip(f"{recipe} needs compute capability {_LEAST_CAPABILITY[recipe]}")
+def skip_without(recipe: str) -> None:
+    try:
+        check_recipe("precision.recipe", recipe)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("recipe", ["fp8_current", "fp8_blockwise", "mxfp8"])
+def test_fp8_scores_stay_close_to_bf16(folder, recipe):
+    skip_without(recipe)
     path, reference = folder
-    found = score(path, recipe, "bf16", recipe)
+    found = run(SCORE, path, recipe, recipe)
     assert largest(found, reference) <= FP8_TOLERANCE
-    assert largest(found, score(path, "bf16-again", "bf16")) > 0  # FP8 was really used
+    assert largest(found, run(SCORE, path, "bf16-again", "bf16")) > 0  # FP8 was really used
+
+
+@pytest.mark.parametrize("recipe", [name for name, recipe in RECIPES.items() if recipe.values])
+def test_losses_of_training_in_fp8_stay_close_to_bf16(folder, recipe):
+    skip_without(recipe)
+    losses, expected = (run(TRAIN, folder[0], f"train-{name}", name) for name in (recipe, "bf16"))
+    assert losses == pytest.approx(expected, rel=LOSS_TOLERANCE)
+    assert losses != expected  # FP8 was really used

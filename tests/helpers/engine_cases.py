@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,13 +14,14 @@ import megavar.training  # noqa: F401  (before megatron, which it makes usable o
 # isort: split
 
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
 
 from megavar import ranks
 from megavar.checkpoints.convert import MAX_SHARD_BYTES, Model, to_hugging_face
 from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
 from megavar.records import TrainSequence
 from megavar.sequences import in_memory
-from megavar.training import loop, parallel
+from megavar.training import loop, optimizer, parallel
 from megavar.training.checkpoint import list_checkpoints
 from megavar.training.forward_backward import configure_gradients, gradient_pass, pack_shape
 from megavar.training.load_weights import load_weights
@@ -27,7 +29,7 @@ from megavar.training.model import build_model, transformer_config
 from megavar.training.optimizer import wrap_for_gradients
 from megavar.training.scorer import Scorer
 
-FP32 = PrecisionConfig(dtype="fp32")
+FP32 = PrecisionConfig(recipe="fp32")
 
 
 def run_cases(cases: Sequence[dict], sequences: Sequence[TrainSequence]) -> None:
@@ -91,12 +93,17 @@ def run_gradient(case: dict, grid: ParallelConfig, sequences: Sequence[TrainSequ
 
 
 def run_train(case: dict, grid: ParallelConfig, sequences: Sequence[TrainSequence]) -> None:
-    out, losses = Path(case["out"]), []
+    """`bucket_size`: parameters in a bucket of Megatron's DDP, whose own 40 million hold all of a tiny model."""
+    out, losses, norms = Path(case["out"]), [], []
+    optimizer.DistributedDataParallelConfig = partial(
+        DistributedDataParallelConfig, bucket_size=case.get("bucket_size")
+    )
     train = TrainConfig(**case["train"])
     model = Path(case["model"])
 
     def report(step: int, num_steps: int, metrics: dict[str, float]) -> None:
         losses.append(metrics["loss"])
+        norms.append(metrics["grad_norm"])
         if step == case.get("stop_after"):
             raise StopIteration
 
@@ -107,6 +114,7 @@ def run_train(case: dict, grid: ParallelConfig, sequences: Sequence[TrainSequenc
     if ranks.is_rank_zero():
         to_hugging_face(list_checkpoints(out)[-1], out / "hf", None, MAX_SHARD_BYTES, overwrite=True)
         (out / "losses.json").write_text(json.dumps(losses))
+        (out / "norms.json").write_text(json.dumps(norms))
 
 
 def run_reload(case: dict, grid: ParallelConfig, sequences: Sequence[TrainSequence]) -> None:

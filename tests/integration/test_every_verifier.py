@@ -31,7 +31,7 @@ name: every
 runs_dir: {folder}
 model: {root}/examples/base/qwen3-tiny
 data: {{train: {folder}/train.jsonl, eval: {folder}/train.jsonl, max_sequence_tokens: 200}}
-precision: {{dtype: fp32}}
+precision: {{recipe: fp32}}
 rollout: {{python: {root}/.venv-sglang/bin/python, dtype: float32, max_total_tokens: 4096, context_length: 256,
            concurrency: 8}}
 sft: &train {{epochs: 120, batch_sequences: 6, microbatch_tokens: 1024, learning_rate: 3.0e-3, save_interval: 60}}

@@ -52,7 +52,7 @@ name: a
 runs_dir: {tmp_path}/runs
 model: {ROOT}/examples/base/qwen3-tiny
 data: {{train: {tmp_path}/t.jsonl, eval: {tmp_path}/t.jsonl, max_sequence_tokens: 160}}
-precision: {{dtype: fp32}}
+precision: {{recipe: fp32}}
 rollout: {{python: {ROOT}/.venv-sglang/bin/python, dtype: float32, max_total_tokens: 8192, context_length: 256}}
 sft: &train {{num_steps: 40, batch_sequences: 8, learning_rate: 2.0e-3}}
 posterior: {{train: *train}}

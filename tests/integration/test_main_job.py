@@ -41,7 +41,7 @@ name: job
 runs_dir: {folder}
 model: {ROOT}/examples/base/qwen3-tiny
 data: {{train: {folder}/data/train.jsonl, eval: {folder}/data/eval.jsonl, max_sequence_tokens: 160}}
-precision: {{dtype: fp32}}
+precision: {{recipe: fp32}}
 rollout: {{python: {ROOT}/.venv-sglang/bin/python, dtype: float32, max_total_tokens: 8192, context_length: 256,
            concurrency: 8}}
 sft: &train {{epochs: 10, batch_sequences: 16, microbatch_tokens: 1024, learning_rate: 2.0e-3, save_interval: 5}}

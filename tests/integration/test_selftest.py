@@ -19,7 +19,7 @@ name: own
 runs_dir: {folder}
 model: {root}/examples/base/qwen3-tiny
 data: {{train: {folder}/questions.jsonl, max_sequence_tokens: 160}}
-precision: {{dtype: fp32}}
+precision: {{recipe: fp32}}
 parallel: {{tensor: 2, pipeline: 2}}
 rollout: {{python: {root}/.venv-sglang/bin/python, dtype: float32, max_total_tokens: 4096, context_length: 256}}
 sample: {{max_trace_tokens: 40, max_answer_tokens: 16}}

@@ -32,7 +32,7 @@ name: a
 runs_dir: {tmp_path}/runs
 model: {ROOT}/examples/base/qwen3-tiny
 data: {{train: {tmp_path}/t.jsonl, max_sequence_tokens: 160}}
-precision: {{dtype: fp32}}
+precision: {{recipe: fp32}}
 parallel: {{tensor: 2}}
 sft: {{num_steps: {NUM_STEPS}, batch_sequences: 64, save_interval: 1000, learning_rate: 1.0e-3}}
 sample: {{sampler: policy, max_trace_tokens: 80, max_answer_tokens: 16}}

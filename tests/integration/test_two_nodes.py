@@ -23,7 +23,7 @@ name: job
 runs_dir: {folder}
 model: {root}/examples/base/qwen3-tiny
 data: {{train: {folder}/data/train.jsonl, max_sequence_tokens: 160}}
-precision: {{dtype: fp32}}
+precision: {{recipe: fp32}}
 parallel: {{tensor: 2}}
 rollout: {{python: {root}/.venv-sglang/bin/python, dtype: float32, max_total_tokens: 8192, context_length: 256,
            concurrency: 8}}

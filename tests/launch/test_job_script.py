@@ -16,7 +16,7 @@ RUN = f"""
 name: a
 model: {ROOT}/examples/base/qwen3-tiny
 data: {{train: t.jsonl, max_sequence_tokens: 160}}
-precision: {{dtype: fp32}}
+precision: {{recipe: fp32}}
 parallel: {{tensor: 2}}
 sample: {{sampler: policy, max_trace_tokens: 80, max_answer_tokens: 16}}
 objective: {{ratio: none}}

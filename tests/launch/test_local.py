@@ -21,7 +21,7 @@ def config_file(tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps(row))
     (tmp_path / "run.yaml").write_text(
         f"name: a\nruns_dir: {tmp_path}/runs\nmodel: {BASE}\ndata: {{train: {tmp_path}/t.jsonl, "
-        "max_sequence_tokens: 160}\nprecision: {dtype: fp32}\n"
+        "max_sequence_tokens: 160}\nprecision: {recipe: fp32}\n"
         "sample: {max_trace_tokens: 80, max_answer_tokens: 16}\nrollout: {mode: external, urls: [http://127.0.0.1:9]}\n"
     )
     return tmp_path / "run.yaml"

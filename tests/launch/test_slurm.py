@@ -64,7 +64,7 @@ name: a
 runs_dir: {folder}/runs
 model: {ROOT}/examples/base/qwen3-tiny
 data: {{train: {folder}/t.jsonl, max_sequence_tokens: 160, questions_per_round: 8}}
-precision: {{dtype: fp32}}
+precision: {{recipe: fp32}}
 parallel: {{tensor: 2}}
 sft: {{num_steps: {NUM_STEPS}, batch_sequences: 64, save_interval: {save_interval}, learning_rate: 1.0e-3}}
 logging: {{tensorboard: false}}

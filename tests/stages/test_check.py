@@ -27,7 +27,7 @@ def config_file(tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps(GOOD))
     (tmp_path / "run.yaml").write_text(
         f"name: a\nruns_dir: {tmp_path}/runs\nmodel: {BASE}\ndata: {{train: {tmp_path}/t.jsonl, "
-        "max_sequence_tokens: 160}\nprecision: {dtype: fp32}\n"
+        "max_sequence_tokens: 160}\nprecision: {recipe: fp32}\n"
         "sample: {max_trace_tokens: 80, max_answer_tokens: 16}\nrollout: {mode: external, urls: [http://127.0.0.1:9]}\n"
     )
     return tmp_path / "run.yaml"
@@ -44,7 +44,10 @@ def test_a_good_run_passes(config_file):
         (["parallel.context=2"], 3, r"= 2 does not divide the world size 3"),
         (["parallel.pipeline=3"], 3, r"does not divide num_hidden_layers=4"),
         (["parallel.pipeline=2", "parallel.virtual_pipeline=4"], 2, r"= 8 does not divide num_hidden_layers=4"),
-        (["precision.fp8=delayed", "precision.dtype=bf16"], 1, r"precision\.fp8=delayed needs a CUDA GPU"),
+        (["precision.recipe=fp8_delayed"], 1, r"precision\.recipe=fp8_delayed needs a CUDA GPU"),
+        (["sft.optimizer_moments=bf16"], 1, r"sft\.optimizer_moments=bf16 and .* need a GPU and Transformer Engine"),
+        (["policy.train.optimizer_offload=0.5"], 1, r"policy\.train\.optimizer_offload=0\.5 need a GPU"),
+        (["score.precision=mxfp8"], 1, r"score\.precision=mxfp8 needs a CUDA GPU.*use score\.precision=bf16"),
         (["objective.name=odd"], 1, r"objective\.name='odd' is unknown; use one of iwae"),
         (["sft.microbatch_tokens=100"], 1, r"sft\.microbatch_tokens=100 is less than data\.max_sequence_tokens=160"),
         (["data.max_sequence_tokens=100000", "sft.microbatch_tokens=100000", "policy.train.microbatch_tokens=100000",

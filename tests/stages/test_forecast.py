@@ -33,7 +33,7 @@ def config_file(tmp_path):
     (tmp_path / "run.yaml").write_text(
         f"name: a\nruns_dir: {tmp_path}/runs\nmodel: {BASE}\n"
         f"data: {{train: {tmp_path}/t.jsonl, max_sequence_tokens: 160, questions_per_round: 10}}\n"
-        "precision: {dtype: fp32}\nsft: {epochs: 2, batch_sequences: 16}\npolicy: {train: {num_steps: 7}}\n"
+        "precision: {recipe: fp32}\nsft: {epochs: 2, batch_sequences: 16}\npolicy: {train: {num_steps: 7}}\n"
         "sample: {num_traces: 3, num_answers: 2, max_trace_tokens: 80, max_answer_tokens: 16}\n"
         "rollout: {mode: external, urls: [http://127.0.0.1:9]}\n"
     )

@@ -80,7 +80,7 @@ def config_of(folder, *overrides):
     (folder / "run.yaml").write_text(
         f"name: a\nruns_dir: {folder}/runs\nmodel: {BASE}\n"
         f"data: {{train: {folder}/t.jsonl, max_sequence_tokens: 160}}\n"
-        "precision: {dtype: fp32}\nsample: {max_trace_tokens: 80, max_answer_tokens: 16}\n"
+        "precision: {recipe: fp32}\nsample: {max_trace_tokens: 80, max_answer_tokens: 16}\n"
         "rollout: {mode: external, urls: [http://127.0.0.1:9]}\n"
     )
     return load_config(folder / "run.yaml", list(overrides))

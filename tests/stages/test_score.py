@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from megavar.config.schema import ParallelConfig, PrecisionConfig, ScoreConfig, TemplateConfig
 from megavar.data.templates import Templates
+from megavar.packing import partition
 from megavar.record_files import read_records, write_records
 from megavar.records import Answer, Question, Score, Trace, TrainSequence
-from megavar.stages.score import Scoring, TraceSet, score_traces
+from megavar.stages.score import Scoring, TraceSet, _places_scored_again, score_traces
 from megavar.training import parallel
 from megavar.training.scorer import Scorer
 
@@ -34,7 +35,7 @@ def score(tmp_path):
             for index, (text, finish) in enumerate(texts)
         ]
         answers = [Answer("a", 0, 0, 1, np.array([1], np.int32), "0", "stop", 0, True)]
-        scoring = Scoring(ScoreConfig(**config), ParallelConfig(), PrecisionConfig(dtype="fp32"))
+        scoring = Scoring(ScoreConfig(**config), ParallelConfig(), PrecisionConfig(recipe="fp32"))
         write_records(tmp_path / "traces.parquet", traces, Trace)
         write_records(tmp_path / "verified.parquet", answers, Answer)
         trace_set = TraceSet([QUESTION], templates, tmp_path / "traces.parquet", tmp_path / "verified.parquet")
@@ -131,4 +132,68 @@ def test_an_interrupted_call_goes_on_with_what_each_rank_had_written(score, tmp_
     for row, expected in zip(again, whole, strict=True):
         for column in ("logp_policy", "logp_posterior", "logp_answer"):
             assert getattr(row, column) == pytest.approx(getattr(expected, column), abs=2e-5)
-    assert sorted(file.name for file in (tmp_path / "scores").iterdir()) == ["data.parquet"]
+    assert sorted(file.name for file in (tmp_path / "scores").iterdir()) == ["again.parquet", "data.parquet"]
+
+
+def test_whenever_it_is_interrupted_the_same_scores_come_out_of_both_passes(score, tmp_path, other, monkeypatch):
+    """Once at each call of each pass of each model, in a row."""
+    score(MIXED, other, "whole", chunk_sequences=1)
+    calls = []
+
+    class Interrupted(Scorer):
+        def score(self, sequences, indices, *rest):
+            calls.append(indices)
+            if len(calls) % 2 == 0:
+                raise KeyboardInterrupt
+            return super().score(sequences, indices, *rest)
+
+    monkeypatch.setattr("megavar.stages.score.Scorer", Interrupted)
+    interruptions = 0
+    while not (tmp_path / "scores" / "data.parquet").exists():
+        try:
+            score(MIXED, other, "scores", chunk_sequences=1)
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions == 11  # of 3 traces, 2 passes and 2 models; the last call was good
+    for name in ("data.parquet", "again.parquet"):
+        assert (tmp_path / "scores" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_traces_are_scored_again_in_other_packs(score, tmp_path, other, monkeypatch):
+    packs = []
+
+    class Watched(Scorer):
+        def score(self, sequences, indices, temperature, microbatch_tokens):
+            lengths = [int(sequences.num_tokens[index]) for index in indices]
+            packs.append([len(found) for found in partition(lengths, microbatch_tokens, 1)[0]])
+            return super().score(sequences, indices, temperature, microbatch_tokens)
+
+    monkeypatch.setattr("megavar.stages.score.Scorer", Watched)
+    rows = score(MIXED, other, "scores")
+    assert [sum(pack) for pack in packs] == [3, 3, 3, 3]
+    assert all(len(second) > len(first) for first, second in (packs[:2], packs[2:]))
+    again = read_records(tmp_path / "scores" / "again.parquet", Score)
+    closed = [row for row in rows if len(row.logp_policy)]
+    assert [row.trace_index for row in again] == [row.trace_index for row in closed] == [1, 3, 4]
+    for row, second in zip(closed, again, strict=True):
+        assert second.num_answers is None
+        for column in ("logp_policy", "logp_posterior", "logp_answer"):
+            assert getattr(second, column) == pytest.approx(getattr(row, column), abs=2e-5)
+
+
+@pytest.mark.parametrize(("num_questions", "num_traces"), [(1000, 8), (1000, 1), (10, 8), (1, 200)])
+def test_all_traces_of_evenly_spread_questions_are_scored_again(tmp_path, num_questions, num_traces):
+    nothing, finishes = np.array([1], np.int32), ("closed", "closed", "length", "closed")
+    traces = [
+        Trace(f"{question:04d}", index, 1, "policy", nothing, nothing, None, finishes[(question + index) % 4], 0)
+        for question in range(num_questions)
+        for index in range(num_traces)
+    ]
+    write_records(tmp_path / "traces.parquet", traces, Trace)
+    closed = [int(trace.question_id) for trace in traces if trace.finish == "closed"]
+    places = _places_scored_again(TraceSet([], None, tmp_path / "traces.parquet", None))
+    chosen = sorted({closed[place] for place in places})
+    assert places.tolist() == [place for place, question in enumerate(closed) if question in chosen]
+    assert abs(len(places) - min(len(closed), 64)) <= 2 or num_questions == 1
+    questions = sorted(set(closed))
+    assert chosen[0] == questions[0] and (num_questions == 1 or chosen[-1] == questions[-1])

@@ -35,16 +35,25 @@ WITHOUT_EFFECT = {
     "score.chunk_sequences", "verify.num_workers", "logging.tensorboard", "logging.wandb_project",
     *(f"parallel.{item.name}" for item in fields(schema.ParallelConfig)),
     *(f"{job}.{name}" for job in ("sft", "posterior.train", "policy.train")
-      for name in ("microbatch_tokens", "recompute", "distributed_optimizer", "save_interval", "save_minutes",
+      for name in ("microbatch_tokens", "recompute", "distributed_optimizer", "overlap_communication", "optimizer_offload",
+                   "save_interval", "save_minutes",
                    "keep_checkpoints", "log_interval")),
 }  # fmt: skip
 """Layout, speed, limits that are checked, and what is logged."""
 CHOOSES_INPUTS = {"posterior.source", "sample.sampler", "policy.init"}
 """Decide which stage's outputs are read; those are recorded by digest."""
 EXCEPTIONS = {
-    "weigh": {"sample.num_traces", "score.temperature", "sample.temperature", "precision.dtype"},  # for its warnings
+    "weigh": {
+        "sample.num_traces",
+        "score.temperature",
+        "sample.temperature",
+        "precision.recipe",
+        "score.precision",
+    },  # for its warnings
     "rollouts": {"objective.num_traces"},  # set to null there
 }
+OF_COPIES = {schema.ObjectiveConfig: "objective.", schema.PrecisionConfig: "precision."}
+"""Sections that stages make altered copies of."""
 NOT_READ_HERE = {"epochs", "rollout.dtype", "rollout.deterministic"}
 """Keys that other settings of these runs leave unused, and those of the serving engine."""
 
@@ -106,7 +115,7 @@ class Reads:
                 copies = caller.f_globals["__name__"] in ("dataclasses", "copy")
                 checks = caller.f_code is Templates.__init__.__code__  # that every template has its placeholders
                 if not (copies or checks):
-                    self.keys.add(self.path_of.get(id(section), "objective.") + name)
+                    self.keys.add(self.path_of.get(id(section), OF_COPIES.get(type(section))) + name)
             return value
 
         return read
@@ -128,7 +137,7 @@ def seen(tmp_path_factory):
                 Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
             Path("run.yaml").write_text(
                 f"name: a\nmodel: {BASE}\ndata: {{train: train.jsonl, max_sequence_tokens: 160}}\n"
-                "precision: {dtype: fp32}\nsft: &train {num_steps: 1, batch_sequences: 4}\n"
+                "precision: {recipe: fp32}\nsft: &train {num_steps: 1, batch_sequences: 4}\n"
                 "posterior: {train: *train}\npolicy: {mix_gold: true, train: *train}\n"
                 "sample: {num_traces: 2, num_answers: 2, max_trace_tokens: 64, max_answer_tokens: 16}\n"
                 "logging: {tensorboard: false}\neval: {num_bootstrap: 10}\n"

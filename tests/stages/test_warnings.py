@@ -22,7 +22,7 @@ def warnings(caplog):
 def test_log_probs_of_two_engines_that_differ(tmp_path, warnings, logps_of_server, expected):
     run = make_run(tmp_path)
     run.config.score.temperature = run.config.sample.temperature
-    run.config.precision.dtype = "fp32"
+    run.config.precision.recipe = "fp32"
     traces, _, scores = round_records()
     same = [replace(row, logp_posterior=row.logp_policy) for row in scores]
     served = [

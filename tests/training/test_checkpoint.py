@@ -28,7 +28,7 @@ def test_the_other_kind_of_optimizer_is_refused_and_the_same_resumes(tmp_path, d
     def train(config: TrainConfig) -> None:
         train_model(
             tmp_path / "model", in_memory(random_sequences(4)), config, ParallelConfig(),
-            PrecisionConfig(dtype="fp32"), 1,
+            PrecisionConfig(recipe="fp32"), 1,
             tmp_path / "checkpoints", lambda step, *_: steps.append(step),
         )  # fmt: skip
 
@@ -55,7 +55,7 @@ def train_until_the_disk_is_full(folder: Path, free_bytes: int | None) -> None:
     try:
         train_model(
             folder / "model", in_memory(random_sequences(4)), train, ParallelConfig(tensor=2),
-            PrecisionConfig(dtype="fp32"), 1,
+            PrecisionConfig(recipe="fp32"), 1,
             folder / "disk" / "checkpoints", fill,
         )  # fmt: skip
         message = ""

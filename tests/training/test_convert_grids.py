@@ -58,7 +58,7 @@ SCORED = (
     "tp1_pp2_vpp2_ep2",
     "tp1_pp1_ep2",
 )
-TRAINED = ("tp1_pp1_ep1", "tp2_pp2_ep2", "tp1_pp2_vpp2_ep2", "tp1_pp1_ep2")
+TRAINED = ("tp1_pp1_ep1", "tp2_pp1_ep1", "tp2_pp2_ep2", "tp1_pp2_vpp2_ep2", "tp1_pp1_ep2")
 
 
 def is_large(grid: str) -> bool:

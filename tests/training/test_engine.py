@@ -23,13 +23,13 @@ MODELS = [(family, tied) for family in ("qwen2", "qwen3") for tied in (False, Tr
 GRIDS = {
     "tp1": (1, {}),
     "dp4": (4, {}),
-    "tp2_dp2": (4, {"tensor": 2}),
+    "tp2_dp2": (4, {"tensor": 2, "sequence": False}),
     "pp2_dp2": (4, {"pipeline": 2}),
-    "tp2_pp2": (4, {"tensor": 2, "pipeline": 2}),
-    "tp2_pp2_sp": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
-    "tp4": (4, {"tensor": 4}),
+    "tp2_pp2": (4, {"tensor": 2, "pipeline": 2, "sequence": False}),
+    "tp2_pp2_sp": (4, {"tensor": 2, "pipeline": 2}),
+    "tp4": (4, {"tensor": 4, "sequence": False}),
     "pp2_vpp2_dp2": (4, {"pipeline": 2, "virtual_pipeline": 2}),
-    "cp2_tp2": (4, {"context": 2, "tensor": 2}),
+    "cp2_tp2": (4, {"context": 2, "tensor": 2, "sequence": False}),
     "cp2_pp2": (4, {"context": 2, "pipeline": 2}),
 }
 BUDGETS = {"tp1": 200, "tp2_pp2": 400, "pp2_dp2": 48}  # tokens a microbatch; 64 where not named

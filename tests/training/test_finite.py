@@ -17,7 +17,7 @@ from megavar.training.loop import train_model
 from megavar.training.model import build_model, transformer_config
 from megavar.training.optimizer import build_optimizer, wrap_for_gradients
 
-FP32 = PrecisionConfig(dtype="fp32")
+FP32 = PrecisionConfig(recipe="fp32")
 
 
 @pytest.fixture

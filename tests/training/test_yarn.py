@@ -36,7 +36,7 @@ MODELS = {
 }
 GRIDS = {
     "tp1": (1, {}),
-    "tp2_pp2": (4, {"tensor": 2, "pipeline": 2}),
+    "tp2_pp2": (4, {"tensor": 2, "pipeline": 2, "sequence": False}),
     "tp2_pp2_sp": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
     "pp2_vpp2_cp2": (4, {"pipeline": 2, "virtual_pipeline": 2, "context": 2}),
     "cp2_tp2": (4, {"context": 2, "tensor": 2}),
