@@ -6,6 +6,7 @@
 # make lock   the lock files in requirements/ from pyproject.toml and the lists beside them; a lock's versions stay as long
 #             as they fit (delete it first for the newest)
 # make audit  the locked versions against the known vulnerabilities
+# make gpu-kit SITE=DIR  on a machine with a GPU: tests, log-probs, training, memory and speed in nine minutes (docs/gpu.md)
 # make evidence  all methods over three seeds on two tasks (nearly 3 hours; resumable)
 
 PYTHON ?= python3
@@ -26,7 +27,7 @@ install_locked = $(1)/pip install --quiet --no-deps --require-hashes --only-bina
 install_torch = $(1)/pip install --quiet --retries 0 --index-url $(TORCH_INDEX) "$(TORCH)" 2>/dev/null || \
 	$(1)/pip install --quiet "$(TORCH)"
 
-.PHONY: demo test test-all test-newest test-oldest check lock audit evidence sglang clean
+.PHONY: demo test test-all test-newest test-oldest check lock audit evidence gpu-kit sglang clean
 
 demo: $(VENV)/.done $(SGLANG)/.done
 	$(BIN)/python examples/pretrain_variational.py $(DEMO_FLAGS)
@@ -95,6 +96,9 @@ audit: $(TOOLS)/.done
 			echo "$$lock: NOT AUDITED: pip-audit could not read its data (see above); the versions to look up:"; \
 			cat $$versions; \
 		fi; done; exit $$status
+
+gpu-kit:
+	tools/gpu_kit.sh $(SITE)
 
 evidence: $(VENV)/.done $(SGLANG)/.done
 	$(BIN)/python examples/evidence.py

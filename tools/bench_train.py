@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from megavar.checkpoints.convert import Model
 from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
+from megavar.models.dims import ModelDims
 from megavar.packing import Microbatch, PackShape, pack, partition
 from megavar.records import TrainSequence
 from megavar.training import forward_backward, parallel
@@ -33,6 +34,7 @@ from megavar.training.optimizer import build_optimizer, wrap_for_gradients
 # isort: split
 
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.utils import unwrap_model
 
 BASE = Path(__file__).parents[1] / "examples" / "base" / "qwen3-tiny"
 TRAIN = TrainConfig(num_steps=10_000, learning_rate=1e-5)
@@ -60,17 +62,29 @@ def make_sequences(count: int, vocab_size: int) -> list[TrainSequence]:
     return [TrainSequence(row[: len(row) // 3], row[len(row) // 3 :], 1.0) for row in ids]
 
 
-def megatron_step(folder: Path, microbatches: list[Microbatch], is_plain: bool) -> Step:
-    """A step of the training loop, or of the plain one, which differs in the head and the loss alone."""
-    model = Model(folder)
-    config = transformer_config(model.dims, PARALLEL, PRECISION, "none")
+def megatron_step(
+    dims: ModelDims,
+    fill: Callable[[list[torch.nn.Module]], None],
+    microbatches: list[Microbatch],
+    precision: PrecisionConfig,
+    is_plain: bool,
+    train: TrainConfig = TRAIN,
+) -> Step:
+    """A step of the training loop, or of the plain one, which differs in the head and the loss alone.
+
+    Args:
+        fill: gives the model its weights.
+    """
+    config = transformer_config(dims, PARALLEL, precision, "none")
     configure_gradients(config)
-    chunks = build_model(config, model.dims)
-    load_weights(chunks, model)
+    chunks = build_model(config, dims)
+    fill(chunks)
     if is_plain:
-        chunks[0].__class__ = PlainModel
-    chunks = wrap_for_gradients(config, chunks, TRAIN)
-    optimizer, scheduler = build_optimizer(chunks, TRAIN, False, 10_000)
+        plain = unwrap_model(chunks[0])
+        plain.__class__ = PlainModel
+        del plain.output_layer.forward  # back to Megatron's
+    chunks = wrap_for_gradients(config, chunks, train)
+    optimizer, scheduler = build_optimizer(chunks, train, config.bf16, 10_000)
     optimizer.reload_model_params()
     scheduler.step(1)
     num_targets = float(sum(len(microbatch.targets) for microbatch in microbatches))
@@ -81,7 +95,7 @@ def megatron_step(folder: Path, microbatches: list[Microbatch], is_plain: bool) 
 
         def mean(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             loss = losses.sum() / num_targets
-            return loss, torch.ones((), dtype=torch.int), {"loss": loss.detach()}
+            return loss, torch.ones((), dtype=torch.int, device=loss.device), {"loss": loss.detach()}
 
         results = forward_backward._run(chunks, microbatches, targets_of, mean, forward_only=False)
         return float(sum(result["loss"] for result in results))
@@ -142,12 +156,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each side")
     chosen = parser.parse_args()
     parallel.start_alone()
-    sequences = make_sequences(chosen.sequences, Model(chosen.model).dims.vocab_size)
+    model = Model(chosen.model)
+    sequences = make_sequences(chosen.sequences, model.dims.vocab_size)
     plan = partition([sequence.num_tokens for sequence in sequences], chosen.microbatch_tokens, 1)[0]
     microbatches = [pack(sequences, indices, PackShape()) for indices in plan]
+
+    def fill(chunks: list[torch.nn.Module]) -> None:
+        load_weights(chunks, model)
+
     sides = {
-        "megavar": megatron_step(chosen.model, microbatches, is_plain=False),
-        "megatron": megatron_step(chosen.model, microbatches, is_plain=True),
+        "megavar": megatron_step(model.dims, fill, microbatches, PRECISION, is_plain=False),
+        "megatron": megatron_step(model.dims, fill, microbatches, PRECISION, is_plain=True),
         "transformers": transformers_step(chosen.model, sequences, chosen.microbatch_tokens),
     }
     first = {side: step() for side, step in sides.items()}
