@@ -121,8 +121,11 @@ class Forecast:
         held = dense / (layout.tensor * layout.pipeline) + experts / (layout.expert * layout.pipeline)
         held += table / layout.tensor * (tables if layout.pipeline == 1 else 1)
         replicas = self._ranks // layout.ranks_per_replica
+        train = self._config.policy.train
         states = 8 if weights == 4 else 12  # two moments, and the float32 copy of shorter weights
-        optimizer = held * states / (replicas if self._config.policy.train.distributed_optimizer else 1)
+        states -= 4 if train.optimizer_moments == "bf16" else 0
+        optimizer = held * states * (1 - train.optimizer_offload)
+        optimizer /= replicas if train.distributed_optimizer else 1
         # A chunk of logits and the float32 gradient of the output table exist at a time (training/logprobs.py).
         rows = self._dims.vocab_size // layout.tensor
         logits = 4 * (max(LOGITS_AT_ONCE, rows * self._dims.hidden_size) + rows * self._dims.hidden_size)

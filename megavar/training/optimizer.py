@@ -29,10 +29,24 @@ def wrap_for_gradients(config: Any, chunks: list[torch.nn.Module], train: TrainC
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    for chunk in wrapped:
+        _count_padding(chunk)
     if overlaps:  # gradients of all but a step's last microbatch stay on their rank
         no_syncs = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
     return wrapped
+
+
+def _count_padding(chunk: Any) -> None:
+    """Let checkpoints find optimizer states where they are in a buffer of several buckets.
+
+    The padding at the end of a bucket is left out of what is saved, but not of where a parameter is looked for in it
+    (distrib_optimizer.py:1027 and :1500, also in 0.19): resumed, states were shifted and cut off.
+    """
+    for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        buffer.numel_unpadded = sum(bucket.numel_unpadded for bucket in buffer.buckets)
 
 
 def gather_parameters(chunks: list[torch.nn.Module]) -> None:

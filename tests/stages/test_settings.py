@@ -35,9 +35,8 @@ WITHOUT_EFFECT = {
     "score.chunk_sequences", "verify.num_workers", "logging.tensorboard", "logging.wandb_project",
     *(f"parallel.{item.name}" for item in fields(schema.ParallelConfig)),
     *(f"{job}.{name}" for job in ("sft", "posterior.train", "policy.train")
-      for name in ("microbatch_tokens", "recompute", "distributed_optimizer", "overlap_communication", "optimizer_offload",
-                   "save_interval", "save_minutes",
-                   "keep_checkpoints", "log_interval")),
+      for name in ("microbatch_tokens", "recompute", "distributed_optimizer", "overlap_communication",
+                   "optimizer_offload", "save_interval", "save_minutes", "keep_checkpoints", "log_interval")),
 }  # fmt: skip
 """Layout, speed, limits that are checked, and what is logged."""
 CHOOSES_INPUTS = {"posterior.source", "sample.sampler", "policy.init"}
