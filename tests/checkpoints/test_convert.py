@@ -18,6 +18,8 @@ from helpers.commands import convert_until_killed
 from helpers.ranks import forked
 from helpers.tiny_models import save_tiny_model
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from transformers import AutoModelForCausalLM
 
 from megavar.checkpoints import huggingface
@@ -486,6 +488,30 @@ def test_a_converted_checkpoint_with_a_changed_weight_is_refused_by_name(folder,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
     (damaged / "SHA256SUMS").unlink()  # without it, the change is taken for a wanted one
     assert not to_hugging_face(damaged, tmp_path / "hf", None, MAX_SHARD_BYTES, False).same_as_source
+
+
+def test_chunks_over_layers_and_columns_and_of_any_strides_are_put_together(folder, checkpoint, tmp_path):
+    """As ranks that split a parameter by columns save it; the second chunk lies transposed in its storage."""
+    split = copy(checkpoint, tmp_path / "split")
+    name = "decoder.layers.self_attention.linear_proj.weight"
+    tensors = tensors_of(folder)
+    weight_LHC = torch.stack([tensors[f"model.layers.{layer}.self_attn.o_proj.weight"] for layer in range(4)])
+    metadata = pickle.loads((split / ".metadata").read_bytes())
+    chunks = metadata.state_dict_metadata[name].chunks
+    for index in [index for index in metadata.storage_data if index.fqn == name]:
+        del metadata.storage_data[index]
+    chunks.clear()
+    with open(split / "__1_0.distcp", "wb") as file:
+        for start, part in ((0, weight_LHC[..., :5].clone()), (5, weight_LHC[..., 5:].mT.contiguous().mT)):
+            begin, offsets = file.tell(), torch.Size([0, 0, start])
+            torch.save(part, file)
+            chunks.append(ChunkStorageMetadata(offsets, part.shape))
+            index = MetadataIndex(name, offset=offsets, index=len(chunks) - 1)
+            metadata.storage_data[index] = _StorageInfo("__1_0.distcp", begin, file.tell() - begin)
+    (split / ".metadata").write_bytes(pickle.dumps(metadata))
+    write_checksums(split)
+    assert to_hugging_face(split, tmp_path / "back", None, MAX_SHARD_BYTES, False).same_as_source
+    assert_same_bits(tensors, tensors_of(tmp_path / "back"))
 
 
 def digest_of(folder, hash_of):
