@@ -5,18 +5,20 @@
 Both read files that are in the page cache, write the same number of bytes onto the same disk, and are timed until
 these are there: `cp -r` and then `sync` of its files, against a conversion with its fsync and renames. They take turns;
 figures are medians, ratios those of pairs of turns. Memory is the peak RSS of a process that converts, minus that of a
-process that only imports the same modules. All output is removed at the end.
+process that only imports the same modules. CPU time is the user's and the system's. All output is removed at the end.
 """
 
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -47,13 +49,13 @@ import json, resource, sys, time
 from pathlib import Path
 from megavar.checkpoints.convert import MAX_SHARD_BYTES, to_hugging_face, to_megatron
 direction, source, target = sys.argv[1], *map(Path, sys.argv[2:])
-started = time.perf_counter()
+started, cpu = time.perf_counter(), time.process_time()
 if direction == "to-megatron":
     to_megatron(source, target, None, False)
 elif direction == "to-hf":
     assert to_hugging_face(source, target, None, MAX_SHARD_BYTES, False).same_as_source, "the round trip is not exact"
-seconds = time.perf_counter() - started
-print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+print(json.dumps([seconds, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
 """
 
 
@@ -74,21 +76,30 @@ def make_model(folder: Path, num_layers: int) -> int:
     return sum(info.num_bytes for _, info in rows)
 
 
-def copy(source: Path, target: Path) -> float:
-    """Seconds of `cp -r` and fsync of its files."""
+@dataclass(frozen=True)
+class Cost:
+    """Of one copy or conversion."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int = 0
+
+
+def copy(source: Path, target: Path) -> Cost:
+    """Cost of `cp -r` and fsync of its files."""
     os.sync()
-    started = time.perf_counter()
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     subprocess.run(["sync", *map(str, sorted(target.rglob("*")))], check=True)
-    return time.perf_counter() - started
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Cost(seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
-def convert(direction: str, *paths: Path) -> tuple[float, int]:
-    """Seconds and peak RSS in bytes of one conversion in a separate process."""
+def convert(direction: str, *paths: Path) -> Cost:
+    """Cost and peak RSS of one conversion in a separate process."""
     os.sync()
     command = [sys.executable, "-W", "ignore", "-c", CONVERT, direction, *map(str, paths)]
-    seconds, peak = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
-    return seconds, peak
+    return Cost(*json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]))
 
 
 def main() -> None:
@@ -110,19 +121,22 @@ def main() -> None:
         source, copied, megatron, back = (folder / part for part in ("hf", "copy", "megatron", "back"))
         num_bytes = make_model(source, chosen.layers)
         print(f"{num_bytes / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} files")
-        idle = convert("nothing", source, source)[1]
+        idle = convert("nothing", source, source).peak_bytes
         for direction, origin, target in (("to-megatron", source, megatron), ("to-hf", megatron, back)):
-            turns = []
+            turns: list[tuple[Cost, Cost]] = []
             for _ in range(chosen.turns):
                 shutil.rmtree(target, ignore_errors=True)
                 baseline = copy(origin, copied)
                 shutil.rmtree(copied)
-                turns.append((baseline, *convert(direction, origin, target)))
-            seconds, baseline = (statistics.median(turn[side] for turn in turns) for side in (1, 0))
-            ratio, peak = statistics.median(turn[0] / turn[1] for turn in turns), max(turn[2] for turn in turns)
+                turns.append((convert(direction, origin, target), baseline))
+            speeds = [num_bytes / 1e9 / statistics.median(turn[side].seconds for turn in turns) for side in (0, 1)]
+            cpus = [statistics.median(turn[side].cpu_seconds for turn in turns) / num_bytes * 1e9 for side in (0, 1)]
+            ratio = statistics.median(baseline.seconds / ours.seconds for ours, baseline in turns)
+            memory = max(ours.peak_bytes for ours, _ in turns) - idle
             print(
-                f"{direction:12s} {num_bytes / seconds / 1e9:5.2f} GB/s   cp {num_bytes / baseline / 1e9:5.2f} GB/s   "
-                f"ratio {ratio:.2f}   memory {(peak - idle) / 2**30:.2f} GiB over {idle / 2**30:.2f} GiB"
+                f"{direction:12s} {speeds[0]:5.2f} GB/s {cpus[0]:5.2f} CPU s/GB   cp {speeds[1]:5.2f} GB/s "
+                f"{cpus[1]:5.2f} CPU s/GB   ratio {ratio:.2f}   memory {memory / 2**30:.2f} GiB over "
+                f"{idle / 2**30:.2f} GiB"
             )
 
 

@@ -16,7 +16,6 @@ from typing import IO, cast
 import torch
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -26,11 +25,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megavar.checkpoints.huggingface import ChunkedFile, TensorInfo, empty
+from megavar.checkpoints.huggingface import ChunkedFile, Memory, TensorInfo, bytes_of
 from megavar.checkpoints.safe_pickle import first_line, read_metadata
 from megavar.models.dims import ModelDims
 from megavar.models.ops import Index, Operator, leading_axes, piece_shape
@@ -95,6 +94,7 @@ class ShardedCheckpoint:
         if checkpoint is None:
             raise ValueError(f"{path} is not a Megatron checkpoint of format torch_dist: it has no .metadata.")
         self.path = checkpoint
+        self._memory = Memory()
         self._reader = FileSystemReader(checkpoint)
         metadata = read_metadata(checkpoint)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -130,24 +130,32 @@ class ShardedCheckpoint:
         if sum(read.lengths.numel() for read in reads) != sizes.numel():
             raise ValueError(f"{self.path} contains only a part of {name}{list(index)}; copy the files of all ranks.")
         try:
-            if len(reads) == 1:
-                return self._read(reads[0]).reshape(shape)
-            piece = empty(TensorInfo(entry.properties.dtype, shape))
-            self._reader.read_data(LoadPlan(reads), _IntoTensor(piece.view(sizes)))
+            piece = self._memory.empty(TensorInfo(entry.properties.dtype, shape))
+            for read in reads:
+                self._read(read, narrow_tensor_by_index(piece.view(sizes), read.dest_offsets, read.lengths))
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(
                 f"{self.path}: {name}{list(index)} cannot be read: {first_line(error)}; copy it again."
             ) from error
         return piece
 
-    def _read(self, read: ReadItem) -> Tensor:
-        """What torch's reader would copy into a tensor of ours, which takes as long as the reading itself."""
+    def _read(self, read: ReadItem, target: Tensor) -> None:
+        """Read a part of a chunk into a tensor of its shape, directly where both are one range of bytes."""
         info = self._reader.storage_data[read.storage_index]
         with open(self.path / info.relative_path, "rb") as file:
             stored = cast(IO[bytes], _create_file_view(file, info.offset, info.length))
-            chunk: Tensor = torch.load(stored, map_location="cpu", weights_only=True)
-        part = narrow_tensor_by_index(chunk, read.storage_offsets, read.lengths)
-        return part if part.numel() == chunk.numel() else part.clone()
+            header: Tensor = torch.load(stored, map_location="meta", weights_only=True)
+            place = narrow_tensor_by_index(header, read.storage_offsets, read.lengths)
+            if place.is_contiguous() and target.is_contiguous() and place.dtype == target.dtype:
+                start = header.untyped_storage()._checkpoint_offset
+                assert start is not None
+                stored.seek(start + int(place.storage_offset()) * place.itemsize)
+                if stored.readinto(bytes_of(target)) != target.nbytes:  # type: ignore[attr-defined]
+                    raise OSError(f"{info.relative_path} ends within it")
+            else:
+                stored.seek(0)
+                chunk: Tensor = torch.load(stored, map_location="cpu", weights_only=True)
+                target.copy_(narrow_tensor_by_index(chunk, read.storage_offsets, read.lengths))
 
     def _with_chunks_of(self, name: str, index: Index) -> TensorStorageMetadata:
         """A parameter's entry, reduced to the chunks that overlap one piece: torch scans all chunks it is given."""
@@ -185,23 +193,6 @@ class ShardedCheckpoint:
                 )
 
 
-class _IntoTensor(DefaultLoadPlanner):
-    """Makes torch's reader copy chunks into slices of one tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        part = self._target
-        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            part = part.narrow(axis, start, length)
-        return part
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
-
-
 class ShardedWriter:
     """Writes a checkpoint as a stream of pieces, in any order; holds none.
 
@@ -234,7 +225,7 @@ class ShardedWriter:
         for start in range(0, piece.shape[0], rows):
             part = piece[start : start + rows].to(dtype).contiguous()
             if part.untyped_storage().nbytes() != part.nbytes:  # torch.save would write the full storage of a view
-                part = part.clone()
+                part = torch.frombuffer(bytes_of(part), dtype=dtype).view(part.shape)
             offsets = torch.Size([*index, start, *[0] * (piece.dim() - 1)])
             sizes = torch.Size([*[1] * len(index), *part.shape])
             entry.chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=sizes))

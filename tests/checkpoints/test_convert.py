@@ -1,6 +1,7 @@
 """Conversion is exact both ways, refuses what is wrong before it writes, and leaves nothing half done."""
 
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -12,16 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from helpers.commands import convert_until_killed
 from helpers.ranks import forked
 from helpers.tiny_models import save_tiny_model
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from transformers import AutoModelForCausalLM
 
 from megavar.checkpoints import huggingface
 from megavar.checkpoints import megatron as sharded
 from megavar.checkpoints.convert import MAX_SHARD_BYTES, Model, differences, to_hugging_face, to_megatron
 from megavar.checkpoints.huggingface import atomic_folder
+from megavar.checksums import write_checksums
 
 FAMILIES = ("qwen2", "qwen3", "qwen3_moe")
 
@@ -483,6 +488,86 @@ def test_a_converted_checkpoint_with_a_changed_weight_is_refused_by_name(folder,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
     (damaged / "SHA256SUMS").unlink()  # without it, the change is taken for a wanted one
     assert not to_hugging_face(damaged, tmp_path / "hf", None, MAX_SHARD_BYTES, False).same_as_source
+
+
+def test_chunks_over_layers_and_columns_and_of_any_strides_are_put_together(folder, checkpoint, tmp_path):
+    """As ranks that split a parameter by columns save it; the second chunk lies transposed in its storage."""
+    split = copy(checkpoint, tmp_path / "split")
+    name = "decoder.layers.self_attention.linear_proj.weight"
+    tensors = tensors_of(folder)
+    weight_LHC = torch.stack([tensors[f"model.layers.{layer}.self_attn.o_proj.weight"] for layer in range(4)])
+    metadata = pickle.loads((split / ".metadata").read_bytes())
+    chunks = metadata.state_dict_metadata[name].chunks
+    for index in [index for index in metadata.storage_data if index.fqn == name]:
+        del metadata.storage_data[index]
+    chunks.clear()
+    with open(split / "__1_0.distcp", "wb") as file:
+        for start, part in ((0, weight_LHC[..., :5].clone()), (5, weight_LHC[..., 5:].mT.contiguous().mT)):
+            begin, offsets = file.tell(), torch.Size([0, 0, start])
+            torch.save(part, file)
+            chunks.append(ChunkStorageMetadata(offsets, part.shape))
+            index = MetadataIndex(name, offset=offsets, index=len(chunks) - 1)
+            metadata.storage_data[index] = _StorageInfo("__1_0.distcp", begin, file.tell() - begin)
+    (split / ".metadata").write_bytes(pickle.dumps(metadata))
+    write_checksums(split)
+    assert to_hugging_face(split, tmp_path / "back", None, MAX_SHARD_BYTES, False).same_as_source
+    assert_same_bits(tensors, tensors_of(tmp_path / "back"))
+
+
+def digest_of(folder, hash_of):
+    lines = [
+        f"{key} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {hash_of(tensor.numpy().tobytes())}"
+        for key, tensor in tensors_of(folder).items()
+    ]
+    return hash_of("\n".join(sorted(lines)).encode())
+
+
+def test_a_checkpoint_with_a_sha256_of_its_tensors_is_compared_by_it(folder, tmp_path):
+    """Once, the digest was a SHA-256 without a prefix."""
+    checkpoint = tmp_path / "m"
+    assert to_megatron(folder, checkpoint, None, False).digest == "blake3:" + digest_of(
+        folder, lambda data: blake3(data).hexdigest()
+    )
+    old = digest_of(folder, lambda data: hashlib.sha256(data).hexdigest())
+    for digest, same in ((old, True), ("0" * 64, False)):
+        sharded.Description(False, digest).write(checkpoint)
+        write_checksums(checkpoint)
+        back = to_hugging_face(checkpoint, tmp_path / "back", None, MAX_SHARD_BYTES, True)
+        assert (back.digest, back.same_as_source) == (old, same)
+
+
+def test_the_checksum_is_of_what_was_given_though_its_memory_changes_after_the_write(tmp_path):
+    file, expected = huggingface.ChunkedFile(tmp_path / "file"), b""
+    for num_bytes in (7, 3_000_000, 1, huggingface.WRITE_CHUNK_BYTES, 999_999):
+        data = bytearray(random.Random(num_bytes).randbytes(num_bytes))
+        expected += bytes(data)
+        assert file.write(data) == num_bytes
+        data[:] = bytes(num_bytes)
+    file.close()
+    assert (tmp_path / "file").read_bytes() == expected
+    assert file.digest == hashlib.sha256(expected).hexdigest()
+
+
+def test_a_large_write_that_fails_is_an_error_of_the_disk(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            huggingface.ChunkedFile(tmp_path / "file").write(bytes(3_000_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_memory_of_a_tensor_is_used_again_only_when_no_view_of_it_is_left():
+    memory, info = huggingface.Memory(), huggingface.TensorInfo(torch.bfloat16, (300, 5))
+    tensor = memory.empty(info)
+    address, view = tensor.data_ptr(), tensor[7:].view(torch.int16).numpy()
+    del tensor
+    second = memory.empty(info)
+    assert second.data_ptr() != address
+    del view
+    assert memory.empty(huggingface.TensorInfo(torch.bfloat16, (300, 6))).data_ptr() != address
+    assert memory.empty(info).data_ptr() == address
 
 
 def test_what_the_disk_refuses_while_more_is_written_fails_the_conversion(folder, tmp_path, monkeypatch):
