@@ -30,7 +30,8 @@ class RolloutService:
 
     Args:
         config: rollout section.
-        base: a model of the architecture that will be served, for servers that start before that model exists.
+        base: a model of the architecture that will be served, for servers that start before that model exists; external
+            ones may serve it.
         log_dir: gets `server_NN.log`, of later nodes in `node_NN`.
     """
 
@@ -69,7 +70,7 @@ class RolloutService:
                 await self._resume()
             if self._engine is None:
                 self._served = model if self._early is None else self._base
-                opened = open_engine(self._config, self._served, self._log_dir, self._early)
+                opened = open_engine(self._config, self._served, self._log_dir, self._early, self._base)
                 self._engine = await self._open.enter_async_context(opened)
             if self._served != model:
                 await self._engine.load_weights(model)

@@ -41,6 +41,7 @@ MAX_REPLY_BYTES = 2**28
 READ_BUFFER_BYTES = 2**21  # aiohttp stops and starts reading whenever twice this is unread; its 64 KiB are little
 MAX_LOGP = 1e-3
 """Rounding may put the log-prob of a certain token a little above 0."""
+SERVED = ("model_path", "weight_version")
 LOADED_BY_US = "megavar:"  # prefix of the weight version that `load_weights` sets
 WATCH_SECONDS = 5.0
 """Between two looks at the servers behind routers, which hide that one is gone."""
@@ -204,7 +205,7 @@ class SGLangEngine:
         self._weight_version = versions[0]
 
     async def _check_worker(self, worker: Worker, model: Path) -> str:
-        info = await self._info(worker, "/model_info", "model_path", "weight_version")
+        info = await self._info(worker, "/model_info", *SERVED)
         served = str(info["model_path"])
         if not _same_folder(served, model):
             raise ValueError(
@@ -255,10 +256,17 @@ class SGLangEngine:
             worker.url,
         )
 
-    async def served_by_us(self) -> bool:
-        """Whether every server's weights were loaded by `load_weights`, of this process or of an earlier one."""
-        infos = await self._on_every_worker(lambda worker: self._info(worker, "/model_info", "weight_version"))
-        return all(str(info["weight_version"]).startswith(LOADED_BY_US) for info in infos)
+    async def replaceable(self, base: Path | None) -> bool:
+        """Whether the weights of all servers may be exchanged.
+
+        They may if they are those of `base`, or `load_weights` loaded them, in this process or an earlier one.
+        """
+        infos = await self._on_every_worker(lambda worker: self._info(worker, "/model_info", *SERVED))
+        return all(
+            str(info["weight_version"]).startswith(LOADED_BY_US)
+            or (base is not None and _same_folder(str(info["model_path"]), base))
+            for info in infos
+        )
 
     async def release_memory(self) -> None:
         """Have every server give the memory of its devices back; none can be asked before `resume_memory`.

@@ -305,14 +305,20 @@ class ManagedServers:
 
 @asynccontextmanager
 async def open_engine(
-    config: RolloutConfig, model: Path, log_dir: Path, spawned: ManagedServers | None = None
+    config: RolloutConfig,
+    model: Path,
+    log_dir: Path,
+    spawned: ManagedServers | None = None,
+    base: Path | None = None,
 ) -> AsyncIterator[SGLangEngine]:
     """The engine that the configuration describes, serving `model`, checked and ready.
 
-    External servers must serve `model` already, or weights that an earlier run of ours loaded, which are replaced.
+    External servers must serve `model` already, or `base`, or weights that an earlier run of ours loaded; these two are
+    replaced.
 
     Args:
         spawned: managed servers of `model` that were spawned before.
+        base: a model of the same architecture that external servers may have been started with.
 
     Raises:
         ValueError: the servers cannot be used as they are, or their key is not there.
@@ -339,7 +345,7 @@ async def open_engine(
         return
     async with client(config.urls, external_key(config), None) as engine:
         await engine.find_servers(config.worker_urls)
-        if await engine.served_by_us():
+        if await engine.replaceable(None if base == model else base):
             await engine.load_weights(model)
         await engine.check_model(model)
         yield engine
