@@ -13,6 +13,7 @@ import logging
 import random
 import struct
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -187,7 +188,8 @@ class SGLangEngine:
         """Take servers that stop answering out of use, until they are back with the current weights."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            await self._on_every_worker(lambda server: self._get(server, "/health"), must_answer=False)
+            with suppress(RequestRejected):  # something else listens there now, and can serve no sample of our weights
+                await self._on_every_worker(lambda server: self._get(server, "/health"), must_answer=False)
 
     # -- what the servers serve --
 
@@ -305,7 +307,8 @@ class SGLangEngine:
         self._loaded, self._weight_version = model, f"{LOADED_BY_US}{model.resolve()}"
         digests = await self._on_every_worker(self._load_worker, must_answer=False)
         if len(set(digests)) > 1:
-            raise ValueError(f"after loading {model} the servers {', '.join(self._urls)} hold different weights.")
+            urls = ", ".join(worker.url for worker in self._workers.all)
+            raise ValueError(f"after loading {model} the servers {urls} hold different weights.")
         async with self._workers.lease(1):  # waits for a server to come back if none was left
             await self._on_every_worker(lambda worker: self._check_worker(worker, model), must_answer=False)
 

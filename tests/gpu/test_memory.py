@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 SIZES = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 16,
-         "num_hidden_layers": 8}  # fmt: skip
+         "head_dim": 128, "num_hidden_layers": 8}  # fmt: skip
 """Half a billion parameters, 9 GB with gradients and optimizer."""
 SCRIPT = """
 import json, sys
