@@ -171,10 +171,15 @@ class RolloutConfig:
     python: str = ".venv-sglang/bin/python"
     """Interpreter with SGLang installed (managed)."""
     urls: list[str] = field(default_factory=list)
-    """Base URLs of workers or of one router (external)."""
+    """Base URLs of SGLang servers, or of sglang-routers in front of them (external)."""
+    worker_urls: list[str] = field(default_factory=list)
+    """Base URLs of the servers behind the routers, which get weights and are watched (external); empty: the routers are
+    asked for them."""
     api_key_env: str | None = None
-    """Name of the environment variable with the API key of external servers; null: they have none. Managed servers have
-    a new key at each start."""
+    """Name of the environment variable with the API key of external servers and routers; null: they have none, or
+    `api_key_file`. Managed servers have a new key at each start."""
+    api_key_file: str | None = None
+    """File with that key, which only its owner may read, instead of a variable."""
     num_servers: int = at_least(1, default=1)
     """Managed servers on this machine."""
     tensor_parallel_size: int = at_least(1, default=1)
@@ -186,7 +191,11 @@ class RolloutConfig:
     context_length: int | None = None
     """Longest prompt and continuation of managed servers, tokens; null: the model's."""
     mem_fraction: float | None = None
-    """Fraction of a GPU's memory for weights and KV cache of managed servers; null: SGLang's choice."""
+    """Fraction of a GPU's memory for weights and KV cache of managed servers, which must be free when they start; null:
+    SGLang's choice of what is free."""
+    between_stages: str = choice("stop", "release", default="stop")
+    """Managed servers on GPUs after a stage that samples: `stop` ends them; `release` keeps the processes, without the
+    memory of weights and KV cache. On CPUs they stay as they are."""
     deterministic: bool = False
     """Ask SGLang for deterministic inference, without which it ignores request seeds."""
     concurrency: int = at_least(1, default=64)
@@ -454,8 +463,9 @@ def _validate_pairs(config: RunConfig) -> None:
     _validate_secrets(rollout)
     if rollout.mode == "external" and not rollout.urls:
         raise ValueError("rollout.mode=external needs rollout.urls: the base URLs of running SGLang servers.")
-    if rollout.mode == "managed" and rollout.urls:
-        raise ValueError(f"rollout.urls={rollout.urls} are ignored in rollout.mode=managed; use rollout.mode=external.")
+    for key, urls in (("urls", rollout.urls), ("worker_urls", rollout.worker_urls)):
+        if rollout.mode == "managed" and urls:
+            raise ValueError(f"rollout.{key}={urls} are ignored in rollout.mode=managed; use rollout.mode=external.")
     if not config.eval.models or not set(config.eval.models) <= {"pi_0", "policy"}:
         raise ValueError(f"eval.models={config.eval.models} must name one or both of pi_0, policy.")
     if config.data.fresh_questions and config.data.questions_per_round is None:
@@ -469,11 +479,15 @@ def _validate_pairs(config: RunConfig) -> None:
 
 def _validate_secrets(rollout: RolloutConfig) -> None:
     """Refuse keys and passwords where they would be saved with the run; none is repeated in the message."""
-    if rollout.mode == "managed" and rollout.api_key_env is not None:
+    keys = {"api_key_env": rollout.api_key_env, "api_key_file": rollout.api_key_file}
+    given = [f"rollout.{key}={value}" for key, value in keys.items() if value is not None]
+    if rollout.mode == "managed" and given:
         raise ValueError(
-            f"rollout.api_key_env={rollout.api_key_env} is ignored in rollout.mode=managed, whose servers get a key of "
-            "their own; use rollout.mode=external."
+            f"{given[0]} is ignored in rollout.mode=managed, whose servers get a key of their own; use "
+            "rollout.mode=external."
         )
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} both name the servers' key; leave one out.")
     for argument in rollout.server_args:
         option = argument.partition("=")[0]
         for secret in ("--api-key", "--admin-api-key"):
@@ -482,11 +496,12 @@ def _validate_secrets(rollout: RolloutConfig) -> None:
                     f"rollout.server_args has {secret}, which would be saved with the run; leave it out: managed "
                     "servers get a key of their own."
                 )
-    if any("@" in url or "?" in url for url in rollout.urls):
-        raise ValueError(
-            "rollout.urls has a URL with a user name, a password or a query, which would be saved with the run; give "
-            "http://HOST:PORT, and the servers' key by rollout.api_key_env."
-        )
+    for key, urls in (("urls", rollout.urls), ("worker_urls", rollout.worker_urls)):
+        if any("@" in url or "?" in url for url in urls):
+            raise ValueError(
+                f"rollout.{key} has a URL with a user name, a password or a query, which would be saved with the run; "
+                "give http://HOST:PORT, and the servers' key by rollout.api_key_env or rollout.api_key_file."
+            )
 
 
 def _validate_optimizers(config: RunConfig) -> None:

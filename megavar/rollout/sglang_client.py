@@ -1,7 +1,10 @@
-"""Client of SGLang servers over HTTP: one or many workers, or the URL of a router in front of them.
+"""Client of SGLang servers over HTTP, one or many, directly or through routers in front of them.
 
-Written against sglang 0.5.23. Every answer carries the version of the weights it was sampled with, and is refused if
-that is not the version last loaded: a server that was restarted behind our back never mixes old samples in.
+Written against sglang 0.5.23 and sglang-router 0.3.2. Every answer carries the version of the weights it was sampled
+with, and is refused if that is not the version last loaded: a server that was restarted behind our back, or that a
+router got meanwhile, never mixes other samples in.
+
+Through routers go the requests for samples only; what is served is checked, loaded and watched at the servers.
 """
 
 import asyncio
@@ -10,6 +13,7 @@ import logging
 import random
 import struct
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,7 +42,10 @@ MAX_REPLY_BYTES = 2**28
 READ_BUFFER_BYTES = 2**21  # aiohttp stops and starts reading whenever twice this is unread; its 64 KiB are little
 MAX_LOGP = 1e-3
 """Rounding may put the log-prob of a certain token a little above 0."""
+SERVED = ("model_path", "weight_version")
 LOADED_BY_US = "megavar:"  # prefix of the weight version that `load_weights` sets
+WATCH_SECONDS = 5.0
+"""Between two looks at the servers behind routers, which hide that one is gone."""
 
 
 class ServerFault(Exception):
@@ -49,12 +56,16 @@ class ServerFault(Exception):
         self.broken = broken
 
 
+class NotFound(RequestRejected):
+    """The server does not know this path."""
+
+
 class SGLangEngine:
     """SGLang servers as one engine (`megavar.rollout.engine.Engine`); use it with `async with`.
 
     Args:
-        urls: base URLs of workers, or of one router (which cannot load weights).
-        concurrency: samples in flight for each URL.
+        urls: base URLs of servers, or of routers if `find_servers` is awaited before anything else.
+        concurrency: samples in flight for each server.
         request_timeout_seconds: deadline of one try of a request.
         max_retries: further tries after a 5xx status, a broken connection or a time-out.
         deterministic: require servers that honour seeds.
@@ -102,18 +113,83 @@ class SGLangEngine:
             trust_env=False,
         )
         self._workers = Workers(self._urls, self._concurrency, self._revive)
+        self._routers: Workers | None = None
+        self._asks_routers = False
+        self._watch: asyncio.Task[None] | None = None
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._routers is not None and self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+            await self._routers.close()
         await self._workers.close()
         await self._http.close()
 
     @property
     def capacity(self) -> int:
         """Samples in flight over all servers."""
-        return self._concurrency * len(self._urls)
+        return self._concurrency * len(self._workers.all)
+
+    # -- routers --
+
+    async def find_servers(self, behind: list[str]) -> None:
+        """Find out whether the URLs are those of routers, which then get the requests for samples and nothing else.
+
+        Args:
+            behind: base URLs of the routers' servers; empty: the URLs are asked what they are.
+
+        Raises:
+            ValueError: some are routers and some are not, or a router names no servers that can be reached.
+            RolloutError: one does not answer.
+        """
+        self._asks_routers = not behind
+        if self._asks_routers:
+            found = await self._on_every_worker(self._servers_of)
+            if not any(found):
+                return
+            if not all(found):
+                kinds = ", ".join(
+                    f"{url} {'a router' if of else 'none'}" for url, of in zip(self._urls, found, strict=True)
+                )
+                raise ValueError(f"rollout.urls must name routers or servers, not both: {kinds}.")
+            behind = [url for of in found for url in of]
+        servers = list(dict.fromkeys(url.rstrip("/") for url in behind))
+        share = -(-self._concurrency * len(servers) // len(self._urls))
+        self._routers = Workers(self._urls, share, self._revive_router)
+        self._workers = Workers(servers, self._concurrency, self._revive)
+        self._watch = asyncio.create_task(self._watch_servers())
+        logger.info("SGLang servers behind %s: %s.", ", ".join(self._urls), ", ".join(servers))
+
+    async def _servers_of(self, router: Worker) -> list[str]:
+        """Base URLs of the servers behind a router; none if it is a server itself."""
+        try:
+            answer = await self._get(router, "/workers")
+        except NotFound:
+            return []
+        return listed_servers(answer, router.url)
+
+    async def _revive_router(self, router: Worker) -> None:
+        """Return once the router answers and one of its servers serves the current weights; the others get them too."""
+        await self._get(router, "/health")
+        known = {server.url for server in self._workers.all}
+        for url in await self._servers_of(router) if self._asks_routers else ():
+            if url not in known:
+                logger.info("SGLang router %s has a new server %s.", router.url, url)
+                self._workers.add(url)
+        revived = await asyncio.gather(*map(self._revive, self._workers.all), return_exceptions=True)
+        failures = [failure for failure in revived if isinstance(failure, BaseException)]
+        if len(failures) == len(revived):
+            raise RolloutError(f"none of its servers can be used: {failures[0]}") from failures[0]
+
+    async def _watch_servers(self) -> None:
+        """Take servers that stop answering out of use, until they are back with the current weights."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            with suppress(RequestRejected):  # something else listens there now, and can serve no sample of our weights
+                await self._on_every_worker(lambda server: self._get(server, "/health"), must_answer=False)
 
     # -- what the servers serve --
 
@@ -131,7 +207,7 @@ class SGLangEngine:
         self._weight_version = versions[0]
 
     async def _check_worker(self, worker: Worker, model: Path) -> str:
-        info = await self._info(worker, "/model_info", "model_path", "weight_version")
+        info = await self._info(worker, "/model_info", *SERVED)
         served = str(info["model_path"])
         if not _same_folder(served, model):
             raise ValueError(
@@ -182,10 +258,33 @@ class SGLangEngine:
             worker.url,
         )
 
-    async def served_by_us(self) -> bool:
-        """Whether every server's weights were loaded by `load_weights`, of this process or of an earlier one."""
-        infos = await self._on_every_worker(lambda worker: self._info(worker, "/model_info", "weight_version"))
-        return all(str(info["weight_version"]).startswith(LOADED_BY_US) for info in infos)
+    async def replaceable(self, base: Path | None) -> bool:
+        """Whether the weights of all servers may be exchanged.
+
+        They may if they are those of `base`, or `load_weights` loaded them, in this process or an earlier one.
+        """
+        infos = await self._on_every_worker(lambda worker: self._info(worker, "/model_info", *SERVED))
+        return all(
+            str(info["weight_version"]).startswith(LOADED_BY_US)
+            or (base is not None and _same_folder(str(info["model_path"]), base))
+            for info in infos
+        )
+
+    async def release_memory(self) -> None:
+        """Have every server give the memory of its devices back; none can be asked before `resume_memory`.
+
+        Raises:
+            RolloutError: a server did not.
+        """
+        await self._on_every_worker(lambda worker: self._post(worker, "/release_memory_occupation", {}))
+
+    async def resume_memory(self) -> None:
+        """Undo `release_memory`; what the servers serve is undefined until `load_weights`.
+
+        Raises:
+            RolloutError: a server did not.
+        """
+        await self._on_every_worker(lambda worker: self._post(worker, "/resume_memory_occupation", {}))
 
     async def load_weights(self, model: Path) -> None:
         """Load the weights in `model` into every server, drop cached prefixes, and check that all serve the same.
@@ -193,7 +292,7 @@ class SGLangEngine:
         No request may be in flight. A server that is out of use meanwhile gets the weights when it is back.
 
         Raises:
-            ValueError: a server refuses them, is a router, or serves other weights afterwards.
+            ValueError: a server refuses them, or serves other weights afterwards.
             NoWorkerLeft: no server is left to load them.
         """
         vocab_size = read_vocab_size(model)
@@ -208,7 +307,8 @@ class SGLangEngine:
         self._loaded, self._weight_version = model, f"{LOADED_BY_US}{model.resolve()}"
         digests = await self._on_every_worker(self._load_worker, must_answer=False)
         if len(set(digests)) > 1:
-            raise ValueError(f"after loading {model} the servers {', '.join(self._urls)} hold different weights.")
+            urls = ", ".join(worker.url for worker in self._workers.all)
+            raise ValueError(f"after loading {model} the servers {urls} hold different weights.")
         async with self._workers.lease(1):  # waits for a server to come back if none was left
             await self._on_every_worker(lambda worker: self._check_worker(worker, model), must_answer=False)
 
@@ -223,8 +323,7 @@ class SGLangEngine:
             await self._post(worker, "/update_weights_from_disk", body, CONTROL_TIMEOUT_SECONDS)
         except RequestRejected as error:
             raise ValueError(
-                f"{worker.url} did not load {self._loaded}: {error}. The folder must be readable by the server; and "
-                "a router cannot load weights: give the workers' own URLs in rollout.urls."
+                f"{worker.url} did not load {self._loaded}: {error}. The folder must be readable by the server."
             ) from error
         checksum = await self._post(worker, "/weights_checker", {"action": "checksum"}, CONTROL_TIMEOUT_SECONDS)
         try:
@@ -266,20 +365,21 @@ class SGLangEngine:
     # -- sampling --
 
     async def generate(self, request: GenerateRequest) -> list[Generation]:
-        """Sample from the least loaded server; see `Engine.generate`."""
+        """Sample from the least loaded server or router; see `Engine.generate`."""
         self._check_request(request)
+        workers = self._routers or self._workers
         for attempt in range(self._max_retries + 1):
             if attempt:
                 backoff_seconds = min(FIRST_BACKOFF_SECONDS * 2 ** (attempt - 1), MAX_BACKOFF_SECONDS)
                 await asyncio.sleep(backoff_seconds * random.uniform(0.5, 1.5))
-            async with self._workers.lease(request.num_samples) as worker:
+            async with workers.lease(request.num_samples) as worker:
                 try:
                     generations = await self._generate_on(worker, request)
                 except ServerFault as fault:
                     last_fault = fault
-                    self._workers.failed(worker, str(fault), out_of_use=fault.broken)
+                    workers.failed(worker, str(fault), out_of_use=fault.broken)
                 else:
-                    self._workers.succeeded(worker)
+                    workers.succeeded(worker)
                     return generations
         raise RolloutError(
             f"gave up after {self._max_retries + 1} tries; the last: {last_fault} "
@@ -303,21 +403,9 @@ class SGLangEngine:
         # Written once: the samples of a request repeat it (SGLang takes no list of seeds for one prompt).
         prompt = np.ascontiguousarray(request.prompt_ids)
         prompt_ids = orjson.Fragment(orjson.dumps(prompt, option=orjson.OPT_SERIALIZE_NUMPY))
-        body: dict[str, Any]
-        if request.num_samples > 1 and self._shares_prefixes:
-            # Fills the prefix cache, so that the samples compute the prompt once. SGLang's own `n` does the same,
-            # but gives all samples one seed (sglang/srt/managers/tokenizer_manager.py, _handle_batch_request).
-            body = {"input_ids": prompt_ids, "sampling_params": {"max_new_tokens": 0}}
-            await self._post(worker, "/generate", body)
         seeds = [sample_seed(request.seed, index) for index in range(request.num_samples)]
-        body = {
-            "input_ids": [prompt_ids] * len(seeds),
-            "sampling_params": [sampling_params(request, seed) for seed in seeds],
-            "return_logprob": request.return_logps,
-        }
-        answers = await self._post(worker, "/generate", body)
-        if not isinstance(answers, list) or len(answers) != len(seeds):
-            raise ServerFault(f"{worker.url} answered {str(answers)[:200]!r}, expected {len(seeds)} samples", False)
+        ask = self._ask_server if self._routers is None else self._ask_router
+        answers = await ask(worker, prompt_ids, [sampling_params(request, seed) for seed in seeds], request)
         assert self._vocab_size is not None
         generations = []
         for answer, seed in zip(answers, seeds, strict=True):
@@ -333,6 +421,43 @@ class SGLangEngine:
                 raise ServerFault(message, broken=True)
             generations.append(generation)
         return generations
+
+    async def _ask_server(
+        self, server: Worker, prompt_ids: orjson.Fragment, samplings: list[dict[str, Any]], request: GenerateRequest
+    ) -> list[Any]:
+        """Answers of a server, one for each sampling, by one HTTP request."""
+        body: dict[str, Any]
+        if len(samplings) > 1 and self._shares_prefixes:
+            # Fills the prefix cache, so that the samples compute the prompt once. SGLang's own `n` does the same,
+            # but gives all samples one seed (sglang/srt/managers/tokenizer_manager.py, _handle_batch_request).
+            body = {"input_ids": prompt_ids, "sampling_params": {"max_new_tokens": 0}}
+            await self._post(server, "/generate", body)
+        body = {
+            "input_ids": [prompt_ids] * len(samplings),
+            "sampling_params": samplings,
+            "return_logprob": request.return_logps,
+        }
+        answers = await self._post(server, "/generate", body)
+        if not isinstance(answers, list) or len(answers) != len(samplings):
+            raise ServerFault(f"{server.url} answered {str(answers)[:200]!r}, expected {len(samplings)} samples", False)
+        return answers
+
+    async def _ask_router(
+        self, router: Worker, prompt_ids: orjson.Fragment, samplings: list[dict[str, Any]], request: GenerateRequest
+    ) -> list[Any]:
+        """Answers through a router, each by an HTTP request: it refuses lists of sampling parameters (HTTP 422)."""
+        bodies = (
+            {"input_ids": prompt_ids, "sampling_params": sampling, "return_logprob": request.return_logps}
+            for sampling in samplings
+        )
+        # All are waited for, so that none is in flight any more when the request is tried again.
+        answers = await asyncio.gather(
+            *(self._post(router, "/generate", body) for body in bodies), return_exceptions=True
+        )
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
 
     # -- HTTP --
 
@@ -370,8 +495,11 @@ class SGLangEngine:
                 if response.status == 401:
                     raise RequestRejected(
                         f"{url}: HTTP 401, the server wants an API key and got "
-                        f"{'another one' if self._headers else 'none'}; see rollout.api_key_env."
+                        f"{'another one' if self._headers else 'none'}; see rollout.api_key_env and "
+                        "rollout.api_key_file."
                     )
+                if response.status == 404:
+                    raise NotFound(f"{url}: HTTP 404: {error_message(text)}")
                 if response.status >= 300:
                     raise RequestRejected(f"{url}: HTTP {response.status}: {error_message(text)}")
                 return orjson.loads(text) if text else None
@@ -390,6 +518,25 @@ def _same_folder(served: str, model: Path) -> bool:
         return Path(served).resolve() == model.resolve()
     except (OSError, ValueError):  # not a path
         return False
+
+
+def listed_servers(answer: Any, router: str) -> list[str]:
+    """Base URLs in a router's answer to /workers.
+
+    Raises:
+        ValueError: it lists none, or one that cannot be asked over HTTP.
+    """
+    advice = "give the base URLs of its servers in rollout.worker_urls"
+    try:
+        urls = [str(worker["url"]) for worker in answer["workers"]]
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{router}/workers answered {str(answer)[:200]!r}, expected workers; {advice}.") from error
+    if not urls:
+        raise ValueError(f"the router {router} has no servers; start it with --worker-urls.")
+    for url in urls:  # gRPC has its own scheme, and ranks of data parallelism follow an @
+        if not url.startswith(("http://", "https://")) or "@" in url:
+            raise ValueError(f"the router {router} lists {url!r:.200}, which cannot be asked over HTTP; {advice}.")
+    return urls
 
 
 def sampling_params(request: GenerateRequest, seed: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ import aiohttp
 from megavar.config.schema import RolloutConfig
 from megavar.ranks import environment_without_torchrun
 from megavar.rollout.engine import RolloutError
+from megavar.rollout.gpu_memory import require_free_memory
 from megavar.rollout.sglang_client import HEALTH_TIMEOUT_SECONDS, SGLangEngine, read_vocab_size
 from megavar.rollout.sglang_launcher import KEY
 from megavar.rollout.watchdog import remove_stale_folders
@@ -166,6 +167,8 @@ class Server:
                 command += [option, str(value)]
         # Without it each scheduler polls on one core for as long as it lives.
         command.append("--sleep-on-idle")
+        if self._gpus and config.between_stages == "release":
+            command.append("--enable-memory-saver")
         if config.deterministic:
             command.append("--enable-deterministic-inference")
         return command + config.server_args
@@ -255,12 +258,14 @@ class ManagedServers:
 
     Raises:
         ValueError: before anything is started, if the interpreter, the model or the devices are not there.
+        RolloutError: likewise, if others hold the memory of the devices.
     """
 
     def __init__(self, config: RolloutConfig, model: Path, log_dir: Path) -> None:
         check_interpreter(config.python)
         read_vocab_size(model)  # refuses a folder that is no model
         slices = device_slices(visible_gpus(), config.num_servers, config.tensor_parallel_size)
+        require_free_memory([gpu for gpus in slices for gpu in gpus], config.mem_fraction)
         self.api_key = secrets.token_urlsafe(32)
         self.servers = [Server(index, config, model, log_dir, gpus, self.api_key) for index, gpus in enumerate(slices)]
 
@@ -300,14 +305,20 @@ class ManagedServers:
 
 @asynccontextmanager
 async def open_engine(
-    config: RolloutConfig, model: Path, log_dir: Path, spawned: ManagedServers | None = None
+    config: RolloutConfig,
+    model: Path,
+    log_dir: Path,
+    spawned: ManagedServers | None = None,
+    base: Path | None = None,
 ) -> AsyncIterator[SGLangEngine]:
     """The engine that the configuration describes, serving `model`, checked and ready.
 
-    External servers must serve `model` already, or weights that an earlier run of ours loaded, which are replaced.
+    External servers must serve `model` already, or `base`, or weights that an earlier run of ours loaded; these two are
+    replaced.
 
     Args:
         spawned: managed servers of `model` that were spawned before.
+        base: a model of the same architecture that external servers may have been started with.
 
     Raises:
         ValueError: the servers cannot be used as they are, or their key is not there.
@@ -333,25 +344,34 @@ async def open_engine(
             yield engine
         return
     async with client(config.urls, external_key(config), None) as engine:
-        if await engine.served_by_us():
+        await engine.find_servers(config.worker_urls)
+        if await engine.replaceable(None if base == model else base):
             await engine.load_weights(model)
         await engine.check_model(model)
         yield engine
 
 
 def external_key(config: RolloutConfig) -> str | None:
-    """The API key of external servers, from the environment; None if they need none.
+    """The API key of external servers, from the environment or a file; None if they need none.
 
     Raises:
-        ValueError: the variable is unset or holds no key.
+        ValueError: the variable or the file is not there or holds no key, or others may read the file.
     """
-    name = config.api_key_env
-    if name is None:
+    if config.api_key_env is not None:
+        source, key = f"rollout.api_key_env={config.api_key_env}", os.environ.get(config.api_key_env)
+        if key is None:
+            raise ValueError(f"{source}, but this variable is not set; export it before the run starts.")
+    elif config.api_key_file is not None:
+        source, file = f"rollout.api_key_file={config.api_key_file}", Path(config.api_key_file)
+        if not file.is_file():
+            raise ValueError(f"{source} is no file; write the key into it, for its owner alone (chmod 600).")
+        if file.stat().st_mode & 0o077:
+            raise ValueError(f"{source} may be read by other users; run chmod 600 {file}.")
+        key = file.read_text(errors="replace").rstrip("\r\n")
+    else:
         return None
-    key = os.environ.get(name, "")
     if not (key.isascii() and key.isprintable() and key.strip() == key != ""):
-        found = "holds no key (visible characters of ASCII)" if name in os.environ else "is not set"
-        raise ValueError(f"rollout.api_key_env={name}, but this variable {found}; export it before the run starts.")
+        raise ValueError(f"{source} holds no key (visible characters of ASCII).")
     return key
 
 

@@ -103,6 +103,10 @@ class Workers:
         ready = [worker for worker in self.all if worker.available and has_capacity(worker)]
         return min(ready, key=lambda worker: worker.samples_in_flight, default=None)
 
+    def add(self, url: str) -> None:
+        """One more worker."""
+        self.all.append(Worker(url))
+
     def succeeded(self, worker: Worker) -> None:
         """A request was answered."""
         worker.failures, worker.pause_seconds = 0, FIRST_PAUSE_SECONDS

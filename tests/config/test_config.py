@@ -82,6 +82,13 @@ def test_wrong_values_are_refused_by_key(tmp_path, overrides, message):
         ),
         (["rollout.urls=[http://host:1?key=S3CRET]"], "rollout.urls has a URL with a user name"),
         (["rollout.api_key_env=NAME"], r"rollout.api_key_env=NAME is ignored in rollout.mode=managed"),
+        (["rollout.api_key_file=F"], r"rollout.api_key_file=F is ignored in rollout.mode=managed"),
+        (
+            ["rollout.mode=external", "rollout.urls=[http://a]", "rollout.api_key_env=A", "rollout.api_key_file=F"],
+            r"rollout.api_key_env=A and rollout.api_key_file=F both name",
+        ),
+        (["rollout.worker_urls=[http://x]"], r"rollout.worker_urls.*ignored in rollout.mode=managed"),
+        (["rollout.worker_urls=[http://me:S3CRET@host:1]"], "rollout.worker_urls has a URL with a user name"),
     ],
 )
 def test_secrets_that_would_be_saved_are_refused_and_not_repeated(tmp_path, overrides, message):

@@ -259,6 +259,28 @@ def test_the_command_on_gpus_names_devices_and_types_but_no_key(model: Path, tmp
         f"{servers_module.FOLDER}/sglang_launcher.py --model-path {model} --host 127.0.0.1 --port 0 --dtype bfloat16 "
         "--tensor-parallel-size 2 --sleep-on-idle --enable-deterministic-inference"
     )
+    released = replace(config, between_stages="release")
+    on_gpu, on_cpu = (
+        servers_module.Server(0, released, model, tmp_path, gpus, "key")._command() for gpus in (["2"], [])
+    )
+    assert "--enable-memory-saver" in on_gpu and "--enable-memory-saver" not in on_cpu
+
+
+def test_a_key_comes_from_a_file_that_others_may_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    config = replace(CONFIG, mode="external", urls=["http://host:1"], api_key_file=str(file))
+
+    def check(message: str) -> None:
+        with pytest.raises(ValueError, match=rf"rollout\.api_key_file={file}.*{message}"):
+            external_key(config)
+
+    check("is no file")
+    file.touch(mode=0o600)
+    check("holds no key")
+    file.write_text("the-key\n")
+    assert external_key(config) == "the-key"
+    file.chmod(0o640)
+    check(f"may be read by other users; run chmod 600 {file}")
 
 
 def test_an_external_server_is_taken_as_it_is_or_reloaded_if_we_loaded_it_before(

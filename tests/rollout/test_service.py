@@ -2,11 +2,14 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers.tiny_serving import CONFIG
 
+from megavar.rollout import service as service_module
 from megavar.rollout.engine import GenerateRequest
 from megavar.rollout.service import RolloutService
 from megavar.rollout.sglang_client import SGLangEngine
@@ -53,3 +56,32 @@ def test_a_stop_leaves_the_requests_in_flight_and_the_service_can_be_closed(mode
     finally:
         release_signals()
         service.close()
+
+
+def test_released_servers_resume_with_the_weights_of_the_next_stage_and_are_replaced_if_they_cannot(
+    model: Path, other_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By the real server on a CPU, whose memory saver does nothing: that memory is free meanwhile is not seen here."""
+    monkeypatch.setattr(service_module, "visible_gpus", lambda: ["0"])
+    service = RolloutService(replace(CONFIG, between_stages="release"), model, tmp_path)
+    service.start_early()
+    assert not list(tmp_path.iterdir())  # nothing starts while others may use the GPU
+
+    async def serving(engine: SGLangEngine) -> tuple[int, list[int]]:
+        port = engine._urls[0].rpartition(":")[2]
+        [watchdog] = [child for child in psutil.Process().children() if port in child.cmdline()]
+        return watchdog.pid, await sample(engine)
+
+    try:
+        group, first = service.run(model, serving)
+        service.end_stage()
+        service.end_stage()  # a stage that asked no server
+        again, second = service.run(other_model, serving)
+        service.end_stage()
+        assert again == group and first != second
+        os.killpg(group, signal.SIGKILL)
+        new, third = service.run(model, serving)
+        assert new != group and third == first
+    finally:
+        service.close()
+    assert not group_exists(new)
