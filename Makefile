@@ -137,7 +137,8 @@ $(SGLANG)/.done: requirements/sglang-cpu.lock
 $(NEMO)/.done: requirements/nemo.lock | $(VENV)/.done
 	$(PYTHON) -m venv $(NEMO)
 	purelib='import sysconfig; print(sysconfig.get_path("purelib"))'; \
-		$(BIN)/python -c "$$purelib" >"$$($(NEMO)/bin/python -c "$$purelib")/train.pth"
+		echo "import site; site.addsitedir('$$($(BIN)/python -c "$$purelib")')" \
+		>"$$($(NEMO)/bin/python -c "$$purelib")/train.pth"
 	$(call install_locked,$(NEMO)/bin,nemo)
 	touch $@
 
