@@ -256,14 +256,16 @@ def test_a_job_goes_on_after_preemption_time_limit_and_a_killed_agent_and_one_wi
     wait_until_trained(folder, 2)
     reach_time_limit(slurm, folder, job)
     wait_until(lambda: (logs / f"{job}.2").is_dir(), 120)
+    set_time_limit(slurm, job, 30)
     assert "stopped by SIGTERM: step " in (logs / f"{job}.1" / "node_0.log").read_text()
     assert "stopped before the end\nrequeued\n" in (logs / f"{job}.1" / "job.log").read_text()
-    slurm.ask("scontrol", "update", f"JobId={job}", "TimeLimit=30")
 
     wait_until_trained(folder, 4)
     agent = agent_of(folder, "1")
     ranks = agent.children()
     agent.send_signal(signal.SIGKILL)
+    wait_until(lambda: (logs / f"{job}.3").is_dir(), 120)
+    set_time_limit(slurm, job, 30)
     assert launcher.wait(300) == 1
     assert not any(rank.is_running() for rank in ranks)
     printed = (folder / "printed.txt").read_text()
@@ -292,12 +294,16 @@ def reach_time_limit(slurm: LoopbackSlurm, folder: Path, job: str) -> None:
     for rank in ranks:
         rank.suspend()
     minutes = int(slurm.ask("squeue", "--noheader", "--format=%M", "--jobs", job).split(":")[-2])
-    slurm.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 2}")
+    set_time_limit(slurm, job, minutes + 2)
     try:
         wait_until(lambda: all(map(is_told_to_stop, ranks)), 60)
     finally:
         for rank in ranks:
             rank.resume()
+
+
+def set_time_limit(slurm: LoopbackSlurm, job: str, minutes: int) -> None:
+    assert done(slurm, "scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}").returncode == 0
 
 
 def is_told_to_stop(process: psutil.Process) -> bool:
