@@ -101,7 +101,7 @@ def _launch_job(chosen: argparse.Namespace) -> int:
 
     code = reported(work)
     if code or codes or not (chosen.wait and submitted):
-        return code or sum(codes)
+        return code or next(iter(codes), 0)
     ((job, folder),) = submitted
     return _follow(job, folder)
 

@@ -61,7 +61,7 @@ def load_executor(file: Path, name: str, arguments: dict[str, Any], folder: Path
 
 
 def _home(folder: Path) -> Path:
-    return Path(os.environ.get(HOME, folder.absolute() / "launch" / "nemo")).expanduser()
+    return Path(os.environ.get(HOME, folder / "launch" / "nemo")).expanduser().absolute()
 
 
 def _nemo_run(home: Path) -> Any:
@@ -118,11 +118,15 @@ def _check(run: Any, executor: Any, source: str) -> None:
 
 def is_slurm(executor: Any) -> bool:
     """Whether the executor's job is one of Slurm."""
-    return type(executor).__name__ == "SlurmExecutor"
+    import nemo_run
+
+    return isinstance(executor, nemo_run.SlurmExecutor)
 
 
 def _is_local(executor: Any) -> bool:
-    return type(executor).__name__ == "LocalExecutor"
+    import nemo_run
+
+    return isinstance(executor, nemo_run.LocalExecutor)
 
 
 def settings_of(executor: Any) -> SlurmSettings:
@@ -163,7 +167,13 @@ def prepare(executor: Any, config: RunConfig, max_requeues: int, config_file: Pa
             *executor.container_mounts, f"{here}:{here}", f"{folder.parent}:{folder.parent}"
         ]  # fmt: skip
     start = start_and_end(folder, max_requeues)
-    lines = [executor.setup_lines or "", "{ set +xv; } 2>/dev/null", start, "export logs", "trap 'code=$?; set +e; end $code' EXIT"]
+    lines = [
+        executor.setup_lines or "",
+        "{ set +xv; } 2>/dev/null",
+        start,
+        "export logs",
+        "trap 'code=$?; set +e; end $code' EXIT",
+    ]
     executor.setup_lines = "\n".join(lines)
     # exec: with a shell between, process tracking by cgroups kills the ranks before they have saved.
     return f'cd {shlex.quote(str(here))}\nexec {command} --logs "$logs" >>"$logs/node_$SLURM_NODEID.log" 2>&1\n'

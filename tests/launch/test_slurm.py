@@ -203,7 +203,7 @@ def test_a_node_without_the_servers_environment_is_named_before_ranks_are_starte
     assert error.startswith(
         f"node_1.log: error: node n2: rollout.python={python} cannot import sglang; run `make sglang`"
     )
-    assert launched.returncode == 2 and state == f"job {job_of(folder)} FAILED on n[1-2], exit code 2"
+    assert launched.returncode == 2 and state == f"job {job_of(folder)} FAILED (NonZeroExitCode), exit code 2"
     assert not (folder / "runs" / "a" / "metrics.jsonl").exists()
 
 
