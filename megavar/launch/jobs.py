@@ -137,10 +137,8 @@ def _find_state(job: str, folder: Path) -> JobState | None:
     shown = _slurm("scontrol", "--oneliner", "show", "job", job)
     if shown.returncode == 0:
         values = dict(re.findall(r"(?:^| )(\w+)=(\S*)", shown.stdout))
-        reason, nodes = values.get("Reason", "None"), values.get("NodeList", "")
-        details = (
-            f" ({reason})" if reason not in ("None", "") else f" on {nodes}" if nodes not in ("", "(null)") else ""
-        )
+        why, nodes = values.get("Reason", "None"), values.get("NodeList", "")
+        details = f" ({why})" if why not in ("None", "") else f" on {nodes}" if nodes not in ("", "(null)") else ""
         restarts = values.get("Restarts", "0")
         details += f", restart {restarts}" if restarts != "0" else ""
         return _state(job, values["JobState"], details, values["ExitCode"])

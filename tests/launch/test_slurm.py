@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -237,10 +237,10 @@ def test_a_cancelled_job_saves_and_ends_and_the_next_one_finishes_the_run(slurm,
     [("slurm", "script"), pytest.param("cgroup_slurm", "nemo", marks=needs_nemo)],
     ids=["pgid", "cgroup"],
 )
-def test_a_job_goes_on_after_preemption_time_limit_and_a_killed_agent_and_one_without_progress_ends(
+def test_a_job_goes_on_after_preemption_a_killed_agent_and_the_time_limit_and_one_without_progress_ends(
     system, by, folder, request
 ):
-    """Starts 0 and 1 save in the time given, start 2 loses an agent, start 3 fails after sft and ends it."""
+    """Starts 0 and 2 save in the time given, start 1 loses an agent, start 3 fails after sft and ends it."""
     slurm = request.getfixturevalue(system)
     write_run(folder, UNTIL_SAMPLE, save_interval=2)
     (folder / "nodes.yaml").write_text(f"{NODES.replace('seconds: 60', 'seconds: 90')}partition: low\n")
@@ -253,21 +253,21 @@ def test_a_job_goes_on_after_preemption_time_limit_and_a_killed_agent_and_one_wi
     wait_until(lambda: (logs / f"{job}.1").is_dir(), 120)
     assert "stopped by SIGTERM: step " in (logs / f"{job}.0" / "node_0.log").read_text()
 
-    wait_until_trained(folder, 2)
-    reach_time_limit(slurm, folder, job)
-    wait_until(lambda: (logs / f"{job}.2").is_dir(), 120)
-    set_time_limit(slurm, job, 30)
-    assert "stopped by SIGTERM: step " in (logs / f"{job}.1" / "node_0.log").read_text()
-    assert "stopped before the end\nrequeued\n" in (logs / f"{job}.1" / "job.log").read_text()
-
     wait_until_trained(folder, 4)
     agent = agent_of(folder, "1")
     ranks = agent.children()
     agent.send_signal(signal.SIGKILL)
+    wait_until(lambda: (logs / f"{job}.2").is_dir(), 120)
+    assert not any(rank.is_running() for rank in ranks)
+
+    wait_until_trained(folder, 2)
+    reach_time_limit(slurm, folder, job)
     wait_until(lambda: (logs / f"{job}.3").is_dir(), 120)
     set_time_limit(slurm, job, 30)
+    assert "stopped by SIGTERM: step " in (logs / f"{job}.2" / "node_0.log").read_text()
+    assert "stopped before the end\nrequeued\n" in (logs / f"{job}.2" / "job.log").read_text()
+
     assert launcher.wait(300) == 1
-    assert not any(rank.is_running() for rank in ranks)
     printed = (folder / "printed.txt").read_text()
     assert printed.splitlines()[-1].startswith(f"job {job} FAILED") and "restart 3, exit code 1" in printed
     assert "job.log: error: requeued 3 times (--max-requeues) already; submitting again goes on\njob " in printed
@@ -299,7 +299,8 @@ def reach_time_limit(slurm: LoopbackSlurm, folder: Path, job: str) -> None:
         wait_until(lambda: all(map(is_told_to_stop, ranks)), 60)
     finally:
         for rank in ranks:
-            rank.resume()
+            with suppress(psutil.NoSuchProcess):
+                rank.resume()
 
 
 def set_time_limit(slurm: LoopbackSlurm, job: str, minutes: int) -> None:
@@ -307,10 +308,13 @@ def set_time_limit(slurm: LoopbackSlurm, job: str, minutes: int) -> None:
 
 
 def is_told_to_stop(process: psutil.Process) -> bool:
-    """Whether SIGTERM waits for a suspended process to go on."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
+    """Whether SIGTERM waits for a suspended process to go on, or has arrived: Slurm sends SIGCONT, too."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return True
     waiting = int(status.partition("ShdPnd:")[2].split()[0], 16)
-    return bool(waiting >> (signal.SIGTERM - 1) & 1)
+    return "(stopped)" not in status or bool(waiting >> (signal.SIGTERM - 1) & 1)
 
 
 def agent_of(folder: Path, node: str) -> psutil.Process:
