@@ -2,6 +2,7 @@
 # make test   environments, then the tests; make test-all also runs the slow ones
 # make test-newest  training, checkpoints and the main job on the newest megatron-core (SHORT=1: two tests of them)
 # make test-oldest  models, checkpoints, data and a training on the oldest transformers
+# make nemo   an environment with NeMo-Run beside that of training: megavar launch --executors
 # make check  formatting, lint and types
 # make lock   the lock files in requirements/ from pyproject.toml and the lists beside them; a lock's versions stay as long
 #             as they fit (delete it first for the newest)
@@ -16,6 +17,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 SGLANG := .venv-sglang
 TOOLS := .venv-tools
+NEMO := .venv-nemo
 BIN := $(VENV)/bin
 DEMO_FLAGS ?= --tp 2 --pp 2
 export OMP_NUM_THREADS ?= 1
@@ -27,7 +29,7 @@ install_locked = $(1)/pip install --quiet --no-deps --require-hashes --only-bina
 install_torch = $(1)/pip install --quiet --retries 0 --index-url $(TORCH_INDEX) "$(TORCH)" 2>/dev/null || \
 	$(1)/pip install --quiet "$(TORCH)"
 
-.PHONY: demo test test-all test-newest test-oldest check lock audit evidence gpu-kit sglang clean
+.PHONY: demo test test-all test-newest test-oldest check lock audit evidence gpu-kit sglang nemo clean
 
 demo: $(VENV)/.done $(SGLANG)/.done
 	$(BIN)/python examples/pretrain_variational.py $(DEMO_FLAGS)
@@ -35,7 +37,7 @@ demo: $(VENV)/.done $(SGLANG)/.done
 test: $(VENV)/.done $(SGLANG)/.done
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(VENV)/.done $(SGLANG)/.done
+test-all: $(VENV)/.done $(SGLANG)/.done $(NEMO)/.done
 	$(BIN)/python -m pytest
 
 # The ends of the ranges in pyproject.toml: pip picks neither of the two on Python 3.11. Each is installed into a folder
@@ -78,6 +80,7 @@ compile = $(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 
 
 lock: $(TOOLS)/.done
 	$(compile) pyproject.toml --extra dev --output-file requirements/train.lock
+	$(compile) pyproject.toml --extra nemo --output-file requirements/nemo.lock
 	$(compile) requirements/sglang-cpu.txt --output-file requirements/sglang-cpu.lock
 	$(compile) requirements/tools.txt --output-file requirements/tools.lock
 
@@ -104,6 +107,8 @@ evidence: $(VENV)/.done $(SGLANG)/.done
 	$(BIN)/python examples/evidence.py
 
 sglang: $(SGLANG)/.done
+
+nemo: $(NEMO)/.done
 
 $(TOOLS)/.done: requirements/tools.lock
 	$(PYTHON) -m venv $(TOOLS)
@@ -132,5 +137,14 @@ $(SGLANG)/.done: requirements/sglang-cpu.lock
 		  echo "rollout.mode=external rollout.urls=[http://HOST:PORT] in the configuration."; exit 1; }
 	touch $@
 
+# NeMo-Run brings 125 packages, some in other versions than training's; what is the same is taken from there.
+$(NEMO)/.done: requirements/nemo.lock | $(VENV)/.done
+	$(PYTHON) -m venv $(NEMO)
+	purelib='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		echo "import site; site.addsitedir('$$($(BIN)/python -c "$$purelib")')" \
+		>"$$($(NEMO)/bin/python -c "$$purelib")/train.pth"
+	$(call install_locked,$(NEMO)/bin,nemo)
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(SGLANG) $(TOOLS) $(RELEASES)
+	rm -rf $(VENV) $(SGLANG) $(NEMO) $(TOOLS) $(RELEASES)

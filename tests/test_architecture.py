@@ -19,7 +19,7 @@ HOMES = {
     "megatron": "training/",
     "transformer_engine": "training/",
     "aiohttp": "rollout/",
-    "nemo_run": "launch/",
+    "nemo_run": "launch/nemo.py",
     "omegaconf": "config/load.py",
 }
 

@@ -76,9 +76,10 @@ def start_ranks(num_ranks: int, nodes: Nodes | None, entrypoint: Callable[..., N
         entrypoint: a function, whose ranks are forked from this process, or the path of a program.
 
     Returns:
-        0, or 2 if a rank ended with a user's mistake, 75 or 130 if the ranks were asked to stop, 1 for any other
-        failure.
+        0, or 2 if a rank ended with a user's mistake, 75 or 130 if the ranks were asked to stop, 75, too, if the port
+        where nodes meet was taken, 1 for any other failure.
     """
+    from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -111,6 +112,13 @@ def start_ranks(num_ranks: int, nodes: Nodes | None, entrypoint: Callable[..., N
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         return next((code for code in (MISTAKE, RUN_AGAIN, INTERRUPTED) if code in codes), 1)
+    except DistNetworkError as error:
+        if nodes is None or "EADDRINUSE" not in str(error):
+            raise
+        print(
+            f"error: {nodes.store}: another process has taken the port; the next start chooses another one", flush=True
+        )
+        return RUN_AGAIN
     except SignalException as stopped:
         return INTERRUPTED if stopped.sigval == signal.SIGINT else RUN_AGAIN
     return 0

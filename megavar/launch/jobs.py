@@ -1,4 +1,4 @@
-"""Slurm's jobs of a run: submit one, ask how it is, follow it, cancel it."""
+"""Jobs of a run: submit one to Slurm, ask how one is, follow it, cancel it."""
 
 import re
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megavar.disk import atomic_write, make_folder
 from megavar.ranks import ExplainedFailure
+from megavar.runs.owner import refuse_owned
 
 POLL_SECONDS = 2.0
 SILENT_SECONDS = 600.0
@@ -21,11 +22,11 @@ OVER = {
 
 @dataclass(frozen=True)
 class JobState:
-    """What Slurm says of a job."""
+    """What Slurm, or NeMo-Run of a job elsewhere, says of a job."""
 
     job: str
     name: str
-    """Slurm's word for the state, such as RUNNING."""
+    """A word for the state, such as RUNNING."""
     details: str
     """Why it waits, or where it runs."""
     exit_code: int
@@ -45,23 +46,36 @@ def submit(script: str, folder: Path) -> str:
     """Write the script into the folder of a run and submit it; returns the job's id.
 
     Raises:
-        ValueError: if a job of this run is waiting or running, or Slurm refuses the new one.
+        ValueError: if Slurm refuses it.
     """
-    job = job_of(folder)
-    state = None if job is None else _find_state(job)
-    if state is not None and not state.is_over:
-        raise ValueError(f"{folder}: {state} already; wait for it, or end it with `megavar launch cancel {folder}`.")
     file = script_of(folder)
     make_folder(file.parent)
     with atomic_write(file) as temporary:
         temporary.write_text(script)
     done = _slurm("sbatch", "--parsable", str(file))
     if done.returncode:
-        raise ValueError(f"sbatch refused the job: {_reason(done)}.")
-    job = done.stdout.strip().split(";")[0]
+        raise ValueError(f"sbatch refused the job: {reason(done.stderr)}.")
+    return done.stdout.strip().split(";")[0]
+
+
+def remember(job: str, folder: Path) -> None:
+    """Note the newest job of a run, for `job_of`."""
+    make_folder(folder / "launch")
     with atomic_write(_job_file(folder)) as temporary:
         temporary.write_text(f"{job}\n")
-    return job
+
+
+def refuse_second(folder: Path) -> None:
+    """Look whether the run is free for a new job.
+
+    Raises:
+        ValueError: if a job of this run is waiting or running, or a process somewhere writes its folder.
+    """
+    job = job_of(folder)
+    state = None if job is None else _find_state(job, folder)
+    if state is not None and not state.is_over:
+        raise ValueError(f"{folder}: {state} already; wait for it, or end it with `megavar launch cancel {folder}`.")
+    refuse_owned(folder)
 
 
 def script_of(folder: Path) -> Path:
@@ -70,9 +84,16 @@ def script_of(folder: Path) -> Path:
 
 
 def job_of(folder: Path) -> str | None:
-    """Id of the newest job of a run, if there is one; the script writes it too, when it starts."""
+    """The newest job of a run, if there is one: Slurm's id, which the script writes, too, when it starts, or the
+    folder of NeMo-Run's experiment.
+    """
     file = _job_file(folder)
     return file.read_text().strip() if file.is_file() else None
+
+
+def is_slurm(job: str) -> bool:
+    """Whether it is Slurm's id of a job."""
+    return job.isdigit()
 
 
 def _job_file(folder: Path) -> Path:
@@ -87,42 +108,42 @@ def require_job(folder: Path) -> str:
     """
     job = job_of(folder)
     if job is None:
-        raise ValueError(
-            f"{folder} has no Slurm job: there is no {_job_file(folder)}; give the folder of a launched run."
-        )
+        raise ValueError(f"{folder} has no job: there is no {_job_file(folder)}; give the folder of a launched run.")
     return job
 
 
-def state_of(job: str) -> JobState:
-    """Ask Slurm for the state of a job: the controller, or where that has forgotten it, the accounting.
+def state_of(job: str, folder: Path) -> JobState:
+    """Ask for the state of a run's job: Slurm's controller, or where that has forgotten it, the accounting.
 
     Raises:
         ExplainedFailure: if neither knows.
     """
-    state = _find_state(job)
+    state = _find_state(job, folder)
     if state is None:
         raise ExplainedFailure(f"Slurm does not know job {job} any more, so how it ended cannot be said.")
     return state
 
 
-def _find_state(job: str) -> JobState | None:
+def _find_state(job: str, folder: Path) -> JobState | None:
     """None if Slurm has forgotten the job.
 
     Raises:
         ExplainedFailure: if Slurm does not answer.
     """
+    if not is_slurm(job):
+        from megavar.launch import nemo
+
+        return nemo.state_of(job, folder)
     shown = _slurm("scontrol", "--oneliner", "show", "job", job)
     if shown.returncode == 0:
         values = dict(re.findall(r"(?:^| )(\w+)=(\S*)", shown.stdout))
-        reason, nodes = values.get("Reason", "None"), values.get("NodeList", "")
-        details = (
-            f" ({reason})" if reason not in ("None", "") else f" on {nodes}" if nodes not in ("", "(null)") else ""
-        )
+        why, nodes = values.get("Reason", "None"), values.get("NodeList", "")
+        details = f" ({why})" if why not in ("None", "") else f" on {nodes}" if nodes not in ("", "(null)") else ""
         restarts = values.get("Restarts", "0")
         details += f", restart {restarts}" if restarts != "0" else ""
         return _state(job, values["JobState"], details, values["ExitCode"])
     if "Invalid job id" not in shown.stderr:
-        raise ExplainedFailure(f"Slurm does not answer: {_reason(shown)}.")
+        raise ExplainedFailure(f"Slurm does not answer: {reason(shown.stderr)}.")
     kept = _slurm("sacct", "--allocations", "--noheader", "--parsable2", "--jobs", job, "--format=State,ExitCode")
     if kept.returncode or not kept.stdout.strip():
         return None
@@ -136,22 +157,26 @@ def _state(job: str, name: str, details: str, exit_code: str) -> JobState:
     return JobState(job, name, details, 0 if name == "COMPLETED" else shells or 1)
 
 
-def cancel(job: str) -> None:
-    """Ask Slurm to end a job.
+def cancel(job: str, folder: Path) -> None:
+    """Ask Slurm, or NeMo-Run, to end a run's job.
 
     Raises:
         ValueError: if the job has ended.
     """
-    state = state_of(job)
+    state = state_of(job, folder)
     if state.is_over:
         raise ValueError(f"{state}: there is nothing to cancel.")
+    if not is_slurm(job):
+        from megavar.launch import nemo
+
+        return nemo.cancel(job)
     done = _slurm("scancel", job)
     if done.returncode:
-        raise ExplainedFailure(f"scancel failed: {_reason(done)}.")
+        raise ExplainedFailure(f"scancel failed: {reason(done.stderr)}.")
 
 
 def follow(job: str, folder: Path) -> JobState:
-    """Print the job's states and rank 0's log until the job is over; returns its last state.
+    """Print rank 0's log and the job's states until the job is over; returns its last state.
 
     Raises:
         ExplainedFailure: if Slurm does not answer for long, or knows the job no more.
@@ -159,16 +184,13 @@ def follow(job: str, folder: Path) -> JobState:
     said, log, position, heard_at = "", None, 0, time.monotonic()
     while True:
         try:
-            state = state_of(job)
+            state = state_of(job, folder)
             heard_at = time.monotonic()
         except ExplainedFailure:
             if time.monotonic() - heard_at > SILENT_SECONDS:
                 raise
             time.sleep(POLL_SECONDS)
             continue
-        if str(state) != said:
-            said = str(state)
-            print(said, flush=True)
         newest = rank_zero_log(folder)
         if newest != log:
             log, position = newest, 0
@@ -177,7 +199,10 @@ def follow(job: str, folder: Path) -> JobState:
                 file.seek(position)
                 new = file.read()
             position += len(new)
-            print(new.decode(errors="replace"), end="", flush=True)
+            print(new.decode(errors="replace"), end="")
+        if str(state) != said:
+            said = str(state)
+            print(*(errors_elsewhere(folder) if state.is_over else []), said, sep="\n", flush=True)
         if state.is_over:
             return state
         time.sleep(POLL_SECONDS)
@@ -189,6 +214,17 @@ def rank_zero_log(folder: Path) -> Path | None:
     return log.resolve() if log.is_file() else None
 
 
+def errors_elsewhere(folder: Path) -> list[str]:
+    """What the script and the other nodes than rank 0's reported in the newest attempt, a line each with its file."""
+    return [
+        f"{log.name}: {line}"
+        for log in sorted((folder / "logs" / "latest").glob("*.log"))
+        if log.name != "node_0.log"
+        for line in log.read_text(errors="replace").splitlines()
+        if line.startswith("error: ")
+    ]
+
+
 def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True)
@@ -196,7 +232,7 @@ def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
         raise ValueError(f"{command[0]} is not on PATH; use a login node of the cluster.") from error
 
 
-def _reason(done: subprocess.CompletedProcess[str]) -> str:
+def reason(stderr: str) -> str:
     """What a command of Slurm printed, as one line."""
-    lines = [re.sub(r"^\w+: (error|fatal): ", "", line).strip(" .") for line in done.stderr.splitlines()]
-    return "; ".join(line for line in lines if line) or f"exit code {done.returncode}"
+    lines = [re.sub(r"^\w+: (error|fatal): ", "", line).strip(" .") for line in stderr.splitlines()]
+    return "; ".join(line for line in lines if line) or "it does not say why"

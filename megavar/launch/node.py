@@ -1,4 +1,4 @@
-"""One node's part of a Slurm job: `srun` starts this once on every node, and it starts the node's ranks."""
+"""One node's part of a job: `srun`, or another executor, starts this on every node, and it starts the node's ranks."""
 
 import argparse
 import os
@@ -23,12 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, _stop_before_start)
     parser = argparse.ArgumentParser("python -m megavar.launch.node", description=__doc__)
     parser.add_argument("--ranks", type=int, required=True, help="of this node")
-    parser.add_argument("--logs", type=Path, required=True, help="folder of this attempt's logs")
+    parser.add_argument("--logs", type=Path, help="folder of this attempt's logs; of a Slurm job only, which has nodes")
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to change")
     chosen = parser.parse_intermixed_args(arguments)
-    code = _run_node(chosen.config, chosen.overrides, chosen.ranks)
-    if code:
+    code = _run_node(chosen.config, chosen.overrides, chosen.ranks, in_slurm=chosen.logs is not None)
+    if code and chosen.logs is not None:
         try:
             with (chosen.logs / EXIT_CODE_FILE).open("x") as file:
                 file.write(f"{code}\n")
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run_node(config_file: Path, overrides: list[str], num_ranks: int) -> int:
+def _run_node(config_file: Path, overrides: list[str], num_ranks: int, in_slurm: bool) -> int:
     end_with_agent()
     configs: list[RunConfig] = []
     code = reported(lambda: configs.append(load_config(config_file, overrides)))
@@ -48,22 +48,31 @@ def _run_node(config_file: Path, overrides: list[str], num_ranks: int) -> int:
     show_logs(config.logging.level)
 
     from megavar.launch.agent import Nodes, import_for_forks, start_run
-    from megavar.rollout.sglang_servers import visible_gpus
+    from megavar.rollout.sglang_servers import check_interpreter, visible_gpus
     from megavar.stages.check import check_run
 
-    nodes = Nodes(
-        number=int(os.environ["SLURM_NNODES"]),
-        node=int(os.environ["SLURM_NODEID"]),
-        store=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
-        job=f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', '0')}",
+    nodes = (
+        Nodes(
+            number=int(os.environ["SLURM_NNODES"]),
+            node=int(os.environ["SLURM_NODEID"]),
+            store=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+            job=f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', '0')}",
+        )
+        if in_slurm
+        else None
     )
     forks = not visible_gpus()
 
     def prepare() -> None:
+        if nodes is not None and config.rollout.mode == "managed":
+            try:
+                check_interpreter(config.rollout.python)
+            except ValueError as error:
+                raise ValueError(f"node {os.environ['SLURMD_NODENAME']}: {error}") from error
         if not forks:
             return  # rank 0 checks
-        if nodes.node == 0:
-            check_run(config, nodes.number * num_ranks)
+        if nodes is None or nodes.node == 0:
+            check_run(config, (nodes.number if nodes else 1) * num_ranks)
         import_for_forks()
 
     code = reported(prepare)

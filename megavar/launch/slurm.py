@@ -18,6 +18,8 @@ from megavar.rollout.sglang_servers import check_interpreter, device_slices
 from megavar.runs.folder import Run
 from megavar.stages.check import check_run
 
+MAX_REQUEUES = 20
+"""How often a job puts itself into the queue again, after the time limit, a preemption or a failure, by default."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIME = re.compile(r"(\d+-)?\d+:\d\d:\d\d")
 
@@ -42,8 +44,6 @@ class SlurmSettings:
     """Limit of one start of the job, [DAYS-]HOURS:MINUTES:SECONDS, in quotes."""
     warn_seconds: int = at_least(1, default=300)
     """The run is asked to save and stop this long before the limit: at least one step, one save and a minute."""
-    max_requeues: int = at_least(0, default=20)
-    """How often the job puts itself into the queue again, after the time limit, a preemption or a failure."""
     container_image: str | None = None
     """For Pyxis: a registry's image or a .sqsh file; null: no container."""
     container_mounts: list[str] = field(default_factory=list)
@@ -131,7 +131,9 @@ def _check_python(python: str) -> None:
         raise ValueError(f"python={python} cannot import megavar; {advice}.")
 
 
-def job_script(config: RunConfig, settings: SlurmSettings, config_file: Path, overrides: Sequence[str]) -> str:
+def job_script(
+    config: RunConfig, settings: SlurmSettings, max_requeues: int, config_file: Path, overrides: Sequence[str]
+) -> str:
     """The script of the job, for `sbatch`."""
     here, folder = Path.cwd(), Run(config).folder.absolute()
     container = []
@@ -152,13 +154,20 @@ def job_script(config: RunConfig, settings: SlurmSettings, config_file: Path, ov
         "",
         *(f"export {name}={shlex.quote(value)}" for name, value in settings.environment.items()),
         *settings.setup,
-        f"run={shlex.quote(str(folder))}",
-        f"max_requeues={settings.max_requeues}",
         f"container=({shlex.join(container)})",
         f"agent=({shlex.join(command)})",
         f"arguments=({shlex.join(arguments)})",
     ]
-    return "\n".join(lines) + "\n" + _WORK
+    return "\n".join(lines) + "\n" + start_and_end(folder, max_requeues) + _RANKS
+
+
+def start_and_end(folder: Path, max_requeues: int) -> str:
+    """Lines of bash for the script of any job of a run, before it starts the agents by `srun`.
+
+    They choose this start's folder of logs ($logs), where the agents meet ($MASTER_ADDR, $MASTER_PORT), and define
+    `end CODE`, which ends the script or puts the job into the queue again.
+    """
+    return f"run={shlex.quote(str(folder))}\nmax_requeues={max_requeues}\n{_START}{_END}"
 
 
 def _options(name: str, settings: SlurmSettings) -> list[str]:
@@ -180,8 +189,7 @@ def _options(name: str, settings: SlurmSettings) -> list[str]:
     return [*given, *(["--exclusive"] if cpus is None else []), "--requeue", *settings.sbatch]
 
 
-_WORK = r"""
-attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+_START = r"""attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 logs=$run/logs/$attempt
 mkdir -p "$logs" "$run/launch"
 ln -sfn "$attempt" "$run/logs/latest"
@@ -196,35 +204,42 @@ while (: <"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((M
 export MASTER_ADDR MASTER_PORT
 
 trap : TERM # which the agents get too; this script waits until their ranks have saved
-srun --kill-on-bad-exit=1 --output="$logs/node_%n.log" "${container[@]}" "${agent[@]}" --logs "$logs" "${arguments[@]}"
-code=$? # the largest of the nodes
-if [ "$code" -eq 0 ]; then exit 0; fi
-first=$(cat "$logs/exit_code" || echo "$code")               # of the node that ended first: srun then stops the others,
-if [ "$code" -ne 137 ] || [ "$first" -ne 75 ]; then code=$first; fi # also after one that was killed and left none
-
+"""
+_END = r"""
 progressed() { # records or checkpoints since this start
 	[ -n "$(find "$run" \( -name '*.parquet' -o -name 'step_*' \) -newer "$run/launch/job_id" -print -quit)" ]
 }
 
-case $code in
-75 | 143) echo "stopped before the end" ;;
-2) exit 2 ;; # a mistake of the user's, which a new start would repeat
-*)
-	echo "failed with exit code $code"
-	if ! progressed; then
-		echo "error: no progress since this start, so the job is not requeued"
+end() { # with the largest exit code of the nodes
+	local code=$1 first
+	if [ "$code" -eq 0 ]; then exit 0; fi
+	# Of the node that ended first: srun then stops the others, also after one that was killed and left none.
+	first=$(cat "$logs/exit_code" || echo "$code")
+	if [ "$code" -ne 137 ] || [ "$first" -ne 75 ]; then code=$first; fi
+	case $code in
+	75 | 143) echo "stopped before the end" ;;
+	2) exit 2 ;; # a mistake of the user's, which a new start would repeat
+	*)
+		echo "failed with exit code $code"
+		if ! progressed; then
+			echo "error: no progress since this start, so the job is not requeued"
+			exit "$code"
+		fi
+		;;
+	esac
+	if [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" != RUNNING ]; then
+		exit "$code" # cancelled, or requeued by Slurm itself
+	fi
+	if [ "${SLURM_RESTART_COUNT:-0}" -ge "$max_requeues" ]; then
+		echo "error: requeued $max_requeues times (--max-requeues) already; submitting again goes on"
 		exit "$code"
 	fi
-	;;
-esac
-if [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" != RUNNING ]; then
-	exit "$code" # cancelled, or requeued by Slurm itself
-fi
-if [ "${SLURM_RESTART_COUNT:-0}" -ge "$max_requeues" ]; then
-	echo "error: requeued $max_requeues times (max_requeues) already; \`sbatch $run/launch/job.sh\` goes on"
+	echo "requeued"
+	scontrol requeue "$SLURM_JOB_ID" && sleep 600 # until Slurm ends this script
 	exit "$code"
-fi
-echo "requeued"
-scontrol requeue "$SLURM_JOB_ID" && sleep 600 # until Slurm ends this script
-exit "$code"
+}
+"""
+_RANKS = r"""
+srun --kill-on-bad-exit=1 --output="$logs/node_%n.log" "${container[@]}" "${agent[@]}" --logs "$logs" "${arguments[@]}"
+end $?
 """

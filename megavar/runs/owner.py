@@ -92,6 +92,25 @@ def owned(folder: Path) -> Iterator[None]:
             file.unlink(missing_ok=True)
 
 
+def refuse_owned(folder: Path) -> None:
+    """Look whether a live process owns the folder of a run; one of another machine is watched for some seconds.
+
+    Raises:
+        ValueError: if so, naming that.
+    """
+    file = folder / FILE
+    owner = _read(file)
+    if owner is None or owner.is_dead:
+        return
+    if owner.host != socket.gethostname():
+        time.sleep(2 * BEAT_SECONDS)
+        later = _read(file)
+        if later is None or later == owner:
+            return  # it has ended, or the next owner finds out
+        owner = later
+    raise _refusal(file, owner)
+
+
 def _acquire(file: Path, me: Owner) -> None:
     seen: Owner | None = None
     seen_at = started = time.monotonic()

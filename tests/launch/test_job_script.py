@@ -46,7 +46,7 @@ def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def script(folder: Path, settings: str, *overrides: str) -> str:
     (folder / "odd.yaml").write_text(settings)
     config = load_config(folder / "run.yaml", list(overrides))
-    return job_script(config, load_settings(SlurmSettings, folder / "odd.yaml"), Path("run.yaml"), overrides)
+    return job_script(config, load_settings(SlurmSettings, folder / "odd.yaml"), 20, Path("run.yaml"), overrides)
 
 
 def options(text: str) -> list[str]:
@@ -146,7 +146,7 @@ def test_a_run_that_was_never_submitted_has_no_job(folder):
     look = [sys.executable, "-m", "megavar", "launch"]
     for action in ("status", "cancel"):
         done = subprocess.run([*look, action, "runs/a"], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stdout.startswith("error: runs/a has no Slurm job: there is no ")
+        assert done.returncode == 2 and done.stdout.startswith("error: runs/a has no job: there is no ")
 
 
 def test_the_example_is_sound(folder):

@@ -1,4 +1,4 @@
-"""Jobs of a real Slurm with two nodes on this machine: finished, refused, cancelled, preempted, killed."""
+"""Jobs of a real Slurm with two nodes on this machine: finished, refused, cancelled, out of time, preempted, killed."""
 
 import json
 import os
@@ -7,11 +7,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from helpers.nemo import EXECUTORS, NEMO_PYTHON, needs_nemo
 from helpers.slurm import MISSING, REASON, LoopbackSlurm
 
 from megavar.runs.metrics import Metrics
@@ -42,10 +44,25 @@ rollout: {{python: {ROOT}/.venv-sglang/bin/python, dtype: float32, max_total_tok
 """
 
 
+@contextmanager
+def running_slurm(proctrack: str) -> Iterator[LoopbackSlurm]:
+    """Not in pytest's folder, which others cannot enter: munge asks that its socket can be reached by all."""
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm-") as folder,
+        LoopbackSlurm(Path(folder), PARTITIONS, proctrack) as it,
+    ):
+        yield it
+
+
 @pytest.fixture(scope="module")
 def slurm():
-    """Not in pytest's folder, which others cannot enter: munge asks that its socket can be reached by all."""
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, LoopbackSlurm(Path(folder), PARTITIONS) as running:
+    with running_slurm("pgid") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def cgroup_slurm():
+    with running_slurm("cgroup") as running:
         yield running
 
 
@@ -72,7 +89,12 @@ logging: {{tensorboard: false}}
 
 
 def command(folder: Path, *arguments: str) -> list[str]:
-    launch = [sys.executable, "-m", "megavar", "launch", "--config", f"{folder}/run.yaml"]
+    """By the script of `--executor nodes.yaml`, or where the folder has executors, by NeMo-Run."""
+    executors = folder / "executors.py"
+    python = NEMO_PYTHON if executors.exists() else sys.executable
+    launch = [str(python), "-m", "megavar", "launch", "--config", f"{folder}/run.yaml"]
+    if executors.exists():
+        return [*launch, "--executors", str(executors), "--executor", "two_nodes", *arguments]
     return [*launch, "--executor", f"{folder}/nodes.yaml", *arguments]
 
 
@@ -113,7 +135,7 @@ def followed_until_training(slurm: LoopbackSlurm, folder: Path, *arguments: str)
         launcher = subprocess.Popen(
             command(folder, "--wait", *arguments), cwd=ROOT, env=environment(slurm), stdout=printed, stderr=printed
         )
-    wait_until(lambda: (folder / "runs/a/metrics.jsonl").exists() and len(sft_losses(folder)) >= 4, 90)
+    wait_until(lambda: (folder / "runs/a/metrics.jsonl").exists() and len(sft_losses(folder)) >= 4, 180)
     return launcher
 
 
@@ -171,6 +193,21 @@ def test_what_slurm_refuses_is_one_line(slurm, folder, setting, message):
 
 
 @pytest.mark.sglang
+def test_a_node_without_the_servers_environment_is_named_before_ranks_are_started(slurm, folder):
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME" = n2 ] && exit 1\nexec {ROOT}/.venv-sglang/bin/python "$@"\n')
+    python.chmod(0o755)
+    write_run(folder, TO_THE_END.replace(f"{ROOT}/.venv-sglang/bin/python", str(python)))
+    launched = done(slurm, *command(folder, "--wait"))
+    *_, error, state = launched.stdout.splitlines()
+    assert error.startswith(
+        f"node_1.log: error: node n2: rollout.python={python} cannot import sglang; run `make sglang`"
+    )
+    assert launched.returncode == 2 and state == f"job {job_of(folder)} FAILED (NonZeroExitCode), exit code 2"
+    assert not (folder / "runs" / "a" / "metrics.jsonl").exists()
+
+
+@pytest.mark.sglang
 def test_a_cancelled_job_saves_and_ends_and_the_next_one_finishes_the_run(slurm, folder):
     """No second one is submitted before that."""
     write_run(folder, TO_THE_END)
@@ -195,34 +232,94 @@ def test_a_cancelled_job_saves_and_ends_and_the_next_one_finishes_the_run(slurm,
     assert {file.name for file in (folder / "runs/a/logs/latest/").iterdir()} == {"job.log", "node_0.log", "node_1.log"}
 
 
-def test_a_job_that_is_preempted_then_killed_goes_on_and_one_without_progress_ends(slurm, folder):
-    """Start 0 saves in the time of grace, start 1 loses an agent, start 2 fails after sft and may not start again."""
+@pytest.mark.parametrize(
+    ("system", "by"),
+    [("slurm", "script"), pytest.param("cgroup_slurm", "nemo", marks=needs_nemo)],
+    ids=["pgid", "cgroup"],
+)
+def test_a_job_goes_on_after_preemption_a_killed_agent_and_the_time_limit_and_one_without_progress_ends(
+    system, by, folder, request
+):
+    """Starts 0 and 2 save in the time given, start 1 loses an agent, start 3 fails after sft and ends it."""
+    slurm = request.getfixturevalue(system)
     write_run(folder, UNTIL_SAMPLE, save_interval=2)
-    (folder / "nodes.yaml").write_text(f"{NODES}partition: low\nmax_requeues: 2\n")
-    launcher = followed_until_training(slurm, folder)
+    (folder / "nodes.yaml").write_text(f"{NODES.replace('seconds: 60', 'seconds: 90')}partition: low\n")
+    if by == "nemo":
+        (folder / "executors.py").write_text(EXECUTORS)
+    launcher = followed_until_training(slurm, folder, "--max-requeues", "3")
     job, logs = job_of(folder), folder / "runs" / "a" / "logs"
     urgent = ["sbatch", "--partition=high", "--nodes=2", "--cpus-per-task=4", "--output=/dev/null", "--wrap=sleep 1"]
     assert done(slurm, *urgent).returncode == 0
-    wait_until(lambda: (logs / f"{job}.1").is_dir(), 60)
+    wait_until(lambda: (logs / f"{job}.1").is_dir(), 120)
     assert "stopped by SIGTERM: step " in (logs / f"{job}.0" / "node_0.log").read_text()
-    saved = max(sft_losses(folder))
-    wait_until(lambda: max(sft_losses(folder)) >= saved + 4, 60)
-    (agent,) = [process for process in psutil.process_iter() if is_agent_of(process, folder, "1")]
+
+    wait_until_trained(folder, 4)
+    agent = agent_of(folder, "1")
     ranks = agent.children()
     agent.send_signal(signal.SIGKILL)
-    assert launcher.wait(150) == 1
+    wait_until(lambda: (logs / f"{job}.2").is_dir(), 120)
     assert not any(rank.is_running() for rank in ranks)
+
+    wait_until_trained(folder, 2)
+    reach_time_limit(slurm, folder, job)
+    wait_until(lambda: (logs / f"{job}.3").is_dir(), 120)
+    set_time_limit(slurm, job, 30)
+    assert "stopped by SIGTERM: step " in (logs / f"{job}.2" / "node_0.log").read_text()
+    assert "stopped before the end\nrequeued\n" in (logs / f"{job}.2" / "job.log").read_text()
+
+    assert launcher.wait(300) == 1
     printed = (folder / "printed.txt").read_text()
-    assert printed.splitlines()[-1].startswith(f"job {job} FAILED") and "restart 2, exit code 1" in printed
-    last = (logs / f"{job}.2" / "job.log").read_text()
-    assert "error: requeued 2 times (max_requeues) already; `sbatch " in last
+    assert printed.splitlines()[-1].startswith(f"job {job} FAILED") and "restart 3, exit code 1" in printed
+    assert "job.log: error: requeued 3 times (--max-requeues) already; submitting again goes on\njob " in printed
     assert_the_curve_is_an_undisturbed_ones(folder)
+    if by == "nemo":
+        return
 
     assert done(slurm, "sbatch", f"{folder}/runs/a/launch/job.sh").returncode == 0
     wait_until(lambda: job_of(folder) != job, 30)
-    wait_until(lambda: ask(slurm, "status", folder).returncode != 0, 60)
+    wait_until(lambda: ask(slurm, "status", folder).returncode != 0, 120)
     last = (logs / f"{job_of(folder)}.0" / "job.log").read_text()
     assert last.endswith("failed with exit code 1\nerror: no progress since this start, so the job is not requeued\n")
+
+
+def wait_until_trained(folder: Path, steps: int) -> None:
+    """For so many steps more than now."""
+    before = max(sft_losses(folder))
+    wait_until(lambda: max(sft_losses(folder)) >= before + steps, 180)
+
+
+def reach_time_limit(slurm: LoopbackSlurm, folder: Path, job: str) -> None:
+    """Slurm looks at limits twice a minute; until it has warned, the ranks stand still."""
+    ranks = [rank for node in ("0", "1") for rank in agent_of(folder, node).children()]
+    for rank in ranks:
+        rank.suspend()
+    minutes = int(slurm.ask("squeue", "--noheader", "--format=%M", "--jobs", job).split(":")[-2])
+    set_time_limit(slurm, job, minutes + 2)
+    try:
+        wait_until(lambda: all(map(is_told_to_stop, ranks)), 60)
+    finally:
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.resume()
+
+
+def set_time_limit(slurm: LoopbackSlurm, job: str, minutes: int) -> None:
+    assert done(slurm, "scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}").returncode == 0
+
+
+def is_told_to_stop(process: psutil.Process) -> bool:
+    """Whether SIGTERM waits for a suspended process to go on, or has arrived: Slurm sends SIGCONT, too."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return True
+    waiting = int(status.partition("ShdPnd:")[2].split()[0], 16)
+    return "(stopped)" not in status or bool(waiting >> (signal.SIGTERM - 1) & 1)
+
+
+def agent_of(folder: Path, node: str) -> psutil.Process:
+    (agent,) = [process for process in psutil.process_iter() if is_agent_of(process, folder, node)]
+    return agent
 
 
 def is_agent_of(process: psutil.Process, folder: Path, node: str) -> bool:

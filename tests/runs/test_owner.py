@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megavar.runs import owner
-from megavar.runs.owner import owned
+from megavar.runs.owner import owned, refuse_owned
 
 FILE = "owner.json"
 HOLD = """
@@ -104,6 +104,20 @@ def test_an_owner_elsewhere_is_refused_when_its_counter_moves_and_followed_when_
     with owned(tmp_path):
         assert 2 <= time.monotonic() - started < 4
         assert json.loads((tmp_path / FILE).read_text())["token"] != row["token"]
+
+
+def test_a_look_before_a_start_refuses_a_live_owner_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(owner, "BEAT_SECONDS", 0.5)
+    with owned(tmp_path), pytest.raises(ValueError, match=rf"is in use by process {os.getpid()} on "):
+        refuse_owned(tmp_path)
+    refuse_owned(tmp_path)
+    write_owner(tmp_path, host=socket.gethostname(), pid=os.getppid(), process="another boot 17")
+    refuse_owned(tmp_path)
+    write_owner(tmp_path)
+    refuse_owned(tmp_path)  # its counter stands still
+    threading.Timer(0.5, write_owner, [tmp_path], {"beat": 4}).start()
+    with pytest.raises(ValueError, match="in use by process 1 on elsewhere, job 77"):
+        refuse_owned(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": "x"}'])
