@@ -94,7 +94,7 @@ def suite_intervals(results: Results) -> Figure:
         _label(plot, "", metric, "")
         plot.set_xlim(-0.02, 1.02)
     plots[0].set_yticks(range(len(suites)), [name for name, _ in suites])
-    plots[0].invert_yaxis()
+    plots[0].set_ylim(len(suites) - 0.5, -0.5)
     figure.legend(*plots[0].get_legend_handles_labels(), loc="outside upper left", fontsize=8, ncols=4)
     return figure
 

@@ -17,14 +17,15 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     while True:
         names = ["-".join(some[-length:]) for some, length in zip(parts, lengths, strict=True)]
         count_of = Counter(names)
-        if len(count_of) == len(names):
+        shared = [index for index, name in enumerate(names) if count_of[name] > 1]
+        if not shared:
             return names
-        for index, name in enumerate(names):
-            if count_of[name] > 1:
-                if lengths[index] == len(parts[index]):
-                    twice = [str(path) for path, other in zip(paths, names, strict=True) if other == name]
-                    raise ValueError(f"{' and '.join(twice)} cannot be told apart; give each once.")
-                lengths[index] += 1
+        longer = [index for index in shared if lengths[index] < len(parts[index])]
+        if not longer:
+            twice = [str(paths[index]) for index in shared if names[index] == names[shared[0]]]
+            raise ValueError(f"{' and '.join(twice)} cannot be told apart; give each once.")
+        for index in longer:
+            lengths[index] += 1
 
 
 def suite_names(files: Sequence[str]) -> list[str]:
