@@ -1,7 +1,7 @@
 """maj@n against enumeration of every way to vote, and of every way in which wrong answers may be the same."""
 
 from fractions import Fraction
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 from statistics import multimode
 
 import pytest
@@ -53,7 +53,7 @@ def test_pairs_are_joined_along_chains_whatever_their_order():
     votes = [1, 2, 4, 8, 16]
     for groups in partitions(list(range(5))):
         expected = sorted(sum(votes[index] for index in group) for group in groups)
-        chains = [pair for group in groups for pair in zip(group, group[1:], strict=False)]
+        chains = [pair for group in groups for pair in pairwise(group)]
         every = [pair for group in groups for pair in combinations(group, 2)]
         for pairs in (chains, chains[::-1], [(b, a) for a, b in chains], every):
             assert sorted(joined(votes, pairs)) == expected

@@ -19,18 +19,29 @@ BASE = ROOT / "examples" / "base" / "qwen3-tiny"
 NUM_SAMPLES = 6
 CUT, NOTHING = "cut", "I do not know, sorry"
 QUESTIONS = {
-    "half": (Question("half", "1/2?", "0.5"), [r"\boxed{\frac12}", r"\boxed{0.5}", r"\boxed{2}", r"\boxed{3}", CUT, CUT]),
+    "half": (
+        Question("half", "1/2?", "0.5"),
+        [r"\boxed{\frac12}", r"\boxed{0.5}", r"\boxed{2}", r"\boxed{3}", CUT, CUT],
+    ),
     # Three ways to write one wrong answer outvote two correct ones; by their texts they would not.
-    "merged": (Question("merged", "1/2?", "0.5"), [r"\boxed{1/2}", r"\boxed{.5}", r"\boxed{\frac{1}{4}}", r"\boxed{0.25}",
-                                                   r"\boxed{1/4}", NOTHING]),
-    "tied": (Question("tied", "1/2?", "0.5"), [r"\boxed{1/2}", r"\boxed{.5}", r"\boxed{1/4}", r"\boxed{0.25}",
-                                               r"\boxed{7}", r"\boxed{x+1}"]),
-    "letters": (Question("letters", "Even?\nA. 1\nB. 2\nC. 3", "B", verifier="choice"),
-                [r"\boxed{B}", "The answer is (B).", r"\boxed{A}", "The answer is A.", r"\boxed{(A)}", r"\boxed{C}"]),
-    "words": (Question("words", "Sky?", "grey | gray", verifier="text"),
-              [r"\boxed{gray}", r"\boxed{The Grey}", r"\boxed{blue}", r"\boxed{Blue!}", r"\boxed{red}", r"\boxed{a}"]),
+    "merged": (
+        Question("merged", "1/2?", "0.5"),
+        [r"\boxed{1/2}", r"\boxed{.5}", r"\boxed{\frac{1}{4}}", r"\boxed{0.25}", r"\boxed{1/4}", NOTHING],
+    ),
+    "tied": (
+        Question("tied", "1/2?", "0.5"),
+        [r"\boxed{1/2}", r"\boxed{.5}", r"\boxed{1/4}", r"\boxed{0.25}", r"\boxed{7}", r"\boxed{x+1}"],
+    ),
+    "letters": (
+        Question("letters", "Even?\nA. 1\nB. 2\nC. 3", "B", verifier="choice"),
+        [r"\boxed{B}", "The answer is (B).", r"\boxed{A}", "The answer is A.", r"\boxed{(A)}", r"\boxed{C}"],
+    ),
+    "words": (
+        Question("words", "Sky?", "grey | gray", verifier="text"),
+        [r"\boxed{gray}", r"\boxed{The Grey}", r"\boxed{blue}", r"\boxed{Blue!}", r"\boxed{red}", r"\boxed{a}"],
+    ),
     "never": (Question("never", "1/2?", "0.5"), [CUT] * 6),
-}  # fmt: skip
+}
 CORRECT = {"half": 2, "merged": 2, "tied": 2, "letters": 2, "words": 2, "never": 0}
 MAJORITY = {"half": 1, "merged": 0, "tied": 1 / 2, "letters": 0, "words": 1 / 2, "never": 0}
 TRACE_TOKENS, ANSWER_TOKENS = 3, 2
