@@ -44,15 +44,14 @@ def test_every_model_has_its_interval_in_the_row_of_each_suite():
     suites = {name: SuiteResults("f", 3, models, []) for name in ("one", "two", "three")}
     figure = figures.suite_intervals(Results(4, 100, 0, {"a": "a", "b": "b"}, suites))
     assert [plot.get_xlabel() for plot in figure.axes] == ["avg@4", "maj@4"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["one", "two", "three"]
     for plot in figure.axes:
-        assert [label.get_text() for label in plot.get_yticklabels()] == ["one", "two", "three"]
         for points, mean in zip(plot.containers, (0.2, 0.5), strict=True):
             line, _, (bars,) = points
             assert line.get_xdata() == pytest.approx([mean] * 3)
             assert np.round(line.get_ydata()).tolist() == [0, 1, 2]
-            assert [segment[:, 0].tolist() for segment in bars.get_segments()] == pytest.approx(
-                [[mean - 0.1, mean + 0.2]] * 3
-            )
+            ends = np.array([segment[:, 0] for segment in bars.get_segments()])
+            assert ends == pytest.approx(np.array([[mean - 0.1, mean + 0.2]] * 3))
 
 
 def test_final_accuracy_against_k_is_drawn_for_runs_of_several_k_only():
