@@ -125,10 +125,11 @@ def _launch(config_file: Path, overrides: list[str], stage: str) -> None:
         run_stage(config, stage)
     found = _stage_of(stage)
     if found is not None and found.name == "eval":
-        from megavar.report.suites import print_results
+        from megavar.report.suites import FILE, print_results
         from megavar.runs.folder import Run
 
-        print_results(Run(config).eval)
+        if (Run(config).eval / FILE).exists():
+            print_results(Run(config).eval)
 
 
 def run_all_stages(config: "RunConfig") -> None:
@@ -261,11 +262,8 @@ def _add_models_and_suites(parser: argparse.ArgumentParser) -> None:
 def evaluate(chosen: argparse.Namespace) -> int:
     """Have models answer suites without a run; `--config` may be any YAML with sections of one."""
     end_with_agent()
-    files = [file for file in chosen.suite if "=" not in file or Path(file).exists()]
-    overrides = [
-        *chosen.overrides,
-        *(item for item in chosen.suite if item not in files),
-    ]  # which --suite has swallowed
+    files = [item for item in chosen.suite if "=" not in item or Path(item).exists()]
+    overrides = chosen.overrides + [item for item in chosen.suite if item not in files]  # --suite takes what follows it
     shorthands = {"num_samples": chosen.samples, "pass_at": chosen.k, "suites": files or None}
     overrides += [f"eval.{key}={json.dumps(value)}" for key, value in shorthands.items() if value is not None]
 

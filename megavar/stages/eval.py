@@ -52,7 +52,8 @@ def _count(run: Run) -> None:
     suites, models = _suites(run), dict[str, Path]()
     for index in range(1, run.round_index + 1):
         models |= _models(replace(run, round_index=index))
-    finished = [name for name in models if all((suite.folder / name / "verified").is_dir() for suite in suites)]
+    judged = Path("verified") / "data.parquet"
+    finished = [name for name in models if all((suite.folder / name / judged).exists() for suite in suites)]
     results = {suite.name: compare_models(suite, eval_questions(run, suite.file), finished, config) for suite in suites}
     write_suites(results, {name: models[name] for name in finished}, config, run.eval)
     average = f"avg@{config.eval.num_samples}"

@@ -1,16 +1,25 @@
 """What is counted of a suite's samples, compared with hand arithmetic; the verifiers and their processes are real."""
 
+import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megavar.cli import main
-from megavar.config.load import load_evaluation
+from megavar.config.load import load_config, load_evaluation
+from megavar.data.templates import Templates
+from megavar.evaluation.results import read_results
 from megavar.record_files import write_records
 from megavar.records import Answer, Question, Trace
+from megavar.rollout.engine import Generation
+from megavar.runs.folder import Run
+from megavar.runs.metrics import Metrics
 from megavar.runs.names import distinct_names, suite_names
+from megavar.runs.plan import find_stage
+from megavar.stages import eval as evaluation_stage
 from megavar.stages.suites import read_outcomes
 from megavar.stages.verify import verify_answers
 
@@ -130,3 +139,71 @@ def test_without_models_or_suites_there_is_nothing_to_evaluate(tmp_path, capsys)
     assert capsys.readouterr().out.count("error: nothing to evaluate: give --model and --suite (or eval.suites).") == 2
     with pytest.raises(SystemExit, match="2"):
         main(["eval"])
+
+
+class Two:
+    """Thinks nothing and answers 2."""
+
+    capacity = 4
+
+    def __init__(self, close):
+        self.close = close
+
+    async def generate(self, request):
+        ids = np.array([self.close], np.int32)
+        return [
+            Generation(ids, None, "stop", "\\boxed{2}", request.seed + number) for number in range(request.num_samples)
+        ]
+
+
+class Service:
+    """Has one engine, whatever the model, of which it writes down the folder."""
+
+    def __init__(self, engine):
+        self.engine, self.models = engine, []
+
+    def on_nodes(self, work):
+        work()
+
+    def run(self, model, work):
+        self.models.append(model)
+        return asyncio.run(work(self.engine))
+
+
+def test_a_runs_own_evaluation_counts_data_eval_and_each_suite_over_the_rounds(tmp_path):
+    rows = {
+        "held_out": ["2", "2", "3", "4"],
+        "right": ["2"],
+        "wrong": ["7", "8"],
+    }
+    for name, answers in rows.items():
+        lines = [json.dumps({**GOOD, "id": f"q{n}", "answer": answer}) for n, answer in enumerate(answers)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "run.yaml").write_text(
+        f"name: a\nruns_dir: {tmp_path}\nmodel: {BASE}\nrounds: 2\nlogging: {{tensorboard: false}}\n"
+        f"data: {{train: {tmp_path}/held_out.jsonl, eval: {tmp_path}/held_out.jsonl}}\n"
+        f"eval: {{num_samples: 2, num_bootstrap: 20, suites: ['{tmp_path}/right.jsonl', '{tmp_path}/wrong.jsonl']}}\n"
+    )
+    config = load_config(tmp_path / "run.yaml", [])
+    run, service = Run(config), Service(Two(Templates(BASE, config.templates).close_token))
+    run.open()
+    evaluation_stage.execute(run, service)
+    assert dict.fromkeys(service.models) == dict.fromkeys([run.sft / "hf", run.policy / "hf"])
+    assert list(read_results(run.eval / "results.json").models) == ["pi_0", "pi_1"]
+    second = replace(run, round_index=2)
+    evaluation_stage.execute(second, service)
+    results = read_results(run.eval / "results.json")
+    assert list(results.models) == ["pi_0", "pi_1", "pi_2"] and list(results.suites) == ["data.eval", "right", "wrong"]
+    for name, mean in (("data.eval", 0.5), ("right", 1), ("wrong", 0)):
+        suite = results.suites[name]
+        for model in results.models:
+            assert [suite.models[model][metric].mean for metric in ("avg@2", "pass@2", "maj@2", "tokens")] == [
+                *[mean] * 3,
+                2,  # one of the trace, one of the answer
+            ]
+        pairs = [(pair.model, pair.minus) for pair in suite.differences]
+        assert pairs == [("pi_1", "pi_0"), ("pi_2", "pi_0"), ("pi_2", "pi_1")]
+    logged = {row["step"]: row for row in Metrics.read(run.folder)}
+    assert all(logged[step] | {"pass@1": 0.5, "right/avg@2": 1, "wrong/avg@2": 0} == logged[step] for step in (0, 1, 2))
+    for some, stage in ((run, "eval"), (second, "eval_02")):
+        assert all(file.exists() for file in find_stage(config, stage)[0].outputs(some))
