@@ -179,9 +179,9 @@ def check_servers(config: RolloutConfig) -> None:
 
     if config.mode == "external":
         external_key(config)
-        return
-    check_interpreter(config.python)
-    device_slices(visible_gpus(), config.num_servers, config.tensor_parallel_size)
+    if config.mode == "managed":
+        check_interpreter(config.python)
+        device_slices(visible_gpus(), config.num_servers, config.tensor_parallel_size)
 
 
 def _check_model(config: RunConfig, ranks: int | None) -> tuple["ModelDims", int]:
