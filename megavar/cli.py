@@ -6,6 +6,7 @@ Libraries are imported when they are needed: a mistake in the configuration is r
 
 import argparse
 import errno
+import json
 import logging
 import os
 import re
@@ -54,7 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: no command {given[0]!r}; `megavar --help` lists them", flush=True)
         return 2
     parser = _stage_parser(given[0])
+    if given[0] == "eval":
+        _add_models_and_suites(parser)
     chosen = parser.parse_intermixed_args(given[1:])
+    if given[0] == "eval" and (chosen.model or chosen.suite or chosen.samples or chosen.k):
+        return evaluate(chosen)
+    if chosen.config is None:
+        parser.error("the following arguments are required: --config")
     return launch(chosen.config, chosen.overrides, given[0])
 
 
@@ -116,6 +123,13 @@ def _launch(config_file: Path, overrides: list[str], stage: str) -> None:
     with _process_group(config.parallel) if all_ranks else nullcontext():
         catch_signals()
         run_stage(config, stage)
+    found = _stage_of(stage)
+    if found is not None and found.name == "eval":
+        from megavar.report.suites import FILE, print_results
+        from megavar.runs.folder import Run
+
+        if (Run(config).eval / FILE).exists():
+            print_results(Run(config).eval)
 
 
 def run_all_stages(config: "RunConfig") -> None:
@@ -230,10 +244,48 @@ def _code_of(work: Callable[[], None]) -> int:
     return code
 
 
+def _add_models_and_suites(parser: argparse.ArgumentParser) -> None:
+    """What `eval` takes instead of a run."""
+    group = parser.add_argument_group(
+        "without a run", "any models on any question files, such as `megavar import` writes (docs/evaluation.md)"
+    )
+    group.add_argument("--model", type=Path, action="append", default=[], metavar="DIR", help="Hugging Face folder; "
+                       "again for each further one, which is compared with those before")  # fmt: skip
+    group.add_argument("--suite", nargs="+", action="extend", default=[], metavar="FILE", help="question files; "
+                       "default: eval.suites")  # fmt: skip
+    group.add_argument("--samples", type=int, metavar="N", help="samples of each question (eval.num_samples)")
+    group.add_argument("--k", type=int, action="append", metavar="K", help="report pass@K (eval.pass_at)")
+    group.add_argument("--out", type=Path, default=Path("runs") / "eval", metavar="FOLDER", help="where samples and "
+                       "results go, and are added to (default: runs/eval)")  # fmt: skip
+
+
+def evaluate(chosen: argparse.Namespace) -> int:
+    """Have models answer suites without a run; `--config` may be any YAML with sections of one."""
+    end_with_agent()
+    files = [item for item in chosen.suite if "=" not in item or Path(item).exists()]
+    overrides = chosen.overrides + [item for item in chosen.suite if item not in files]  # --suite takes what follows it
+    shorthands = {"num_samples": chosen.samples, "pass_at": chosen.k, "suites": files or None}
+    overrides += [f"eval.{key}={json.dumps(value)}" for key, value in shorthands.items() if value is not None]
+
+    def work() -> None:
+        from megavar.config.load import load_evaluation
+
+        config = load_evaluation(chosen.config, overrides)
+        show_logs(config.logging.level)
+        from megavar.report.suites import print_results
+        from megavar.stages.evaluation import evaluate as run_evaluation
+
+        catch_signals()
+        run_evaluation(chosen.model, config, chosen.out)
+        print_results(chosen.out)
+
+    return reported(work)
+
+
 def report(arguments: Sequence[str]) -> int:
-    """Write the page of a run."""
+    """Write the page of a run or of an evaluation."""
     parser = argparse.ArgumentParser("megavar report", description="Write RUN/report/index.html and its figures.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/demo")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/demo, or of an evaluation")
     parser.add_argument("others", type=Path, metavar="OTHER", nargs="*", help="runs to compare with in the curves")
     chosen = parser.parse_args(arguments)
 
@@ -430,6 +482,7 @@ def _help() -> str:
     commands = "\n".join(f"  {name:<13} {summary}" for name, summary in rows)
     return (
         "usage: megavar COMMAND --config FILE [key=value ...]\n"
+        "       megavar eval --model DIR [--model DIR ...] --suite FILE [FILE ...]\n"
         "       megavar report RUN [RUN ...] | show FILE | launch status RUN | launch cancel RUN\n\n"
         f"commands:\n{commands}\n\n"
         "Stages of later rounds are named sample_02 and so on. `run` and the stages that train or score start under\n"
@@ -454,7 +507,7 @@ def _stage_parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         f"megavar {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
+    parser.add_argument("--config", type=Path, required=command != "eval", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to change")
     return parser
 

@@ -94,6 +94,8 @@ def other_values(value: Any, item: Field[Any], folder: Path) -> list[Any]:
 def _other_value(value: Any, item: Field[Any], folder: Path) -> Any:
     if value in (str(folder / "train.jsonl"), str(folder / "eval.jsonl")):
         return str(folder / OTHER_FILE)
+    if item.name == "suites":
+        return [str(folder / OTHER_FILE)]
     if choices := item.metadata.get("choices"):
         return next(choice for choice in choices if choice != value)
     if isinstance(value, bool):
@@ -144,7 +146,9 @@ def type_text(item: Field[Any]) -> str:
     if choices := item.metadata.get("choices"):
         return ", ".join(f"`{choice}`" for choice in choices)
     kinds = [kind for kind in get_args(item.type) or (item.type,) if kind is not NoneType]
-    text = "list of strings" if str(item.type).startswith("list") else " or ".join(kind.__name__ for kind in kinds)
+    text = " or ".join(kind.__name__ for kind in kinds)
+    if str(item.type).startswith("list"):
+        text = f"list of {text.replace('str', 'string')}s"
     text = text.replace("str", "string") if text == "str" else text
     if (minimum := item.metadata.get("minimum")) is not None:
         text += f", at least {minimum:g}"

@@ -3,14 +3,15 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megavar.config.schema import RunConfig, validate
+from megavar.config.schema import EvaluationConfig, RunConfig, validate
 
 MAX_NODES = 100_000
 """Of a file, its aliases written out: nobody writes more, and a few aliases of aliases make billions."""
@@ -31,15 +32,47 @@ def load_config(file: Path, overrides: list[str]) -> RunConfig:
         ValueError: for a missing file, one that is not sound YAML, an unknown key, a value of the wrong type or out of
             range; with file and line, or the override.
     """
-    bad = [item for item in overrides if "=" not in item]
-    if bad:
-        raise ValueError(f"Override {bad[0]!r} is not of the form key=value, for example sample.num_traces=4.")
+    return _resolve(RunConfig, file, [*_layers(file), *_overrides(overrides)])
+
+
+def load_evaluation(file: Path | None, overrides: list[str]) -> EvaluationConfig:
+    """The sections of an evaluation without a run, merged as `load_config` does.
+
+    Args:
+        file: a YAML file with some or all keys of a run, such as conf/eval/paper.yaml or a run's config.yaml; None:
+            the defaults.
+
+    Raises:
+        ValueError: as `load_config`, and for an override of a section that is not read.
+    """
+    names = [item.name for item in fields(EvaluationConfig)]
+    for item in overrides:
+        if "=" in item and item.partition("=")[0].split(".")[0] not in names:
+            raise ValueError(f"Override {item!r:.200} has no effect on an evaluation, which reads {', '.join(names)}.")
+    source, layers = file or Path("the command line"), [] if file is None else _layers(file)
+    with _merging(source):
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), *layers, *_overrides(overrides))
+        values: dict[str, Any] = {name: OmegaConf.select(merged, name) for name in names}
+        sections = {name: OmegaConf.to_object(value) for name, value in values.items() if OmegaConf.is_config(value)}
+        config = EvaluationConfig(**{**values, **sections})
+    validate(config)
+    return config
+
+
+def _layers(file: Path) -> list[DictConfig]:
+    """A file and what it includes, weakest first."""
     top = _read(file)
     names = top.pop("include", OmegaConf.create([]))
     if not isinstance(names, ListConfig) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{file}: include={names!r:.100} is not a list of file names, such as [base.yaml].")
-    included = [_read(file.parent / name) for name in names]
-    return _resolve(RunConfig, file, [*included, top, *map(_override, overrides)])
+    return [*(_read(file.parent / name) for name in names), top]
+
+
+def _overrides(items: list[str]) -> list[DictConfig]:
+    bad = [item for item in items if "=" not in item]
+    if bad:
+        raise ValueError(f"Override {bad[0]!r} is not of the form key=value, for example sample.num_traces=4.")
+    return list(map(_override, items))
 
 
 def load_settings(kind: type[Settings], file: Path) -> Settings:
@@ -53,7 +86,7 @@ def load_settings(kind: type[Settings], file: Path) -> Settings:
 
 def _resolve(kind: type[Settings], file: Path, layers: list[DictConfig]) -> Settings:
     """Merge the layers, weakest first, over the defaults of a dataclass, and check the values."""
-    try:
+    with _merging(file):
         merged = OmegaConf.merge(OmegaConf.structured(kind), *layers)
         missing = OmegaConf.missing_keys(merged)
         if missing:
@@ -61,12 +94,19 @@ def _resolve(kind: type[Settings], file: Path, layers: list[DictConfig]) -> Sett
                 f"{file}: no value for {', '.join(sorted(missing))}; set each in the file or as key=value."
             )
         settings = cast(Settings, OmegaConf.to_object(merged))
-    except (OmegaConfBaseException, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        key = getattr(error, "full_key", None)
-        place = f"{file}: {_printable(str(key))}" if key else str(file)
-        raise ValueError(f"{place}: {_first_line(error)}") from error
     validate(settings)
     return settings
+
+
+@contextmanager
+def _merging(source: Path) -> Iterator[None]:
+    """Turn what OmegaConf raises into one line that names the file and the key."""
+    try:
+        yield
+    except (OmegaConfBaseException, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        key = getattr(error, "full_key", None)
+        place = f"{source}: {_printable(str(key))}" if key else str(source)
+        raise ValueError(f"{place}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -182,6 +222,6 @@ def _override(item: str) -> DictConfig:
         ) from error
 
 
-def save_config(config: RunConfig, file: Path) -> None:
+def save_config(config: RunConfig | EvaluationConfig, file: Path) -> None:
     """Write the resolved configuration as YAML."""
     file.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")

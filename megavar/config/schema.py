@@ -316,7 +316,11 @@ class EvalConfig:
     """Held-out accuracy of pi_0 and of each round's policy."""
 
     num_samples: int = at_least(1, default=4)
-    """Samples for each question; pass@k is reported for k = 1 and k = num_samples."""
+    """Samples for each question; pass@k of `data.eval` is reported for k = 1 and k = num_samples."""
+    suites: list[str] = field(default_factory=list)
+    """Further files of held-out questions, each with results of its own (docs/evaluation.md)."""
+    pass_at: list[int] = field(default_factory=list)
+    """The k of each pass@k in `results.json`; empty: `num_samples` alone (pass@1 is avg@n)."""
     models: list[str] = field(default_factory=lambda: ["pi_0", "policy"])
     """Which models; `[pi_0]` needs no stage after sft, to measure a run of more SFT."""
     num_bootstrap: int = at_least(1, default=1000)
@@ -333,6 +337,19 @@ class LoggingConfig:
     """Write TensorBoard files."""
     wandb_project: str | None = None
     """Weights & Biases project to log to; null: none."""
+
+
+@dataclass
+class EvaluationConfig:
+    """The sections of a run that an evaluation without one reads (`megavar eval --model`)."""
+
+    seed: int
+    templates: TemplateConfig
+    rollout: RolloutConfig
+    sample: SampleConfig
+    verify: VerifyConfig
+    eval: EvalConfig
+    logging: LoggingConfig
 
 
 @dataclass
@@ -365,6 +382,11 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property
+    def evaluation(self) -> EvaluationConfig:
+        """The sections that evaluating a model reads."""
+        return EvaluationConfig(**{item.name: getattr(self, item.name) for item in fields(EvaluationConfig)})
+
+    @property
     def num_traces(self) -> int:
         """K: the traces of a question that are weighed."""
         return self.objective.num_traces or self.sample.num_traces
@@ -395,8 +417,9 @@ def validate(config: Any, path: str = "") -> None:
         allowed = item.metadata.get("choices")
         if allowed and value not in allowed:
             raise ValueError(f"{key}={value!r:.200} is unknown; use one of {', '.join(allowed)}.")
-        for text in value if isinstance(value, list) else [value]:
-            _check_text(key, text, isinstance(value, list))
+        if item.type != list[int]:
+            for text in value if isinstance(value, list) else [value]:
+                _check_text(key, text, isinstance(value, list))
         if isinstance(value, float) and not isfinite(value):
             raise ValueError(f"{key}={value} is not a finite number.")
         minimum = item.metadata.get("minimum")
@@ -409,6 +432,10 @@ def validate(config: Any, path: str = "") -> None:
                 "'-', beginning with a letter, a digit or '_'; runs_dir says where it is."
             )
         _validate_pairs(config)
+    if isinstance(config, RolloutConfig):
+        _validate_rollout(config)
+    if isinstance(config, EvalConfig):
+        _validate_eval(config)
 
 
 def _check_text(key: str, text: Any, in_list: bool) -> None:
@@ -429,7 +456,7 @@ def _check_text(key: str, text: Any, in_list: bool) -> None:
 
 
 def _validate_pairs(config: RunConfig) -> None:
-    objective, sample, rollout = config.objective, config.sample, config.rollout
+    objective, sample = config.objective, config.sample
     if objective.answer_estimator != "accuracy" and objective.train_answers != "reference":
         raise ValueError(
             f"objective.answer_estimator={objective.answer_estimator} weighs the reference answer, but "
@@ -460,14 +487,6 @@ def _validate_pairs(config: RunConfig) -> None:
             f"{sample.max_answer_tokens} leave no room for a prompt in data.max_sequence_tokens="
             f"{config.data.max_sequence_tokens}; raise the last or lower the first two."
         )
-    _validate_secrets(rollout)
-    if rollout.mode == "external" and not rollout.urls:
-        raise ValueError("rollout.mode=external needs rollout.urls: the base URLs of running SGLang servers.")
-    for key, urls in (("urls", rollout.urls), ("worker_urls", rollout.worker_urls)):
-        if rollout.mode == "managed" and urls:
-            raise ValueError(f"rollout.{key}={urls} are ignored in rollout.mode=managed; use rollout.mode=external.")
-    if not config.eval.models or not set(config.eval.models) <= {"pi_0", "policy"}:
-        raise ValueError(f"eval.models={config.eval.models} must name one or both of pi_0, policy.")
     if config.data.fresh_questions and config.data.questions_per_round is None:
         raise ValueError("data.fresh_questions=true needs data.questions_per_round, how many a round takes.")
     if config.parallel.virtual_pipeline > 1 and config.parallel.pipeline == 1:
@@ -475,6 +494,25 @@ def _validate_pairs(config: RunConfig) -> None:
             f"parallel.virtual_pipeline={config.parallel.virtual_pipeline} needs parallel.pipeline of at least 2, "
             f"got {config.parallel.pipeline}."
         )
+
+
+def _validate_eval(config: EvalConfig) -> None:
+    if not config.models or not set(config.models) <= {"pi_0", "policy"}:
+        raise ValueError(f"eval.models={config.models} must name one or both of pi_0, policy.")
+    if config.pass_at and not 1 <= min(config.pass_at) <= max(config.pass_at) <= config.num_samples:
+        raise ValueError(
+            f"eval.pass_at={config.pass_at} (--k): pass@k needs 1 to eval.num_samples={config.num_samples} (--samples) "
+            "samples of each question; sample more, or lower k."
+        )
+
+
+def _validate_rollout(rollout: RolloutConfig) -> None:
+    _validate_secrets(rollout)
+    if rollout.mode == "external" and not rollout.urls:
+        raise ValueError("rollout.mode=external needs rollout.urls: the base URLs of running SGLang servers.")
+    for key, urls in (("urls", rollout.urls), ("worker_urls", rollout.worker_urls)):
+        if rollout.mode == "managed" and urls:
+            raise ValueError(f"rollout.{key}={urls} are ignored in rollout.mode=managed; use rollout.mode=external.")
 
 
 def _validate_secrets(rollout: RolloutConfig) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from megavar.config.schema import EvalConfig
 from megavar.disk import atomic_write
+from megavar.evaluation.estimates import estimate
 from megavar.joins import count_correct
 from megavar.records import Answer, Question
 
@@ -90,7 +91,4 @@ def accuracy(
     for answer in answers:
         answers_of[answer.question_id].append(answer)
     rates = np.array([pass_at_k(num_samples, count_correct(answers_of[question.id]), k) for question in questions])
-    random = np.random.default_rng(seed)
-    means = rates[random.integers(0, len(rates), (num_bootstrap, len(rates)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Accuracy(k, float(rates.mean()), float(low), float(high))
+    return Accuracy(k, **asdict(estimate(rates, num_bootstrap, seed)))

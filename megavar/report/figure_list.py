@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from megavar.evaluation.pass_at_k import Accuracy
+from megavar.evaluation.results import Results
 from megavar.report import curves, figures
 from megavar.report.run_view import Round, RunView
 
@@ -69,7 +70,21 @@ def make_figures(runs: Mapping[str, RunView], last_round: Round, passes: PassCur
                 figures.pass_curves(passes),
             )
         )
+    if (results := run.suites()) is not None:
+        report_figures.append(of_suites(results))
     return [*report_figures, _against_num_traces(runs, last_round, passes), *_of_round(run, last_round)]
+
+
+def of_suites(results: Results) -> ReportFigure:
+    """Of every model on every suite."""
+    return ReportFigure(
+        "suites",
+        "Suites",
+        "avg@n: share of correct samples. pass@k: unbiased estimate of the probability that at least one of k samples "
+        "is correct. maj@n: share of questions whose most frequent answer is correct, ties drawn at random. With 95 % "
+        "bootstrap intervals over questions.",
+        figures.suite_intervals(results),
+    )
 
 
 def _against_num_traces(runs: Mapping[str, RunView], last_round: Round, passes: PassCurves) -> ReportFigure:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from megavar.evaluation.pass_at_k import Accuracy
+from megavar.evaluation.results import Results
 from megavar.report.curves import IMPLIED_WEIGHTS, FewerTraces, Floats
 
 _COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#6b5b4b")
@@ -70,6 +71,31 @@ def pass_curves(curves: Mapping[str, Mapping[str, Sequence[Accuracy]]]) -> Figur
     plot.xaxis.get_major_locator().set_params(integer=True)
     plot.legend(fontsize=8, loc="lower right")
     _label(plot, "", "k", "pass@k")
+    return figure
+
+
+def suite_intervals(results: Results) -> Figure:
+    """The accuracies of every model on every suite with their intervals, one column for each metric."""
+    suites = list(results.suites.items())
+    metrics = [name for name in next(iter(suites[0][1].models.values())) if "@" in name]
+    models = list(suites[0][1].models)
+    figure, (plots,) = _grid(1, len(metrics), 3.6, 1.0 + 0.22 * len(suites) * (len(models) + 1), sharey="row")
+    for plot, metric in zip(plots, metrics, strict=True):
+        for number, model in enumerate(models):
+            found = [suite.models[model][metric] for _, suite in suites]
+            means, heights = (
+                [row.mean for row in found],
+                np.arange(len(suites)) + 0.8 * (number + 1) / (len(models) + 1),
+            )
+            error = [[row.mean - row.low for row in found], [row.high - row.mean for row in found]]
+            plot.errorbar(
+                means, heights - 0.4, xerr=error, fmt="o", capsize=3, markersize=4, color=_colour(number), label=model
+            )
+        _label(plot, "", metric, "")
+        plot.set_xlim(-0.02, 1.02)
+    plots[0].set_yticks(range(len(suites)), [name for name, _ in suites])
+    plots[0].set_ylim(len(suites) - 0.5, -0.5)
+    figure.legend(*plots[0].get_legend_handles_labels(), loc="outside upper left", fontsize=8, ncols=4)
     return figure
 
 

@@ -10,12 +10,15 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from megavar.data.decode import Decoder, open_decoder
 from megavar.disk import atomic_write
+from megavar.evaluation.results import Results, read_results
 from megavar.report.browser import MAX_CHARACTERS, browser_data
-from megavar.report.figure_list import PassCurves, ReportFigure, evaluated_curves, make_figures
+from megavar.report.figure_list import PassCurves, ReportFigure, evaluated_curves, make_figures, of_suites
 from megavar.report.run_view import Round, RunView, labels, open_run
+from megavar.report.suites import CAPTION, FILE, is_evaluation, metrics_of, rows_of, title_of
 from megavar.report.summary import summarize, summary_rows
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -31,7 +34,7 @@ _SORTS = {"order": "in run order", "id": "by id", "ess": "by effective sample si
 
 
 def write_page(folders: Sequence[Path]) -> Path:
-    """Write the report of the first run; its curves also show the other runs.
+    """Write the report of the first run, or of an evaluation; the curves of a run also show the other runs.
 
     Returns:
         Path of the page, report/index.html in the first run's folder.
@@ -40,36 +43,52 @@ def write_page(folders: Sequence[Path]) -> Path:
         ValueError: if a folder is not a run folder, the first run has not finished `weigh` (names the unfinished
             stage), or question files or the tokenizer were moved.
     """
+    if is_evaluation(folders[0]) and len(folders) == 1:
+        return _write_evaluation(folders[0])
     runs = labels([open_run(folder) for folder in folders])
     label, run = next(iter(runs.items()))
     last_round = run.last_round()
     traces = browser_data(last_round, _decoder(run))
     passes = evaluated_curves(runs)
     figures = make_figures(runs, last_round, passes)
+    head = [_head(label, run, last_round, list(runs)[1:]), _results(run, passes)]
+    if (results := run.suites()) is not None:
+        head.append(_suites(results))
+    tail = [_browser(len(traces), len(last_round.questions)), _script(traces)]
+    return _write(run.folder, label, head, figures, tail)
+
+
+def _write_evaluation(folder: Path) -> Path:
+    """The page of an evaluation without a run."""
+    results = read_results(folder / FILE)
+    models = " · ".join(f"{name}: {model}" for name, model in results.models.items())
+    settings = (folder / "evaluation.yaml").read_text(encoding="utf-8")
+    head = [
+        f"<h1>{escape(folder.resolve().name)}</h1>",
+        f'<p class="soft">{escape(models)}<br>{results.num_samples} samples a question</p>',
+        f"<details><summary>Settings</summary><pre>{escape(settings)}</pre></details>",
+        _suites(results),
+    ]
+    return _write(folder, folder.resolve().name, head, [of_suites(results)], [])
+
+
+def _write(folder: Path, label: str, head: Sequence[str], figures: Sequence[ReportFigure], tail: Sequence[str]) -> Path:
+    """Write the figures and the page into report/ of a folder."""
     images = {figure.name: _png(figure) for figure in figures}
-    page = run.folder / "report" / "index.html"
+    page = folder / "report" / "index.html"
     page.parent.mkdir(exist_ok=True)
     for name, image in images.items():
         with atomic_write(page.with_name(f"{name}.png")) as temporary:
             temporary.write_bytes(image)
-    body = [
-        _head(label, run, last_round, list(runs)[1:]),
-        _results(run, passes),
-        '<div id="figures">',
-        *(_figure(figure, images[figure.name]) for figure in figures),
-        "</div>",
-        _browser(len(traces), len(last_round.questions)),
-    ]
+    shown = [_figure(figure, images[figure.name]) for figure in figures]
+    body = "\n".join([*head, '<div id="figures">', *shown, "</div>", *tail])
     with atomic_write(page) as temporary:
-        temporary.write_text(_document(f"megavar: {label}", "\n".join(body), json.dumps(traces)), encoding="utf-8")
+        temporary.write_text(_document(f"megavar: {label}", body), encoding="utf-8")
     return page
 
 
-def _document(title: str, body: str, data: str) -> str:
-    module = Path(__file__)
-    style, script = (module.with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    # Within a script element only "<" can end it or start a comment; JSON allows it to be escaped.
-    escaped = data.replace("<", "\\u003c")
+def _document(title: str, body: str) -> str:
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -82,12 +101,17 @@ def _document(title: str, body: str, data: str) -> str:
 </head>
 <body>
 {body}
-<script type="application/json" id="data">{escaped}</script>
-<script>
-{script}</script>
 </body>
 </html>
 """
+
+
+def _script(traces: Sequence[Any]) -> str:
+    """The trace browser with its data."""
+    script = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
+    # Within a script element only "<" can end it or start a comment; JSON allows it to be escaped.
+    escaped = json.dumps(traces).replace("<", "\\u003c")
+    return f'<script type="application/json" id="data">{escaped}</script>\n<script>\n{script}</script>'
 
 
 def _head(label: str, run: RunView, last_round: Round, others: Sequence[str]) -> str:
@@ -126,6 +150,19 @@ def _results(run: RunView, passes: PassCurves) -> str:
     heads = "".join(f"<th>{name}</th>" for name in ("run", "model", "k", "pass@k [95 % interval]"))
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{_rows(pass_rows)}</tbody></table>" if pass_rows else ""
     return f'<h2 id="results">Results</h2>\n<div class="tables"><table>{summary}</table>{table}</div>'
+
+
+def _suites(results: Results) -> str:
+    heads = "".join(f"<th>{escape(name)}</th>" for name in ("", *metrics_of(results)))
+    bodies = "".join(
+        f'<tbody><tr><th colspan="{len(metrics_of(results)) + 1}">{escape(title_of(name, suite))}</th></tr>'
+        f"{_rows(rows_of(suite))}</tbody>"
+        for name, suite in results.suites.items()
+    )
+    return (
+        f'<h2 id="suites">Suites</h2>\n<p class="soft">{escape(CAPTION)} A row of two models is their difference, '
+        f"question by question.</p>\n<table><thead><tr>{heads}</tr></thead>{bodies}</table>"
+    )
 
 
 def _rows(rows: Iterable[Sequence[str]]) -> str:

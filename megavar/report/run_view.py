@@ -16,8 +16,10 @@ import pyarrow.compute as pc
 from megavar.config.load import load_config
 from megavar.config.schema import RunConfig
 from megavar.data.questions import read_questions
+from megavar.evaluation.results import Results, read_results
 from megavar.record_files import RecordFile, read_records, rows
 from megavar.records import Answer, Question, Record, Score, Trace, Weight
+from megavar.report.suites import FILE
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
 from megavar.runs.metrics import Metrics
@@ -80,6 +82,11 @@ class RunView:
         files = {file.parents[1].name: file for file in self.folder.glob("eval/*/verified/data.parquet")}
         order = sorted(files, key=lambda name: (len(name), name))
         return {name: read_records(files[name], Answer) for name in order}
+
+    def suites(self) -> Results | None:
+        """Results of the evaluated policies on data.eval and eval.suites; None before the first evaluation."""
+        file = self.folder / "eval" / FILE
+        return read_results(file) if file.exists() else None
 
     def eval_questions(self) -> list[Question]:
         """The held-out questions, from `data.eval`.

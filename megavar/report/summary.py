@@ -11,6 +11,7 @@ from megavar.disk import atomic_write
 from megavar.evaluation.pass_at_k import read_accuracies
 from megavar.record_files import RecordFile
 from megavar.records import Answer, Trace, TraceFinish
+from megavar.report.suites import FILE, print_results
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
 from megavar.runs.metrics import Metrics
@@ -26,7 +27,7 @@ def summarize(run: Run) -> dict[str, Any]:
     answers = RecordFile(run.round / "verified" / "data.parquet", Answer, ["correct"]).table()
     finishes = Counter(traces["finish"].to_pylist())
     names = [f"pi_{index}" for index in range(run.round_index + 1)]
-    models = {name: run.folder / "eval" / f"{name}.json" for name in names}
+    models = {name: run.eval / f"{name}.json" for name in names}
     weigh_rows = {row["step"]: row for row in Metrics.read(run.folder) if row["stage"] == "weigh"}
     needed = {"ess", "questions", "questions_with_weight"}
     if not weigh_rows.get(run.round_index, {}).keys() >= needed:
@@ -94,3 +95,5 @@ def print_summary(run: Run) -> None:
             table.add_row(*row)
         table.add_section()
     Console(width=None).print(table)
+    if run.config.eval.suites and (run.eval / FILE).exists():
+        print_results(run.eval)

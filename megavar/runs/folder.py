@@ -71,6 +71,11 @@ class Run:
         return self.round / "policy"
 
     @property
+    def eval(self) -> Path:
+        """MODEL/ of each policy on `data.eval`, and SUITE/MODEL/ on each of `eval.suites`."""
+        return self.folder / "eval"
+
+    @property
     def final(self) -> Path:
         """Symlink to the newest round's policy as a Hugging Face folder."""
         return self.folder / "hf"

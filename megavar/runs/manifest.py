@@ -76,8 +76,8 @@ class Manifest:
             if old.get(key) != new.get(key):
                 raise ValueError(
                     f"{self.file.parent}: stage {stage} was {entry['status']} with {key}={old.get(key)!r}, now it is "
-                    f"{new.get(key)!r}; restore it, or choose another run name, or remove the stage's outputs and its "
-                    "entry in manifest.json (docs/troubleshooting.md#refused-settings)."
+                    f"{new.get(key)!r}; restore it, or choose another run name (or --out), or remove the stage's "
+                    "outputs and its entry in manifest.json (docs/troubleshooting.md#refused-settings)."
                 )
         return bool(entry["status"] == "finished")
 

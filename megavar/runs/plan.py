@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megavar.checksums import CHECKSUMS, file_digest
-from megavar.config.schema import RunConfig
+from megavar.config.schema import EvaluationConfig, RunConfig
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest, NotFinished, flat, model_digest
+from megavar.runs.names import suite_names
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,27 @@ def _setting(config: RunConfig, key: str) -> dict[str, Any]:
     if key == "model":
         return {key: model_digest(Path(config.model))}
     if key in ("data.train", "data.eval"):
-        return {key: file_digest(Path(attrgetter(key)(config)))[:16]}
+        file = attrgetter(key)(config)
+        return {key: file and file_digest(Path(file))[:16]}
+    if key == "eval":
+        return flat(key, config.eval) | {"eval.suites": suite_digests(config.eval.suites)}
+    return _values(config, key)
+
+
+def _values(config: RunConfig | EvaluationConfig, key: str) -> dict[str, Any]:
     value = attrgetter(key)(config)
     return flat(key, value) if is_dataclass(value) else {key: value}
+
+
+def suite_digests(files: Sequence[str]) -> dict[str, str]:
+    """Name -> digest of files of held-out questions."""
+    return {name: file_digest(Path(file))[:16] for name, file in zip(suite_names(files), files, strict=True)}
+
+
+def evaluation_settings(config: EvaluationConfig, model: Path, file: Path) -> dict[str, Any]:
+    """Every setting that the samples of a model on a question file, and their verdicts, depend on."""
+    own = {name: value for key in _EVALUATED for name, value in _values(config, key).items()}
+    return own | {"model": model_digest(model), "suite": file_digest(file)[:16]}
 
 
 def _reference(run: Run) -> str:
@@ -147,10 +166,11 @@ def _eval_inputs(run: Run) -> dict[str, str]:
 
 def _eval_outputs(run: Run) -> list[Path]:
     models = [model for model in _eval_inputs(run) if model == "pi_0"] + [f"pi_{run.round_index}"]
-    folders = [run.folder / "eval" / model for model in models]
+    own = [] if run.config.data.eval is None else [run.eval / model for model in models]
+    others = [run.eval / suite / model for suite in suite_names(run.config.eval.suites) for model in models]
     return [
-        *(folder.with_suffix(".json") for folder in folders),
-        *(file for folder in folders for file in _data(folder, "traces", "answers", "verified")),
+        *(folder.with_suffix(".json") for folder in own),
+        *(file for folder in own + others for file in _data(folder, "traces", "answers", "verified")),
     ]
 
 
@@ -162,14 +182,16 @@ def _data(folder: Path, *names: str) -> list[Path]:
     return [folder / name / "data.parquet" for name in names]
 
 
-_MARKERS = ("model", "templates.system", "templates.open_marker", "templates.close_marker")
-"""What every prompt depends on: the model's tokenizer among it."""
-_POLICY_PROMPT = (*_MARKERS, "templates.policy")
-_POSTERIOR_PROMPT = (*_MARKERS, "templates.posterior")
+_MARKERS = ("templates.system", "templates.open_marker", "templates.close_marker")
+"""What every prompt depends on, besides the model's tokenizer."""
+_PROMPT_TEMPLATES = (*_MARKERS, "templates.policy")
+_POLICY_PROMPT = ("model", *_PROMPT_TEMPLATES)
+_POSTERIOR_PROMPT = ("model", *_MARKERS, "templates.posterior")
 _TRAINED = ("seed", "precision")
 _TRAIN_FILE = ("data.train", "data.on_bad_reference")
 _ROUND_QUESTIONS = (*_TRAIN_FILE, "data.questions_per_round", "data.fresh_questions")
-_SAMPLED = ("seed", *_POLICY_PROMPT, "rollout.dtype", "rollout.deterministic")
+_SERVED = ("rollout.dtype", "rollout.deterministic")
+_SAMPLED = ("seed", *_POLICY_PROMPT, *_SERVED)
 _WEIGHED = tuple(
     f"objective.{key}"
     for key in ("name", "num_traces", "ratio", "answer_estimator", "on_no_correct_trace", "on_unverifiable")
@@ -177,6 +199,8 @@ _WEIGHED = tuple(
 _OF_A_SAMPLE = tuple(
     f"sample.{key}" for key in ("temperature", "top_p", "max_trace_tokens", "max_answer_tokens", "keep_logps")
 )
+
+_EVALUATED = ("seed", *_PROMPT_TEMPLATES, *_SERVED, *_OF_A_SAMPLE, "verify", "eval.num_samples")
 
 STAGES = (
     Stage(
@@ -299,12 +323,12 @@ STAGES = (
     Stage(
         "eval",
         "accuracy on the held-out questions, before and after",
-        "data.eval, pi_0, the round's policy",
+        "data.eval, eval.suites, pi_0, the round's policy",
         "eval/",
         lambda config: (*_SAMPLED, "data.eval", "data.on_bad_reference", *_OF_A_SAMPLE, "verify", "eval"),
         inputs=_eval_inputs,
         outputs=_eval_outputs,
-        is_used=lambda config: config.data.eval is not None,
+        is_used=lambda config: config.data.eval is not None or bool(config.eval.suites),
         first_round_only=lambda config: "policy" not in config.eval.models,
         serves=True,
     ),

@@ -5,17 +5,19 @@ everything that needs the tokenizer.
 """
 
 import logging
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megavar.config.schema import RunConfig
+from megavar.config.schema import RolloutConfig, RunConfig, VerifyConfig
 from megavar.data.overlap import Overlap
 from megavar.data.questions import MOST_SHOWN, Problems, read_questions
 from megavar.data.templates import Templates
 from megavar.objectives import check_objective
 from megavar.records import Question
 from megavar.runs.folder import Run
+from megavar.runs.names import suite_names
 from megavar.stages.check_model import check_model_files
 from megavar.stages.check_questions import count_tokens, require_gold_traces
 from megavar.stages.forecast import Forecast
@@ -45,17 +47,19 @@ def check_run(config: RunConfig, ranks: int | None) -> Forecast:
     _check_microbatches(config)
     train = usable_questions(config, config.data.train)
     held_out = [] if config.data.eval is None else usable_questions(config, config.data.eval)
-    _warn_of_overlap(config, train, held_out)
+    suites = {file: usable_questions(config, file) for file in config.eval.suites}
+    suite_names(config.eval.suites)
+    _warn_of_overlap(config, train, "data.eval", config.data.eval, held_out)
+    for file, questions in suites.items():
+        require_verifiers(file, questions)
+        _warn_of_overlap(config, train, "eval.suites", file, questions)
     sampled = _sampled_questions(config, train)
     if config.objective.on_no_correct_trace == "gold":
         require_gold_traces(sampled, Path(config.data.train), "objective.on_no_correct_trace=gold")
     if objective.needs_gold_traces:
         judged = [question for question in sampled if question.verifier != NO_VERIFIER]
         require_gold_traces(judged, Path(config.data.train), f"objective.name={config.objective.name}")
-    if config.rollout.mode == "managed":
-        _check_servers(config)
-    if config.rollout.mode == "external":
-        _check_external_key(config)
+    check_servers(config.rollout)
     dims, num_parameters = _check_model(config, ranks)
     limit, longest = config.data.max_sequence_tokens, dims.max_positions
     if limit > longest:
@@ -70,6 +74,8 @@ def check_run(config: RunConfig, ranks: int | None) -> Forecast:
         count_tokens(Path(config.data.eval), [], held_out, templates, config)
         if all(question.verifier == NO_VERIFIER for question in held_out):
             raise ValueError(f"{config.data.eval}: every question has the verifier none, so there is nothing to count.")
+    for file, questions in suites.items():
+        count_tokens(Path(file), [], questions, templates, config)
     ranks = config.parallel.least_ranks if ranks is None else ranks
     return Forecast(config, dims, num_parameters, ranks, train, len(sampled), counts)
 
@@ -80,7 +86,7 @@ def usable_questions(config: RunConfig, file: str) -> list[Question]:
     Raises:
         ValueError: for bad rows, reference answers that are not correct by their own verifier, an unknown verifier.
     """
-    questions = _read(file, config)
+    questions = read_judged(file, config.verify)
     bad = bad_references(Path(file), questions, config.verify, config.templates.solution)
     problems = Problems(Path(file))
     for question in questions:
@@ -95,16 +101,28 @@ def usable_questions(config: RunConfig, file: str) -> list[Question]:
     return [question for question in questions if question.id not in bad]
 
 
-def _warn_of_overlap(config: RunConfig, train: list[Question], held_out: list[Question]) -> None:
+def require_verifiers(file: str, questions: Sequence[Question]) -> None:
+    """Refuse (ValueError) a suite with questions that nobody judges: its results would be of other questions."""
+    unjudged = [question.id for question in questions if question.verifier == NO_VERIFIER]
+    if unjudged:
+        raise ValueError(
+            f"{file}: {len(unjudged)} of {len(questions)} questions have the verifier {NO_VERIFIER}, such as "
+            f"{unjudged[0]!r}; a suite needs one that judges every answer, so name it or leave these questions out."
+        )
+
+
+def _warn_of_overlap(
+    config: RunConfig, train: list[Question], key: str, file: str | None, held_out: list[Question]
+) -> None:
     """Say which questions are trained on and held out."""
     known = Overlap(question.question for question in held_out)
     shared = [question.id for question in train if question.question in known] if held_out else []
     if shared:
         logger.warning(
-            "check: %d of %d questions of data.train=%s are those of data.eval=%s, or have 13 words in a row in common "
+            "check: %d of %d questions of data.train=%s are those of %s=%s, or have 13 words in a row in common "
             "with one (%s%s); leave them out with `megavar import %s --exclude %s --out NEW.jsonl`.",
-            len(shared), len(train), config.data.train, config.data.eval, ", ".join(shared[:MOST_SHOWN]),
-            ", ..." if len(shared) > MOST_SHOWN else "", config.data.train, config.data.eval,
+            len(shared), len(train), config.data.train, key, file, ", ".join(shared[:MOST_SHOWN]),
+            ", ..." if len(shared) > MOST_SHOWN else "", config.data.train, file,
         )  # fmt: skip
 
 
@@ -131,11 +149,11 @@ def _check_microbatches(config: RunConfig) -> None:
             )
 
 
-def _read(file: str, config: RunConfig) -> list[Question]:
+def read_judged(file: str, config: VerifyConfig) -> list[Question]:
     """The questions of a file, each with a known verifier."""
     questions = read_questions(Path(file))
     try:
-        check_verifiers((question.verifier for question in questions), config.verify.plugins)
+        check_verifiers((question.verifier for question in questions), config.plugins)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return questions
@@ -155,17 +173,15 @@ def _sampled_questions(config: RunConfig, train: list[Question]) -> list[Questio
     return train[: needed if config.data.fresh_questions else number]
 
 
-def _check_servers(config: RunConfig) -> None:
-    from megavar.rollout.sglang_servers import check_interpreter, device_slices, visible_gpus
+def check_servers(config: RolloutConfig) -> None:
+    """Check that managed servers can be started here, or that the key of external ones is there."""
+    from megavar.rollout.sglang_servers import check_interpreter, device_slices, external_key, visible_gpus
 
-    check_interpreter(config.rollout.python)
-    device_slices(visible_gpus(), config.rollout.num_servers, config.rollout.tensor_parallel_size)
-
-
-def _check_external_key(config: RunConfig) -> None:
-    from megavar.rollout.sglang_servers import external_key
-
-    external_key(config.rollout)
+    if config.mode == "external":
+        external_key(config)
+    if config.mode == "managed":
+        check_interpreter(config.python)
+        device_slices(visible_gpus(), config.num_servers, config.tensor_parallel_size)
 
 
 def _check_model(config: RunConfig, ranks: int | None) -> tuple["ModelDims", int]:

@@ -34,7 +34,7 @@ def check_model_files(model: Path, dims: "ModelDims", templates: Templates, ques
             f"{model}: tokenizer_config.json names the eos_token {named}, transformers reads {templates.end_token}; "
             "make the tokenizer's files agree."
         )
-    stops = {name: _stop_tokens(model / name) for name in ("config.json", "generation_config.json")}
+    stops = stop_tokens(model)
     _check_close_marker(templates, {templates.end_token}.union(*stops.values()))
     _check_prompt(model, templates, question)
     for name, tokens in stops.items():
@@ -47,6 +47,11 @@ def check_model_files(model: Path, dims: "ModelDims", templates: Templates, ques
                 " or ".join(map(str, sorted(tokens))),
                 templates.end_token,
             )
+
+
+def stop_tokens(model: Path) -> dict[str, set[int]]:
+    """File of a model's folder -> the token ids that end a text by it."""
+    return {name: _stop_tokens(model / name) for name in ("config.json", "generation_config.json")}
 
 
 def _stop_tokens(file: Path) -> set[int]:

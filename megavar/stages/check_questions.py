@@ -1,11 +1,11 @@
 """Tokenizes the questions of a run before it starts: all that is trained on or sampled must fit and hold no control
 token. Rows that do not are counted by kind, and the first ten described."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megavar.config.schema import RunConfig
+from megavar.config.schema import RunConfig, SampleConfig
 from megavar.data.question_tokens import NO_TEXT, QuestionTokens
 from megavar.data.questions import Problems
 from megavar.data.templates import Templates
@@ -49,6 +49,7 @@ def count_tokens(
     sampled_ids = {question.id for question in sampled}
     every = list({question.id: question for question in (*questions, *sampled)}.values())
     limit = config.data.max_sequence_tokens
+    room = {"data.max_sequence_tokens": limit, "rollout.context_length": config.rollout.context_length}
     unusable: dict[str, str] = {}
 
     def note(question: Question, text: str) -> None:
@@ -77,24 +78,52 @@ def count_tokens(
                     f"data.max_sequence_tokens={limit}; raise the limit or remove the question."
                 ))  # fmt: skip
                 continue
-        if question.id in sampled_ids and (text := _without_room(question, max(prompt, with_hint), answer, config)):
+        if question.id in sampled_ids and (
+            text := _without_room(question, max(prompt, with_hint), answer, config.sample, room)
+        ):
             problems.add("without room for a longest trace and answer", question, text)
     problems.refuse(len(every))
     return counts
 
 
-def _without_room(question: Question, prompt_tokens: int, answer_tokens: int, config: RunConfig) -> str | None:
+def check_room(
+    file: Path,
+    questions: Sequence[Question],
+    templates: Templates,
+    config: SampleConfig,
+    limits: Mapping[str, int | None],
+) -> None:
+    """Check that the longest trace and answer that are sampled fit after the policy's prompt of each question.
+
+    Args:
+        limits: name -> tokens of prompt, trace and answer together.
+
+    Raises:
+        ValueError: with the rows that cannot be used.
+    """
+    problems = Problems(file)
+
+    def note(question: Question, text: str) -> None:
+        problems.add("with text that cannot be used", question, text)
+
+    lengths = QuestionTokens(questions, templates, note).lengths("policy_prompt").tolist()
+    for question, prompt in zip(questions, lengths, strict=True):
+        if prompt != NO_TEXT and (text := _without_room(question, prompt, 0, config, limits)):
+            problems.add("without room for a longest trace and answer", question, text)
+    problems.refuse(len(questions))
+
+
+def _without_room(
+    question: Question, prompt_tokens: int, answer_tokens: int, config: SampleConfig, limits: Mapping[str, int | None]
+) -> str | None:
     """What is wrong if the longest trace and the longest answer, sampled or reference, do not fit after a prompt."""
-    answer_tokens = max(config.sample.max_answer_tokens, answer_tokens)
-    num_tokens = prompt_tokens + config.sample.max_trace_tokens + answer_tokens
-    for key, limit in (
-        ("data.max_sequence_tokens", config.data.max_sequence_tokens),
-        ("rollout.context_length", config.rollout.context_length),
-    ):
+    answer_tokens = max(config.max_answer_tokens, answer_tokens)
+    num_tokens = prompt_tokens + config.max_trace_tokens + answer_tokens
+    for key, limit in limits.items():
         if limit is not None and num_tokens > limit:
             return (
                 f"question {question.id!r}: its prompt, a trace of sample.max_trace_tokens="
-                f"{config.sample.max_trace_tokens} and an answer of {answer_tokens} tokens (the most sampled, or "
+                f"{config.max_trace_tokens} and an answer of {answer_tokens} tokens (the most sampled, or "
                 f"the reference answer) make {num_tokens} tokens, over {key}={limit}; raise that or lower the rest."
             )
     return None

@@ -22,14 +22,9 @@ def train_questions(run: Run) -> list[Question]:
     return _kept(run, run.config.data.train)
 
 
-def eval_questions(run: Run) -> list[Question]:
-    """The held-out questions whose answers are judged."""
-    return [question for question in _held_out(run) if question.verifier != NO_VERIFIER]
-
-
-def _held_out(run: Run) -> list[Question]:
-    assert run.config.data.eval is not None
-    return _kept(run, run.config.data.eval)
+def eval_questions(run: Run, file: str) -> list[Question]:
+    """The held-out questions of a file whose answers are judged."""
+    return [question for question in _kept(run, file) if question.verifier != NO_VERIFIER]
 
 
 def _kept(run: Run, file: str) -> list[Question]:
@@ -69,9 +64,9 @@ def question_tokens(run: Run) -> QuestionTokens:
     return QuestionTokens(train_questions(run), templates(run))
 
 
-def eval_tokens(run: Run) -> QuestionTokens:
-    """Token ids of the held-out questions."""
-    return QuestionTokens(_held_out(run), templates(run))
+def eval_tokens(run: Run, file: str) -> QuestionTokens:
+    """Token ids of the held-out questions of a file."""
+    return QuestionTokens(_kept(run, file), templates(run))
 
 
 def output(folder: Path, record_type: type[Record], *columns: str) -> RecordFile[Record]:

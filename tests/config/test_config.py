@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megavar.config.load import load_config, save_config
+from megavar.config.load import load_config, load_evaluation, save_config
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = "name: a\nmodel: m\ndata: {train: t.jsonl}\n"
@@ -117,6 +117,35 @@ def test_every_objective_has_a_configuration_that_any_run_can_include(tmp_path, 
         assert config.posterior.source == {"forward_kl": "rollout", "reverse_kl": "reverse_kl"}[file.stem]
     else:
         assert config.objective.name == file.stem
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "conf").glob("*.yaml")), ids=lambda file: file.name)
+def test_an_evaluation_takes_its_sections_of_any_run(file):
+    config = load_evaluation(file, ["eval.num_samples=3"])
+    run = load_config(file, ["model=m", "eval.num_samples=3"])
+    assert config == run.evaluation and config.sample is not run.sample
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "conf" / "eval").glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_protocol_of_evaluation_loads_alone_and_in_any_run(tmp_path, file):
+    alone = load_evaluation(file, ["eval.suites=[a.jsonl]", "eval.pass_at=[1,8]"])
+    assert (alone.sample.temperature, alone.eval.suites, alone.eval.pass_at) == (0.7, ["a.jsonl"], [1, 8])
+    (tmp_path / "run.yaml").write_text(
+        f"include: [{file}]\nname: a\nmodel: m\ndata: {{train: t.jsonl, max_sequence_tokens: 32768}}\n"
+    )
+    assert load_config(tmp_path / "run.yaml", []).sample == alone.sample
+
+
+def test_an_evaluation_is_validated_and_saved_as_it_loads(tmp_path):
+    config = load_evaluation(None, ["eval.suites=[a.jsonl]"])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_evaluation(tmp_path / "saved.yaml", []) == config
+    with pytest.raises(ValueError, match=r"eval\.pass_at=\[0\]"):
+        load_evaluation(None, ["eval.pass_at=[0]"])
+    with pytest.raises(ValueError, match=r"the command line: eval\.pass_at"):
+        load_evaluation(None, ["eval.pass_at=[many]"])
+    with pytest.raises(ValueError, match="nope"):
+        load_evaluation(None, ["eval.nope=1"])
 
 
 def test_text_that_is_no_yaml_is_one_line_that_names_the_file_or_the_override(tmp_path):

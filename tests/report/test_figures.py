@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from megavar.evaluation.estimates import Estimate
 from megavar.evaluation.pass_at_k import Accuracy
+from megavar.evaluation.results import Results, SuiteResults
 from megavar.report import figures
 from megavar.report.curves import FewerTraces
 
@@ -32,6 +34,24 @@ def test_curves_hold_their_points_and_intervals_around_them():
     assert first.get_linestyle() != second.get_linestyle() and first.get_color() == second.get_color()
     band = plot.collections[0].get_datalim(plot.transData)
     assert (band.ymin, band.ymax) == pytest.approx((0.2, 0.6))
+
+
+def test_every_model_has_its_interval_in_the_row_of_each_suite():
+    values = {metric: {model: Estimate(mean, mean - 0.1, mean + 0.2) for model, mean in (("a", 0.2), ("b", 0.5))}
+              for metric in ("avg@4", "maj@4")}  # fmt: skip
+    models = {model: {metric: row[model] for metric, row in values.items()} | {"tokens": Estimate(9, 8, 10)}
+              for model in ("a", "b")}  # fmt: skip
+    suites = {name: SuiteResults("f", 3, models, []) for name in ("one", "two", "three")}
+    figure = figures.suite_intervals(Results(4, 100, 0, {"a": "a", "b": "b"}, suites))
+    assert [plot.get_xlabel() for plot in figure.axes] == ["avg@4", "maj@4"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["one", "two", "three"]
+    for plot in figure.axes:
+        for points, mean in zip(plot.containers, (0.2, 0.5), strict=True):
+            line, _, (bars,) = points
+            assert line.get_xdata() == pytest.approx([mean] * 3)
+            assert np.round(line.get_ydata()).tolist() == [0, 1, 2]
+            ends = np.array([segment[:, 0] for segment in bars.get_segments()])
+            assert ends == pytest.approx(np.array([[mean - 0.1, mean + 0.2]] * 3))
 
 
 def test_final_accuracy_against_k_is_drawn_for_runs_of_several_k_only():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from helpers.small_run import EVIL, NUM_CORRECT, QUESTIONS, ROUND_STAGES, make_run, trace_text, write_eval, write_round
 
@@ -15,6 +16,7 @@ from megavar.cli import main
 from megavar.config.load import load_config
 from megavar.config.schema import ObjectiveConfig
 from megavar.data.decode import open_decoder
+from megavar.evaluation.results import Outcomes, Results, compare, write_results
 from megavar.record_files import read_records
 from megavar.records import Question, Score
 from megavar.report import run_view
@@ -164,6 +166,21 @@ def test_runs_named_after_the_first_are_compared(run, tmp_path):
     assert cells[at : at + 3] == ["sft_only", "pi_0", "1"] and cells[at + 3].startswith("0.250")
     assert any("Compared with: sft_only" in text for text in page.texts["p"])
     assert not (other.folder / "report").exists()
+
+
+def test_the_suites_of_a_run_are_a_table_and_a_figure(run):
+    def outcomes(*num_correct):
+        zeros = np.zeros(len(num_correct))
+        return Outcomes(np.array(num_correct, float), zeros, zeros + 12, zeros)
+
+    suite = compare("<b>.jsonl", {"pi_0": outcomes(0, 2), "pi_1": outcomes(3, 3)}, 3, [3], 50, 0)
+    results = Results(3, 50, 0, {"pi_0": "a", "pi_1": "b"}, {"data.eval": suite, "<b>": suite})
+    write_results(results, run.folder / "eval" / "results.json")
+    page = Page(write_page([run.folder]).read_text())
+    assert len(page.values("src")) == len(FIGURES) + 1 and (run.folder / "report" / "suites.png").exists()
+    assert "<b>, 2 questions" in page.texts["th"] and "b" not in page.tags
+    at = page.texts["td"].index("pi_1 − pi_0")
+    assert page.texts["td"][at + 1].startswith("+0.667\n[") and page.texts["td"][at + 4].startswith("+0\n[")
 
 
 def test_what_is_not_finished_yet_is_said(tmp_path):

@@ -25,7 +25,7 @@ from megavar.training import parallel
 
 BASE = Path(__file__).parents[2] / "examples" / "base" / "qwen3-tiny"
 VARIANTS = {
-    "gold": ["data.eval=eval.jsonl"],
+    "gold": ["data.eval=eval.jsonl", "eval.suites=[suite.jsonl]", "eval.pass_at=[1]"],
     "rollout": ["posterior.source=rollout", "objective.train_answers=reference", "policy.init=sft"],
     "reverse_kl": ["posterior.source=reverse_kl", "rounds=2", "objective.ratio=sequence"],
     "policy": ["sample.sampler=policy", "objective.ratio=none", "objective.on_no_correct_trace=gold"],
@@ -134,6 +134,7 @@ def seen(tmp_path_factory):
             rows.append({**rows[0], "id": "unjudged", "verifier": "none"})
             for name in ("train", "eval"):
                 Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            Path("suite.jsonl").write_text("\n".join(map(json.dumps, rows[:4])))
             Path("run.yaml").write_text(
                 f"name: a\nmodel: {BASE}\ndata: {{train: train.jsonl, max_sequence_tokens: 160}}\n"
                 "precision: {recipe: fp32}\nsft: &train {num_steps: 1, batch_sequences: 4}\n"
