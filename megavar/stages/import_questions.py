@@ -35,7 +35,7 @@ from megavar.data.importers.layout import (
     named_layout,
 )  # fmt: skip
 from megavar.data.overlap import Overlap, normalised
-from megavar.data.templates import reference_answer
+from megavar.data.templates import reference_solution
 from megavar.disk import atomic_write, make_folder
 from megavar.progress import ProgressLine
 from megavar.records import Question, Verdict
@@ -293,7 +293,7 @@ def _next_job(found: _Candidate) -> VerifyJob:
         boxed_trace = response.trace if response.trace and "\\boxed" in response.trace else None
         text = response.solution or boxed_trace
     if text is None:
-        text = reference_answer(question, TemplateConfig().solution)
+        text = reference_solution(question, TemplateConfig().solution)
     return VerifyJob(get_verifier(question.verifier), text, ground_truth(question))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megavar.checksums import file_digest
 from megavar.config.schema import VerifyConfig
-from megavar.data.templates import reference_answer
+from megavar.data.templates import reference_solution
 from megavar.disk import atomic_write
 from megavar.progress import ProgressLine
 from megavar.ranks import ExplainedFailure
@@ -90,7 +90,7 @@ def _judge(file: Path, questions: Sequence[Question], config: VerifyConfig, solu
     jobs = (
         VerifyJob(
             get_verifier(question.verifier, config.plugins),
-            reference_answer(question, solution_template),
+            reference_solution(question, solution_template),
             ground_truth(question),
         )
         for question in judged
