@@ -44,14 +44,17 @@ def made_row(number):
 
 
 def write_model(folder, texts):
-    """A random Qwen3 of two narrow layers, whose tokenizer knows the words of the texts."""
+    """A random Qwen3 of two narrow layers, whose tokenizer has few tokens for what the texts repeat."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, special_tokens=special)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=700, min_frequency=60, max_token_length=24, initial_alphabet=alphabet, special_tokens=special
+        ),
     )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=special
@@ -73,7 +76,7 @@ def run(tmp_path_factory):
     rows = [made_row(number) for number in range(100)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = [turn["value"] for row in rows for turn in row["conversations"]]
-    write_model(folder / "base", [load_config(PAPER, []).templates.system, *said])
+    write_model(folder / "base", said + 100 * [load_config(PAPER, []).templates.system])
     settings = [
         f"runs_dir={folder}", f"model={folder}/base", f"data.train={folder}/train.jsonl", "data.eval=null", *SIZES
     ]  # fmt: skip

@@ -17,8 +17,10 @@ from tokenizers import Tokenizer
 from megavar.cli import main
 from megavar.config.schema import TemplateConfig, VerifyConfig
 from megavar.data.questions import read_questions
+from megavar.data.templates import reference_solution
 from megavar.stages import import_questions as stage
 from megavar.stages.references import bad_references
+from megavar.verifiers import get_verifier, ground_truth
 from megavar.verifiers.code import read_tests
 
 BASE = Path(__file__).parents[2] / "examples" / "base" / "qwen3-tiny"
@@ -66,6 +68,30 @@ def test_every_layout_passes_the_check_of_reference_answers(imported):
 
 
 OTHERS = ("gpqa", "mmlu_pro", "countdown", "apps", "apps_file", "taco", "livecodebench")
+WRONG = {
+    "math": "It is \\boxed{8}.",
+    "choice": "\\boxed{A}",
+    "countdown": "\\boxed{3*5*7}",
+    "code": "```python\nprint(1)\n```",
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_layouts_own_answer_is_verified_as_correct_and_another_as_wrong(imported, name):
+    file, rows = imported
+    (question,) = [question for question in read_questions(file) if question.id == rows[name]["id"]]
+    verify, gold = get_verifier(question.verifier), ground_truth(question)
+    own = (
+        f"```python\n{PROGRAM}\n```"
+        if name == "livecodebench"
+        else reference_solution(question, TemplateConfig().solution)
+    )
+    wrong = WRONG[question.verifier]
+    if question.verifier == "choice" and question.answer == "A":
+        wrong = "\\boxed{B}"
+    assert (verify(own, gold), verify(wrong, gold)) == ("correct", "wrong")
+
+
 NUMBERS = [name for name in ROWS if name not in OTHERS]
 TRACED = ("bespoke_stratos", "openthoughts3", "openthoughts_114k_meta", "openr1_220k", "s1k", "s1k_1.1")
 
