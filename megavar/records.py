@@ -89,7 +89,7 @@ class Question:
     answer: str
     """Short verifiable answer; also the posterior's hint."""
     solution: str | None = None
-    """Reference answer text after the trace; None: rendered from `answer` by `templates.solution`."""
+    """The solution in the reference answer (`templates.reply`); None: made of `answer` by `templates.solution`."""
     trace: str | None = None
     """Gold trace, without markers."""
     verifier: str = "math"

@@ -36,6 +36,8 @@ class Overlap:
 
     def __contains__(self, question: str) -> bool:
         """Whether one of the questions is the same, or has a row of thirteen words in common with this one."""
+        if not self._texts:
+            return False
         text = normalised(question)
         return text in self._texts or not self._rows_of_words.isdisjoint(_rows_of_words(text))
 

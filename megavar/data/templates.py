@@ -34,6 +34,7 @@ class Templates:
         # Without {answer}: the ablation of a posterior without a hint.
         _check_placeholders("posterior", config.posterior, {"question"}, {"question", "answer"})
         _check_placeholders("solution", config.solution, {"answer"}, {"question", "answer"})
+        _check_placeholders("reply", config.reply, {"solution"}, {"solution"})
         # Imported here because it imports torch, which the report does not need.
         from transformers import AutoTokenizer
 
@@ -92,7 +93,7 @@ class Templates:
             return self._prompt(self.config.posterior, question)
         if kind == "answer":
             self._reject_control_tokens(question, "answer" if question.solution is None else "solution")
-            return reference_answer(question, self.config.solution)
+            return self.config.reply.format(solution=reference_solution(question, self.config.solution))
         if question.trace is None:
             raise ValueError(f"question {question.id!r} has no gold trace; use objective.on_no_correct_trace=drop.")
         self._reject_control_tokens(question, "trace")
@@ -110,7 +111,7 @@ class Templates:
         if kind.endswith("prompt"):
             template = [self.config.system, self.config.policy if kind == "policy_prompt" else self.config.posterior]
         elif kind == "answer":
-            template = [self.config.solution]
+            template = [self.config.solution, self.config.reply]
         markers = [self.config.open_marker, self.config.close_marker]
         parts = [kind, version("transformers"), version("tokenizers"), *markers, *template]
         digest = hashlib.sha256(json.dumps(parts).encode())
@@ -198,8 +199,8 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
 
 
-def reference_answer(question: Question, template: str) -> str:
-    """The text y' that the policy should write after its trace: `solution`, or the answer in `templates.solution`."""
+def reference_solution(question: Question, template: str) -> str:
+    """What `templates.reply` puts into the reference answer y': `solution`, or the answer in `templates.solution`."""
     return question.solution or _fill(template, question)
 
 

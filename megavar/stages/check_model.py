@@ -90,14 +90,16 @@ def _check_prompt(model: Path, templates: Templates, question: Question) -> None
     where = f"{model}: the prompt that its chat template makes"
     if message.strip() not in text:
         raise ValueError(f"{where} does not hold the question; correct chat_template.jinja. It is {text!r:.300}.")
-    if closed in text:
+    # What the user's own messages say of the markers, as instructions on the form of an answer do, is no trace.
+    around = text.replace(message.strip(), "").replace((templates.config.system or "").strip(), "")
+    if closed in around:
         raise ValueError(
             f"{where} closes a trace ({closed!r}) before the model has begun one, as templates for answers without "
             f"thinking do; use the model's thinking template, or remove the block from the end of its chat template. "
             f"The prompt ends with {text[-100:]!r}."
         )
-    if opened and text.count(opened) != 1:
+    if opened and around.count(opened) != 1:
         raise ValueError(
-            f"{where} has {opened!r} {text.count(opened)} times, expected once, at its end; correct "
+            f"{where} has {opened!r} {around.count(opened)} times, expected once, at its end; correct "
             "chat_template.jinja, or templates.open_marker."
         )

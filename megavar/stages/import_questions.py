@@ -11,7 +11,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,7 +35,7 @@ from megavar.data.importers.layout import (
     named_layout,
 )  # fmt: skip
 from megavar.data.overlap import Overlap, normalised
-from megavar.data.templates import reference_answer
+from megavar.data.templates import reference_solution
 from megavar.disk import atomic_write, make_folder
 from megavar.progress import ProgressLine
 from megavar.records import Question, Verdict
@@ -84,6 +84,9 @@ class _Candidate:
     """None: left out before it was judged."""
     key: bytes = b""
     """Of the normalised question."""
+    partial_answer: str | None = None
+    """None: there is none, or it is the question's."""
+    is_partial: bool = False
     responses: tuple[Response, ...] = ()
     verdicts: list[str] = field(default_factory=list)
     """Of the responses, and last of the answer alone."""
@@ -236,7 +239,7 @@ def _prepare(found: _Candidate, draft: Draft, layout: str) -> None:
     if problem is not None:
         raise LeftOut(Reason.UNREADABLE_ANSWER, problem[1])
     question.answer.encode()
-    found.question, found.responses = question, draft.responses
+    found.question, found.responses, found.partial_answer = question, draft.responses, draft.partial_answer
     if question.verifier == NO_VERIFIER:
         _take(found, draft.responses[0] if draft.responses else Response(None, None))
 
@@ -244,15 +247,7 @@ def _prepare(found: _Candidate, draft: Draft, layout: str) -> None:
 def _take(found: _Candidate, response: Response) -> None:
     question = found.question
     assert question is not None, found
-    found.question = Question(
-        question.id,
-        question.question,
-        question.answer,
-        response.solution,
-        response.trace,
-        question.verifier,
-        question.source,
-    )
+    found.question = replace(question, solution=response.solution, trace=response.trace)
     found.is_settled = True
 
 
@@ -267,6 +262,9 @@ def _settle(found: _Candidate, verdict: str) -> None:
         return
     if Verdict.TIMEOUT in found.verdicts:
         found.leave_out(Reason.NOT_JUDGED)
+    elif not is_accepted(question, verdict) and found.partial_answer is not None:
+        found.question = replace(question, answer=found.partial_answer)
+        found.partial_answer, found.is_partial, found.verdicts = None, True, []
     elif not is_accepted(question, verdict):
         found.leave_out(
             Reason.UNREADABLE_ANSWER, f"the verifier {question.verifier}: {verdict.removeprefix('error: ')}"
@@ -293,7 +291,7 @@ def _next_job(found: _Candidate) -> VerifyJob:
         boxed_trace = response.trace if response.trace and "\\boxed" in response.trace else None
         text = response.solution or boxed_trace
     if text is None:
-        text = reference_answer(question, TemplateConfig().solution)
+        text = reference_solution(question, TemplateConfig().solution)
     return VerifyJob(get_verifier(question.verifier), text, ground_truth(question))
 
 
@@ -352,6 +350,7 @@ class _Writer:
     Attributes:
         keys: of the questions that are kept.
         counts: reason -> rows; None: kept.
+        num_partial: kept with a part of their answers.
     """
 
     def __init__(self, kept: IO[bytes], left_out: IO[bytes], settings: ImportSettings, progress: ProgressLine) -> None:
@@ -362,6 +361,7 @@ class _Writer:
         self._ids: set[str] = set()
         self.keys: set[bytes] = set()
         self.counts: Counter[Reason | None] = Counter()
+        self.num_partial = 0
 
     def add(self, found: _Candidate) -> None:
         """Write a row, now or with the next ones."""
@@ -380,6 +380,7 @@ class _Writer:
             self.counts[found.reason] += 1
             if found.reason is None:
                 self.keys.add(found.key)
+                self.num_partial += found.is_partial
                 self._keep(found)
             else:
                 self._reject(found)
@@ -423,6 +424,8 @@ class _Writer:
         table = Table("rows", "", box=None)
         table.add_row("read", f"{self.counts.total():,}")
         table.add_row("kept", f"{self.counts[None]:,}")
+        if self.num_partial:
+            table.add_row("  of these with public tests alone (private ones unreadable)", f"{self.num_partial:,}")
         for reason in Reason:
             if self.counts[reason]:
                 table.add_row(f"left out: {reason}", f"{self.counts[reason]:,}")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megavar.checksums import file_digest
 from megavar.config.schema import VerifyConfig
-from megavar.data.templates import reference_answer
+from megavar.data.templates import reference_solution
 from megavar.disk import atomic_write
 from megavar.progress import ProgressLine
 from megavar.ranks import ExplainedFailure
@@ -28,8 +28,8 @@ FEW = 5000
 MOST_WORDS = 10
 """Of an answer in mathematics; a longer one is prose."""
 _WHOLE_SOLUTION = re.compile(r"####\s*\S")
-_ONE_WORD = re.compile(r"-?[0-9A-Za-z][0-9A-Za-z.,/]{0,30}")
-"""What most answers are, which need no closer look."""
+_FEW_WORDS = re.compile(r"-?[0-9A-Za-z][0-9A-Za-z.,/]{0,30}|(?=.*[0-9])(?!.*\\hspace)[ -~]{1,31}")
+"""What most answers are, which need no closer look: one word, or too short for eleven and with something to compare."""
 BadReferences = dict[str, tuple[str, str]]
 """Question id -> (kind, description)."""
 
@@ -90,7 +90,7 @@ def _judge(file: Path, questions: Sequence[Question], config: VerifyConfig, solu
     jobs = (
         VerifyJob(
             get_verifier(question.verifier, config.plugins),
-            reference_answer(question, solution_template),
+            reference_solution(question, solution_template),
             ground_truth(question),
         )
         for question in judged
@@ -134,7 +134,7 @@ def misplaced(question: Question) -> tuple[str, str] | None:
         )
     if question.verifier == "text":
         return None
-    if _ONE_WORD.fullmatch(answer):
+    if _FEW_WORDS.fullmatch(answer):
         return None
     text = normalise(answer)
     if not any(char.isalnum() for char in text):

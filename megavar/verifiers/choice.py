@@ -1,6 +1,7 @@
 """Verifier `choice`: the letter, or letters, of the options of a multiple-choice question."""
 
 import re
+import string
 
 from megavar.records import Verdict
 from megavar.verifiers.final_answer import last_box, stated_answer
@@ -39,9 +40,14 @@ def is_option(gold: str) -> bool:
 
 
 def with_options(gold: str, question: str) -> str:
-    """A ground-truth answer, followed by the options that the question lists, one a line."""
-    options = [f"{match[1] or match[2]}. {match[3]}" for match in _OPTION.finditer(question)]
-    return "\n".join([gold, *options])
+    """A ground-truth answer, followed by the options that the question lists, one a line.
+
+    Letters that do not count up from A are those of lines with several options, of which none is taken.
+    """
+    options = [(match[1] or match[2], match[3]) for match in _OPTION.finditer(question)]
+    if [letter for letter, _ in options] != list(string.ascii_uppercase[: len(options)]) or len(options) == 1:
+        return gold
+    return "\n".join([gold, *(f"{letter}. {text}" for letter, text in options)])
 
 
 def verify(response: str, gold: str) -> Verdict:

@@ -44,6 +44,8 @@ _BARE_ARGUMENT = r"(\{[^{}]*\}|\\[A-Za-z]+|[A-Za-z0-9])"
 
 def _one_line(text: str) -> str:
     """Superscripts, fractions, roots and symbols of Unicode as LaTeX; compatibility forms; invisible characters."""
+    if text.isascii():
+        return text
     for table, mark in ((_SUPERSCRIPTS, "^"), (_SUBSCRIPTS, "_")):
         run = "[" + "".join(re.escape(chr(code)) for code in table) + "]+"
         text = re.sub(run, partial(_raised, mark, table), text)

@@ -56,6 +56,13 @@ def test_markers_are_single_tokens_and_answers_end_the_turn():
     assert decode(TEMPLATES.trace(QUESTION)) == "1+2=3;</think>"
 
 
+def test_the_reply_is_around_the_questions_solution_or_the_one_made_of_its_answer():
+    templates = Templates(BASE, replace(CONFIG, reply="\n[{solution}]"))
+    assert decode(templates.answer(QUESTION)) == "\n[\n\\boxed{3}]<|im_end|>"
+    assert decode(templates.answer(replace(QUESTION, solution="{3}!"))) == "\n[{3}!]<|im_end|>"
+    assert templates.digest("answer") != TEMPLATES.digest("answer")
+
+
 def test_a_close_marker_of_several_tokens_has_no_id():
     templates = Templates(BASE, replace(CONFIG, close_marker="END"))
     assert templates.close_token is None
@@ -98,6 +105,7 @@ def test_control_tokens_in_what_users_wrote_are_refused(token, name, render):
         ({"policy": "{question} {"}, r"templates\.policy=.*double literal braces"),
         ({"posterior": "{answer}"}, r"templates\.posterior=.* must have \['question'\]"),
         ({"solution": "It is so."}, r"templates\.solution=.* must have \['answer'\]"),
+        ({"reply": "{answer}"}, r"templates\.reply=.* must have \['solution'\]"),
     ],
 )
 def test_templates_that_leak_lose_or_misname_a_field_are_refused(change, message):

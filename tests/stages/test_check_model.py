@@ -95,6 +95,14 @@ def test_a_template_that_opens_two_traces(model):
         check(model)
 
 
+def test_messages_may_say_how_a_trace_is_marked(model):
+    said = "Think between <think> and </think>."
+    check(model, system=said, policy=said + "\n{question}")
+    (model / "chat_template.jinja").write_text(EMPTY_THINK)
+    with pytest.raises(ValueError, match="closes a trace"):
+        check(model, system=said)
+
+
 def test_a_template_that_opens_the_trace_itself_is_right(model):
     template = (model / "chat_template.jinja").read_text()
     (model / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}")

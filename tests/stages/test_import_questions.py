@@ -17,8 +17,11 @@ from tokenizers import Tokenizer
 from megavar.cli import main
 from megavar.config.schema import TemplateConfig, VerifyConfig
 from megavar.data.questions import read_questions
+from megavar.data.templates import reference_solution
 from megavar.stages import import_questions as stage
 from megavar.stages.references import bad_references
+from megavar.verifiers import get_verifier, ground_truth
+from megavar.verifiers.code import read_tests
 
 BASE = Path(__file__).parents[2] / "examples" / "base" / "qwen3-tiny"
 FORTY = " ".join(f"{letter}{letter}" for letter in string.ascii_lowercase)
@@ -64,7 +67,32 @@ def test_every_layout_passes_the_check_of_reference_answers(imported):
     assert bad_references(file, questions, VerifyConfig(), TemplateConfig().solution) == {}
 
 
-NUMBERS = [name for name in ROWS if name not in ("gpqa", "mmlu_pro", "countdown", "apps", "taco", "livecodebench")]
+OTHERS = ("gpqa", "mmlu_pro", "countdown", "apps", "apps_file", "taco", "livecodebench")
+WRONG = {
+    "math": "It is \\boxed{8}.",
+    "choice": "\\boxed{A}",
+    "countdown": "\\boxed{3*5*7}",
+    "code": "```python\nprint(1)\n```",
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_layouts_own_answer_is_verified_as_correct_and_another_as_wrong(imported, name):
+    file, rows = imported
+    (question,) = [question for question in read_questions(file) if question.id == rows[name]["id"]]
+    verify, gold = get_verifier(question.verifier), ground_truth(question)
+    own = (
+        f"```python\n{PROGRAM}\n```"
+        if name == "livecodebench"
+        else reference_solution(question, TemplateConfig().solution)
+    )
+    wrong = WRONG[question.verifier]
+    if question.verifier == "choice" and question.answer == "A":
+        wrong = "\\boxed{B}"
+    assert (verify(own, gold), verify(wrong, gold)) == ("correct", "wrong")
+
+
+NUMBERS = [name for name in ROWS if name not in OTHERS]
 TRACED = ("bespoke_stratos", "openthoughts3", "openthoughts_114k_meta", "openr1_220k", "s1k", "s1k_1.1")
 
 
@@ -91,7 +119,7 @@ def test_what_else_becomes_of_a_layout(imported):
     assert rows["math500"]["id"] == "math500-test/made/1.json" and rows["questions"]["id"] == "own"
     assert rows["dapo_17k"]["source"] == "math_dapo"
     assert rows["countdown"]["verifier"] == "countdown" and "100" in rows["countdown"]["question"]
-    for name in ("apps", "taco"):  # of APPS' two programs the first fails
+    for name in ("apps", "apps_file", "taco"):  # of APPS' two programs the first fails
         assert rows[name]["solution"] == f"```python\n{PROGRAM}\n```" and json.loads(rows[name]["answer"]) == TESTS
     assert rows["livecodebench"]["verifier"] == "code" and "solution" not in rows["livecodebench"]
 
@@ -116,7 +144,8 @@ REJECTED = {
     "no answer": [ROWS["math"] | {"solution": "It is 7."}, ROWS["numinamath_1.5"] | {"answer": "proof"},
                   ROWS["countdown"] | {"target": 99999}, ROWS["olympiadbench"] | {"final_answer": None}],
     "unreadable answer": [ROWS["math500"] | {"answer": "?", "solution": "None."},
-                          ROWS["livecodebench"] | {"private_test_cases": "eJxr"}, ROWS["mmlu_pro"] | {"answer": "12"}],
+                          ROWS["livecodebench"] | {"private_test_cases": "eJxr", "public_test_cases": "[]"},
+                          ROWS["mmlu_pro"] | {"answer": "12"}],
     "contradiction": [ROWS["math500"] | {"answer": "8"}, ROWS["openr1_220k"] | {"answer": "9"},
                       ROWS["openthoughts_114k_meta"] | {"ground_truth_solution": "\\boxed{6}"},
                       ROWS["apps"] | {"solutions": json.dumps(["print(1)"])}],
@@ -141,6 +170,14 @@ def test_a_row_is_left_out_with_its_reason(tmp_path, capsys, reason, row):
 def test_questions_without_a_verifier_keep_their_solution_as_the_answer(tmp_path):
     code, kept, _ = run(tmp_path, write(tmp_path, [stratos("Write a haiku.", "Five, seven, five.", "Old pond.")]))
     assert code == 0 and kept[0]["verifier"] == "none" and kept[0]["answer"] == kept[0]["solution"] == "Old pond."
+
+
+def test_unreadable_private_tests_leave_the_public_ones_and_are_counted(tmp_path, capsys):
+    rows = [ROWS["livecodebench"] | {"private_test_cases": "eJxr"}, ROWS["livecodebench"] | {"question_content": "2n?"}]
+    code, kept, rejected = run(tmp_path, write(tmp_path, rows))
+    assert (code, rejected) == (0, []) and len(kept) == 2
+    assert [len(read_tests(row["answer"]).cases) for row in kept] == [1, 2]
+    assert re.search(r"kept +2 *\n.*public tests alone \(private ones unreadable\) +1", capsys.readouterr().out)
 
 
 def test_duplicates_are_left_out_and_rows_keep_their_order(tmp_path, capsys):

@@ -84,6 +84,13 @@ def test_a_letter_that_is_none_of_the_options_is_an_error():
         get_verifier("choice")("\\boxed{A}", "E\nA. 1\nB. 2")
 
 
+@pytest.mark.parametrize("listed", ["A) 11 B) 12", "(A) 11 (B) 12\n(C) 13 (D) 14", "A. one\nB. two\nA. 11\nB. 12"])
+def test_options_that_are_not_one_a_line_are_not_taken(listed):
+    gold = ground_truth(Question("q", f"Which number is even?\n{listed}", "B", verifier="choice"))
+    assert gold == "B"
+    assert get_verifier("choice")("\\boxed{B}", gold) == "correct"
+
+
 def test_the_options_are_those_that_the_question_lists():
     text = "Which number is even?\n\n(A) 11\n(B) 12\n (C) 12\n(D) 13"
     gold = ground_truth(Question("q", text, "D", verifier="choice"))

@@ -51,4 +51,11 @@ def _joined(one: tuple[Fraction, str], other: tuple[Fraction, str]) -> list[tupl
     return results
 
 
-LAYOUTS = (Layout(("countdown",), columns("target, nums"), countdown),)
+LAYOUTS = (
+    Layout(
+        ("countdown",),
+        columns("target, nums"),
+        countdown,
+        columns("data_source, prompt, ability, reward_model, extra_info"),
+    ),
+)

@@ -65,6 +65,8 @@ class Draft:
     question: str
     answer: str | None
     """None: what the last box of `boxed` holds."""
+    partial_answer: str | None = None
+    """What is left of an answer that the verifier cannot read; such questions are counted."""
     boxed: str | None = None
     responses: tuple[Response, ...] = ()
     """The first that the verifier accepts is taken."""
@@ -127,8 +129,11 @@ def find_layout(row: Row, layouts: Iterable[Layout], where: str) -> Layout:
     if best:
         names = ", ".join(layout.name for layout in best)
         raise ValueError(f"{where} could be of the layouts {names}: its columns are {found}; choose with --layout.")
-    near = [layout.name for layout in layouts if layout.required <= row.keys()]
-    could_be = f" They include those of {', '.join(near)}: --layout {near[0]} takes it as that." if near else ""
+    having = [layout for layout in layouts if layout.required <= row.keys() and layout.looks_right(row)]
+    near = dict.fromkeys(one.name for one in having if not any(one.required < other.required for other in having))
+    could_be = (
+        f" They include those of {' and '.join(near)}: --layout {next(iter(near))} takes it as that." if near else ""
+    )
     raise ValueError(
         f"{where} has the columns {found}, which are those of no known layout.{could_be} Say which is which with "
         "--map question=COLUMN,answer=COLUMN,..."

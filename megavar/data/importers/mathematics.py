@@ -39,7 +39,8 @@ def answered(row: Row) -> Draft:
     if row.get("problem_is_valid") not in (None, "Yes") or row.get("solution_is_valid") not in (None, "Yes"):
         raise LeftOut(Reason.MARKED_INVALID)
     given = {column.lower(): value for column, value in row.items()}
-    answer, solution = as_text(given["answer"]), as_text(given.get("solution"))
+    answer = as_text(given["answer"] if "answer" in given else given["expected_answer"])
+    solution = _first(given, "solution", "reference_solution")
     if answer is not None and answer.casefold() in _NO_ANSWERS:
         raise LeftOut(Reason.NO_ANSWER)
     has_options = row.get("question_type") == "MCQ" and re.fullmatch(r"[A-J]", answer or "")
@@ -49,7 +50,7 @@ def answered(row: Row) -> Draft:
         boxed=solution,
         responses=() if solution is None or solution == answer else (Response(None, solution),),
         verifier="choice" if has_options else "math",
-        id=_first(given, "unique_id", "id", "problem_idx"),
+        id=_first(given, "unique_id", "id", "problem_idx", "idx"),
         source=_first(given, "source"),
     )
 
@@ -89,32 +90,41 @@ def _is_gsm8k(row: Row) -> bool:
     return "####" in str(row["answer"])
 
 
+_ABOUT = columns(
+    "id, ID, idx, index, uuid, url, link, source, data_source, year, Year, exam, competition, contest, test, split, "
+    "problem_idx, problem_number, question_number, Problem Number, Part, type, problem_type, subject, topic, domain, "
+    "data_topic, subfield, level, difficulty, lang, language, license, tags, metadata, extra_info"
+)
+"""Columns that tell where a question is from. With other ones, such as options, a row may not be what it seems."""
+
+
 def _competition(question: str, answer: str, *optional: str) -> Layout:
     """One of the forms in which AIME, AMC and Minerva are published: the same but for the names of columns."""
     return Layout(
         ("competition", "aime24", "aime25", "amc", "amc23", "minerva"),
         frozenset({question, answer}),
         answered,
-        frozenset(optional),
+        _ABOUT | frozenset(optional),
         looks_right=lambda row: "####" not in str(row[answer]),
     )
 
 
 LAYOUTS = (
-    Layout(("gsm8k",), columns("question, answer"), gsm8k, looks_right=_is_gsm8k),
-    Layout(("math",), columns("problem, level, type, solution"), boxed),
+    Layout(("gsm8k",), columns("question, answer"), gsm8k, _ABOUT, looks_right=_is_gsm8k),
+    Layout(("math",), columns("problem, level, type, solution"), boxed, _ABOUT),
     Layout(
         ("math500",),
         columns("problem, solution, answer, subject, level"),
         answered,
-        columns("unique_id"),
+        _ABOUT | {"unique_id"},
     ),
     Layout(("minerva",), columns("problem, solution, idx"), boxed, columns("type")),
     Layout(("competition", "aime24"), columns("problem, solution, id, url"), boxed, columns("year")),
-    _competition("problem", "answer", "id", "ID", "solution", "url", "year", "problem_idx", "problem_type", "source"),
-    _competition("question", "answer", "id", "url", "year", "source", "subject", "type"),
-    _competition("Problem", "Answer", "ID", "Solution"),
-    _competition("Question", "Answer", "ID", "Year", "Problem Number", "Part"),
+    _competition("problem", "answer", "solution", "question"),
+    _competition("problem", "expected_answer", "reference_solution"),
+    _competition("question", "answer"),
+    _competition("Problem", "Answer", "Solution"),
+    _competition("Question", "Answer"),
     Layout(("numinamath_cot",), columns("source, problem, solution"), boxed, columns("messages")),
     Layout(
         ("numinamath_1.5",),

@@ -22,17 +22,19 @@ def apps(row: Row) -> Draft:
         answer,
         responses=tuple(Response(None, f"```python\n{text.strip()}\n```") for text in solutions[:MOST_SOLUTIONS]),
         verifier="code",
-        id=as_text(row.get("problem_id")),
+        id=as_text(row.get("problem_id", row.get("id"))),
         source=as_text(row.get("source")),
     )
 
 
 def livecodebench(row: Row) -> Draft:
-    """LiveCodeBench: public and private tests; there is no published program."""
-    tests = {name: row.get(name) for name in ("public_test_cases", "private_test_cases", "metadata")}
+    """LiveCodeBench: public and private tests, or the public ones alone; there is no published program."""
+    public = {name: row.get(name) for name in ("public_test_cases", "metadata")}
+    tests = public | {"private_test_cases": row.get("private_test_cases")}
     return Draft(
         with_starter_code(row["question_content"], row.get("starter_code")),
         json.dumps(tests, ensure_ascii=False),
+        partial_answer=json.dumps(public, ensure_ascii=False),
         verifier="code",
         id=as_text(row.get("question_id")),
         source=as_text(row.get("platform")),
@@ -53,11 +55,14 @@ def _listed(solutions: Any) -> list[str]:
 
 
 LAYOUTS = (
-    Layout(
-        ("apps",),
-        columns("problem_id, question, solutions, input_output"),
-        apps,
-        columns("difficulty, url, starter_code"),
+    *(
+        Layout(
+            ("apps",),
+            columns(f"{id}, question, solutions, input_output"),
+            apps,
+            columns("difficulty, url, starter_code"),
+        )
+        for id in ("problem_id", "id")  # of the published loader, and of the file that it reads
     ),
     Layout(
         ("taco",),

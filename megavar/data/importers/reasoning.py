@@ -94,7 +94,9 @@ def limo(row: Row) -> Draft:
 _S1K_OTHERS = columns("cot_type, source_type, metadata, cot, text")
 LAYOUTS = (
     Layout(("bespoke_stratos", "openthoughts_114k"), columns("system, conversations"), conversation),
-    Layout(("openthoughts3",), columns("conversations"), conversation, columns("difficulty, source, domain")),
+    Layout(
+        ("openthoughts3",), columns("conversations"), conversation, columns("difficulty, source, domain, question, id")
+    ),
     Layout(
         ("openthoughts_114k_meta",),
         columns("problem, deepseek_reasoning, deepseek_solution"),
@@ -127,5 +129,5 @@ LAYOUTS = (
             "deepseek_grade_reason"
         ),
     ),
-    Layout(("limo",), columns("question, solution, answer"), limo),
+    Layout(("limo",), columns("question, solution, answer"), limo, columns("text")),
 )
