@@ -30,7 +30,7 @@ name: bench
 runs_dir: {folder}/runs
 model: {root}/examples/base/qwen3-tiny
 data: {{train: {folder}/t.jsonl, max_sequence_tokens: 160}}
-precision: {{dtype: fp32}}
+precision: {{recipe: fp32}}
 parallel: {{tensor: 2}}
 sft: {{num_steps: 100000, batch_sequences: 8, save_interval: 100000}}
 sample: {{sampler: policy, max_trace_tokens: 80, max_answer_tokens: 16}}

@@ -22,7 +22,7 @@ name: layouts
 runs_dir: {folder}
 model: {root}/examples/base/qwen3-tiny
 data: {{train: {folder}/train.jsonl, max_sequence_tokens: 1400}}
-precision: {{dtype: fp32}}
+precision: {{recipe: fp32}}
 rollout: {{python: {root}/.venv-sglang/bin/python, dtype: float32, max_total_tokens: 16384, concurrency: 16}}
 sft: &train {{epochs: 30, batch_sequences: 5, microbatch_tokens: 2048, learning_rate: 3.0e-3}}
 posterior: {{train: *train}}

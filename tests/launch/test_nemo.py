@@ -47,7 +47,7 @@ def folder(tmp_path):
 name: a
 model: {ROOT}/examples/base/qwen3-tiny
 data: {{train: t.jsonl, max_sequence_tokens: 160}}
-precision: {{dtype: fp32}}
+precision: {{recipe: fp32}}
 parallel: {{tensor: 2}}
 sft: {{num_steps: 1}}
 posterior: {{train: {{num_steps: 1}}}}
