@@ -27,7 +27,7 @@ SIZES = [
     *(f"{job}.{setting}" for job in ("sft", "posterior.train", "policy.train")
       for setting in ("epochs=12", "batch_sequences=10", "microbatch_tokens=4096", "learning_rate=5e-3",
                       "recompute=none")),
-    "policy.train.epochs=1", "score.microbatch_tokens=4096", "precision.dtype=fp32", "rollout.dtype=float32",
+    "policy.train.epochs=1", "score.microbatch_tokens=4096", "precision.recipe=fp32", "rollout.dtype=float32",
     "rollout.num_servers=1", "rollout.mem_fraction=null", "rollout.max_total_tokens=16384", "rollout.concurrency=64",
     f"rollout.python={ROOT}/.venv-sglang/bin/python",
 ]  # fmt: skip
