@@ -54,7 +54,6 @@ async def run_requests(
     *,
     description: str,
     total: int | None = None,
-    concurrency: int | None = None,
     show_progress: bool = True,
     count: Callable[[int], int] | None = None,
 ) -> Throughput:
@@ -62,11 +61,11 @@ async def run_requests(
 
     Args:
         engine: after `check_model`.
-        requests: consumed lazily, as many at a time as are in flight.
+        requests: consumed lazily: the next one once fewer samples are in flight than the engine has capacity for. What
+            is not asked for yet is left to other nodes.
         on_result: called in the event loop, so it must be quick; what it raises ends the run at once.
         description: of the progress line and the errors.
         total: number of requests; None: the length of `requests` if it has one, else the line shows no remaining time.
-        concurrency: requests in flight; None: the engine's capacity (the engine bounds samples by itself).
         show_progress: off on all ranks but one.
         count: adds a number of finished requests to those of other nodes and returns the sum, which is shown.
 
@@ -78,34 +77,41 @@ async def run_requests(
     """
     if total is None and isinstance(requests, Sized):
         total = len(requests)
-    pending = iter(requests)
+    in_flight, freed = 0, asyncio.Event()
     done, failures = Throughput(), list[tuple[object, Exception]]()
     here = "" if num_nodes() == 1 else " on this node"
     start = time.monotonic()
 
-    async def run_some(progress: ProgressLine) -> None:
-        for key, request in pending:
-            if failures and isinstance(failures[-1][1], NoWorkerLeft):
-                return
-            try:
-                generations = await engine.generate(request)
-            except (RolloutError, ValueError) as error:
-                failures.append((key, error))
-                logger.warning("%s: request %s failed: %s", description, key, error)
-                continue
-            on_result(key, generations)
-            done.num_requests += 1
-            done.num_samples += len(generations)
-            done.num_tokens += sum(len(generation.ids) for generation in generations)
-            done.seconds = time.monotonic() - start
-            shown = done.num_requests if count is None else count(1)
-            progress.update(shown, total, f"requests, {done.tokens_per_second:,.0f} tokens/s{here}")
+    async def run(key: Key, request: GenerateRequest, progress: ProgressLine) -> None:
+        nonlocal in_flight
+        try:
+            generations = await engine.generate(request)
+        except (RolloutError, ValueError) as error:
+            failures.append((key, error))
+            logger.warning("%s: request %s failed: %s", description, key, error)
+            return
+        finally:
+            in_flight -= request.num_samples
+            freed.set()
+        on_result(key, generations)
+        done.num_requests += 1
+        done.num_samples += len(generations)
+        done.num_tokens += sum(len(generation.ids) for generation in generations)
+        done.seconds = time.monotonic() - start
+        shown = done.num_requests if count is None else count(1)
+        progress.update(shown, total, f"requests, {done.tokens_per_second:,.0f} tokens/s{here}")
 
     with ProgressLine(description, show=show_progress) as progress:
         try:
             async with asyncio.TaskGroup() as tasks:
-                for _ in range(concurrency or engine.capacity):
-                    tasks.create_task(run_some(progress))
+                for key, request in requests:
+                    in_flight += request.num_samples
+                    tasks.create_task(run(key, request, progress))
+                    while in_flight >= max(1, engine.capacity):
+                        freed.clear()
+                        await freed.wait()
+                    if failures and isinstance(failures[-1][1], NoWorkerLeft):
+                        break
         except* Exception as group:
             raise first_error(group) from None
     if failures:
