@@ -68,7 +68,12 @@ class Description:
         """
         file = checkpoint / DESCRIPTION
         try:
-            return cls(**json.loads(file.read_text())) if file.is_file() else None
+            found = cls(**json.loads(file.read_text())) if file.is_file() else None
+            if found and not (
+                isinstance(found.tied_head_written, bool) and isinstance(found.source_digest, str | None)
+            ):
+                raise TypeError("expected a bool tied_head_written, and a text or null source_digest")
+            return found
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file} is damaged ({error}); remove it and give --hf-template.") from error
 
@@ -133,7 +138,7 @@ class ShardedCheckpoint:
             piece = self._memory.empty(TensorInfo(entry.properties.dtype, shape))
             for read in reads:
                 self._read(read, narrow_tensor_by_index(piece.view(sizes), read.dest_offsets, read.lengths))
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, LookupError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(
                 f"{self.path}: {name}{list(index)} cannot be read: {first_line(error)}; copy it again."
             ) from error
@@ -145,10 +150,12 @@ class ShardedCheckpoint:
         with open(self.path / info.relative_path, "rb") as file:
             stored = cast(IO[bytes], _create_file_view(file, info.offset, info.length))
             header: Tensor = torch.load(stored, map_location="meta", weights_only=True)
+            if not isinstance(header, Tensor):
+                raise OSError(f"{info.relative_path} has something else there")
             place = narrow_tensor_by_index(header, read.storage_offsets, read.lengths)
             if place.is_contiguous() and target.is_contiguous() and place.dtype == target.dtype:
                 start = header.untyped_storage()._checkpoint_offset
-                assert start is not None
+                assert start is not None, "torch tells where in its file a storage begins"
                 stored.seek(start + int(place.storage_offset()) * place.itemsize)
                 if stored.readinto(bytes_of(target)) != target.nbytes:  # type: ignore[attr-defined]
                     raise OSError(f"{info.relative_path} ends within it")
