@@ -69,8 +69,8 @@ def _dims(model_type: str, family: Family, config: dict[str, Any], file: Path) -
             )
         if isinstance(value, float) and not isfinite(value):
             raise ValueError(f"{file} has {key}={value}, expected a finite number; re-download it.")
-        if isinstance(value, int) and kind is int and value < 1:
-            raise ValueError(f"{file} has {key}={value}, expected at least 1; re-download it.")
+        if isinstance(value, int) and kind is int and not 1 <= value < 2**31:
+            raise ValueError(f"{file} has {key}={value!r:.100}, expected 1 to 2^31 - 1; re-download it.")
         return value
 
     is_moe = family.is_moe

@@ -198,7 +198,7 @@ def test_training_flops_equal_those_that_torch_counts_in_transformers(tmp_path, 
     [
         ({"hidden_size": None}, r"config\.json has hidden_size=None, expected a value of type int"),
         ({"num_hidden_layers": "4", "layer_types": None}, r"num_hidden_layers='4', expected a value of type int"),
-        ({"num_key_value_heads": 0}, r"num_key_value_heads=0, expected at least 1"),
+        ({"num_key_value_heads": 0}, r"num_key_value_heads=0, expected 1 to 2"),
         ({"tie_word_embeddings": "no"}, r"tie_word_embeddings='no', expected a value of type bool"),
         ({"rope_parameters": {"rope_type": "default"}, "rope_theta": None}, r"no rope_theta"),
     ],
