@@ -87,6 +87,23 @@ def test_rows_of_several_writers_are_merged_side_by_side(tmp_path, monkeypatch, 
     assert all(other.logp_trace.tolist() == [-row] * (row % 5) for row, (_, other) in enumerate(pairs))
 
 
+@pytest.mark.parametrize("most_held", [0, 10**9], ids=["spilled", "held"])
+def test_parts_are_divided_where_tables_end_whether_they_are_sorted_or_not(tmp_path, monkeypatch, most_held):
+    monkeypatch.setattr(record_files, "MERGED_AT_ONCE", 1)
+    monkeypatch.setattr(record_files, "MOST_HELD", most_held)
+    monkeypatch.setattr(record_files, "LONG_ROWS", 4)
+    orders = {"sorted": np.arange(22), "other": np.random.default_rng(0).permutation(22)}
+    groups = []
+    for name, order in orders.items():
+        groups.append([tmp_path / f"{name}-{part}.parquet" for part in range(2)])
+        for part, file in enumerate(groups[-1]):
+            scored = [Scored(row, np.full(row % 3, row, np.float32), None) for row in order.tolist() if row % 2 == part]
+            with RecordFileWriter(file, Scored) as writer:
+                writer.write(table_of(scored, Scored))
+    found = [[table["row"].to_pylist() for table in tables] for tables in merge(groups, Scored, tmp_path)]
+    assert found == [[list(range(start, min(start + 4, 22)))] * 2 for start in range(0, 22, 4)]
+
+
 def test_files_are_read_side_by_side_in_whole_questions(tmp_path, monkeypatch):
     monkeypatch.setattr(record_files, "LONG_ROWS", 3)
     monkeypatch.setattr(record_files, "SHORT_ROWS", 5)
