@@ -330,6 +330,15 @@ BROKEN_CHECKPOINTS = {
         r"linear_fc1\.weight has shape .*192.*190",
     ),
     "description": (lambda f: (f / "megavar.json").write_text("[1]"), r"megavar\.json is damaged"),
+    "digest": (
+        lambda f: (f / "megavar.json").write_text('{"tied_head_written": false, "source_digest": 7}'),
+        r"megavar\.json is damaged",
+    ),
+    "huge size": (
+        lambda f: edit_config(f / "huggingface", vocab_size=2**63),
+        r"vocab_size=9223372036854775808, expected",
+    ),
+    "zeros": (lambda f: (f / "__0_0.distcp").write_bytes(bytes((f / "__0_0.distcp").stat().st_size)), "cannot be read"),
 }
 
 
