@@ -1,30 +1,32 @@
-"""Controlled comparison of the methods (`make evidence`): same questions, base model, seeds and optimizer steps.
+"""Controlled comparison of the methods (`make evidence`): what runs on which task is in `evidence_tasks.py`.
 
-    python examples/evidence.py [--tasks chains unknown] [--seeds 1 2 3] [--methods iwae rft ...]
+    python examples/evidence.py [--tasks sort search ...] [--seeds 1 2 ...] [--methods iwae rft ...]
 
-For each task and seed, the run `iwae` is the paper's method with the first 8 of 16 traces per question. Other runs
-reuse stages of a run with the same settings (files are hard-linked, manifest entries copied, and the pipeline checks
-that the settings agree), so methods differ only in the settings compared. All policies train for the same number of
-steps and batch size; `more_sft` and `rft_more_steps` also train for the steps of the models that they do not need.
-Two runs execute concurrently, each a single rank with one of two servers, which are started once. Their output goes to
-runs/evidence/logs. Results are written to runs/evidence/results.json after each run, so the command is resumable: a run
-whose result is there with the same settings is skipped.
+Runs of one task and seed differ only in the settings compared: they reuse each other's stages with the same settings
+(`reuse`), so they share pi_0, and where possible q, traces, verdicts and scores. Two runs execute concurrently, each a
+single rank with one of two servers, which are started once. Their output goes to runs/evidence/logs. Results are
+written to runs/evidence/results.json after each run, so the command is resumable: a run whose result is there with the
+same settings is skipped. Copy docs/evidence/results.json there to add to the published ones.
 """
 
 import argparse
 import asyncio
 import json
 import os
-import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
+from typing import Any
+
+from evidence_tasks import TASKS
 
 from megavar.config.load import load_config
 from megavar.data.questions import read_questions
 from megavar.disk import atomic_write
+from megavar.models.config_json import read_dims
+from megavar.models.dims import ModelDims
 from megavar.progress import ProgressLine
 from megavar.record_files import read_records
 from megavar.records import Answer, Question, Trace
@@ -39,35 +41,9 @@ KEY = "EVIDENCE_SERVER_KEY"
 """Environment variable with the API key of the servers."""
 ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 """The environment that torchrun would set for a single rank."""
-STEPS = {
-    "chains": {"sft": 52, "posterior.train": 52, "policy.train": 64},
-    "unknown": {"sft": 80, "posterior.train": 100, "policy.train": 120},
-}
-"""Optimizer steps of 64 sequences."""
-OUTPUTS = {
-    "sft": ["sft"],
-    "rollouts": ["round_01/rollouts"],
-    "posterior": ["round_01/posterior"],
-    "sample": ["round_01/traces", "round_01/answers"],
-    "verify": ["round_01/verified"],
-    "score": ["round_01/scores"],
-    "weigh": ["round_01/weights"],
-    "policy": ["round_01/policy"],
-    "export": [],
-    "eval": ["eval"],
-}
-"""Stage -> its outputs in the run folder, in the order of the stages."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """Settings of a method, and the method whose stages, up to and including `until`, its run reuses."""
-
-    overrides: tuple[str, ...] = ()
-    shared_with: str | None = None
-    until: str | None = None
-    takes_steps: tuple[str, ...] = ()
-    """Training stages; the first one trains for the total optimizer steps of all of them."""
+BASE = RUNS / "swaps_base"
+"""The base of the hard tasks."""
+BASE_FLAGS = ("--swaps", "--num-steps", "900", "--row-tokens", "128")
 
 
 @dataclass(frozen=True)
@@ -78,91 +54,52 @@ class Job:
     method: str
     seed: int
 
+    @property
+    def folder(self) -> Path:
+        """The run's."""
+        return RUNS / self.task / f"{self.method}_{self.seed}"
 
-EIGHT = ("sample.num_traces=8",)
-OWN_TRACES = (*EIGHT, "sample.sampler=policy", "objective.ratio=none")
-ROLLOUT = (*EIGHT, "posterior.source=rollout")
-METHODS = {
-    "iwae": Method(),
-    "more_sft": Method(("eval.models=[pi_0]",), takes_steps=("sft", "posterior.train", "policy.train")),
-    "ratio_none": Method(("objective.ratio=none",), "iwae", "score"),
-    "ratio_sequence": Method(("objective.ratio=sequence",), "iwae", "score"),
-    "no_hint": Method(OWN_TRACES, "iwae", "sft"),
-    "rft": Method((*OWN_TRACES, "objective.name=rft"), "no_hint", "score"),
-    "rft_more_steps": Method(
-        (*OWN_TRACES, "objective.name=rft"), "no_hint", "score", takes_steps=("policy.train", "posterior.train")
-    ),
-    "grpo": Method((*OWN_TRACES, "objective.name=grpo"), "no_hint", "score"),
-    "forward_kl": Method(ROLLOUT, "iwae", "sft"),
-    "forward_kl_ratio_sequence": Method((*ROLLOUT, "objective.ratio=sequence"), "forward_kl", "score"),
-    "answer_geometric_mean": Method(
-        ("objective.answer_estimator=geometric_mean", "objective.train_answers=reference"), "iwae", "score"
-    ),
-    "answer_likelihood": Method(
-        ("objective.answer_estimator=likelihood", "objective.train_answers=reference"), "iwae", "score"
-    ),
-    **{f"k{k}": Method((f"objective.num_traces={k}",), "iwae", "score") for k in (1, 2, 4, 16)},
-    "rounds_3": Method((*ROLLOUT, "rounds=3"), "forward_kl", "eval"),
-    "reverse_kl_rounds_3": Method((*EIGHT, "rounds=3", "posterior.source=reverse_kl"), "iwae", "sft"),
-}
+    @property
+    def data(self) -> Path:
+        """Folder of its question files."""
+        task = TASKS[self.task]
+        return RUNS / (f"{self.task}_data_{self.seed}" if task.data_of_seed else f"{self.task}_data")
 
 
-def make_data(task: str) -> None:
-    """Generate the questions of a task if they do not exist."""
-    folder = RUNS / f"{task}_data"
-    if not (folder / "train.jsonl").exists():
-        command = [sys.executable, str(ROOT / "examples/data/generate.py"), "--task", task, "--out", str(folder)]
-        subprocess.run([*command, "--num-eval", "200"], check=True)
+def make_inputs(job: Job) -> None:
+    """Generate the questions and the base of a run if they do not exist."""
+    task = TASKS[job.task]
+    if task.base_is_made and not (BASE / "README.md").exists():  # which is written last
+        subprocess.run([sys.executable, "examples/base/make_base.py", "--out", BASE, *BASE_FLAGS], check=True)
+    if not (job.data / "made").exists():
+        script, *flags = (part.format(seed=job.seed) for part in task.data)
+        subprocess.run([sys.executable, script, *flags, "--out", job.data], check=True)
+        (job.data / "made").touch()
 
 
-def share(source: Path, target: Path, until: str) -> None:
-    """Initialise the run `target` with the stages of `source` up to `until`, unless it has a manifest.
-
-    Hard-links the outputs and copies the entries of manifest and metrics.
-    """
-    if (target / "manifest.json").exists():
-        return
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    stages = list(OUTPUTS)[: list(OUTPUTS).index(until) + 1]
-    for folder in (folder for stage in stages for folder in OUTPUTS[stage]):
-        if (source / folder).exists():
-            shutil.copytree(source / folder, partial / folder, copy_function=os.link)
-    if "export" in stages:
-        (partial / "hf").symlink_to("round_01/policy/hf")
-    entries = json.loads((source / "manifest.json").read_text())
-    reused = {key: entries[key] for key in entries if key in stages}
-    (partial / "manifest.json").write_text(json.dumps(reused, indent=2))
-    rows = (source / "metrics.jsonl").read_text().splitlines()
-    kept = [row for row in rows if json.loads(row)["stage"] in stages]
-    (partial / "metrics.jsonl").write_text("".join(row + "\n" for row in kept))
-    os.replace(partial, target)
-
-
-def settings(task: str, seed: int, name: str) -> list[str]:
+def settings(job: Job) -> list[str]:
     """Configuration overrides of a run, relative to conf/demo.yaml."""
-    method, data = METHODS[name], RUNS / f"{task}_data"
+    task, method = TASKS[job.task], TASKS[job.task].methods[job.method]
     overrides = [
-        f"runs_dir={RUNS / task}",
-        f"name={name}_{seed}",
-        f"seed={seed}",
-        f"data.train={data / 'train.jsonl'}",
-        f"data.eval={data / 'eval.jsonl'}",
-        "data.questions_per_round=200",
-        "data.max_sequence_tokens=224",
-        "sample.num_traces=16",
-        "sample.num_answers=2",
-        "sample.max_trace_tokens=128",
-        "objective.num_traces=8",
-        *(f"{stage}.num_steps={steps}" for stage, steps in STEPS[task].items()),
-        *method.overrides,
+        f"runs_dir={job.folder.parent}",
+        f"name={job.folder.name}",
+        f"seed={job.seed}",
+        *([f"model={BASE}"] if task.base_is_made else []),
+        *(setting.format(data=job.data) for setting in task.overrides),
+        *(f"{stage}.num_steps={steps}" for stage, steps in task.steps.items()),
+        *(setting.format(data=job.data) for setting in method.overrides),
     ]
     if method.takes_steps:
-        overrides.append(f"{method.takes_steps[0]}.num_steps={sum(STEPS[task][stage] for stage in method.takes_steps)}")
-    if method.until is not None:
-        overrides.append("eval.models=[policy]")  # pi_0 is evaluated by the run whose stages are reused
+        overrides.append(f"{method.takes_steps[0]}.num_steps={sum(task.steps[stage] for stage in method.takes_steps)}")
+    if not method.evaluates_pi_0:
+        overrides.append("eval.models=[policy]")
     return overrides
+
+
+def others(job: Job) -> list[Path]:
+    """Runs of the same task and seed, whose finished stages a run may reuse."""
+    runs = (replace(job, method=method).folder for method in TASKS[job.task].methods if method != job.method)
+    return [folder for folder in runs if (folder / "manifest.json").exists()]
 
 
 def collapsed(folder: Path) -> bool:
@@ -173,8 +110,8 @@ def collapsed(folder: Path) -> bool:
     return bool(counts) and counts[-1] == 0
 
 
-async def run(task: str, seed: int, name: str, url: str) -> Path:
-    """Run one method, after the method whose stages it reuses; finished stages are skipped.
+async def run(job: Job, url: str) -> None:
+    """Run one method; finished stages are skipped, and those that another run has finished are linked from there.
 
     Args:
         url: of the server to use.
@@ -182,18 +119,12 @@ async def run(task: str, seed: int, name: str, url: str) -> Path:
     Raises:
         RunFailed: naming the log file.
     """
-    method, overrides, target = METHODS[name], settings(task, seed, name), RUNS / task / f"{name}_{seed}"
-    done, made_by = target / "done", json.dumps(overrides)
-    if done.exists() and done.read_text() == made_by:  # otherwise the run itself reports the differing setting
-        return target
-    if method.shared_with is not None and method.until is not None:
-        share(await run(task, seed, method.shared_with, url), target, method.until)
+    reuse = ",".join(map(str, others(job)))
+    overrides = [*settings(job), f"reuse=[{reuse}]"]
     overrides += ["rollout.mode=external", f"rollout.urls=[{url}]", f"rollout.api_key_env={KEY}"]
-    log = RUNS / "logs" / f"{task}_{name}_{seed}.log"
-    for stage in ("sft", "eval") if name == "more_sft" else ("run",):
+    log = RUNS / "logs" / f"{job.task}_{job.folder.name}.log"
+    for stage in ("sft", "eval") if TASKS[job.task].methods[job.method].only_sft else ("run",):
         await launch(stage, overrides, log)
-    done.write_text(made_by)
-    return target
 
 
 class RunFailed(Exception):
@@ -209,6 +140,7 @@ async def launch(stage: str, overrides: list[str], log: Path) -> None:
     command = [sys.executable, "-m", "megavar", stage, "--config", str(CONFIG), *overrides]
     guarded = [sys.executable, "-I", "-S", watchdog.__file__, str(os.getpid()), *command]
     environment = {**os.environ, **ONE_RANK, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment["PYTHONPATH"] = os.pathsep.join(["examples/hard", *filter(None, [os.environ.get("PYTHONPATH")])])
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         process = await asyncio.create_subprocess_exec(
@@ -218,33 +150,84 @@ async def launch(stage: str, overrides: list[str], log: Path) -> None:
             raise RunFailed(str(log))
 
 
-def result(folder: Path, held_out: list[Question]) -> dict[str, object]:
-    """Results of a run: accuracy of every policy, tokens and seconds per stage, statistics of traces and weights.
+def result(job: Job) -> dict[str, object]:
+    """Results of a run: accuracy of every policy, costs by stage, statistics of traces and weights.
 
     The last stage of a collapsed run has no seconds.
     """
+    folder, task = job.folder, TASKS[job.task]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     tokens: dict[str, float] = {}
     for row in rows:
         tokens[row["stage"]] = tokens.get(row["stage"], 0) + row.get("target_tokens", 0)
     entries = json.loads((folder / "manifest.json").read_text())
-    return {
-        "accuracy": {file.stem: json.loads(file.read_text()) for file in sorted((folder / "eval").glob("*.json"))},
-        "correct": {path.parent.name: correct(path, held_out) for path in sorted((folder / "eval").glob("*/verified"))},
+    measured: dict[str, object] = {
+        "accuracy": {file.stem: json.loads(file.read_text()) for file in sorted((folder / "eval").glob("pi_*.json"))},
         "traces": {path.parent.name: traces(path.parent) for path in sorted(folder.glob("round_*/verified"))},
         "rollouts": {path.parts[-3]: traces(path.parent) for path in sorted(folder.glob("round_*/rollouts/verified"))},
         "target_tokens": {stage: count for stage, count in tokens.items() if count},
         "seconds": {stage: entry["seconds"] for stage, entry in entries.items() if entry["status"] == "finished"},
         "weigh": {str(row["step"]): row for row in rows if row["stage"] == "weigh"},
     }
+    if task.suites:
+        measured["flops"] = flops(folder, rows, read_dims(BASE))
+        measured["correct"] = {
+            suite: {
+                path.parent.name: correct(path, read_questions(job.data / f"{suite}.jsonl"))
+                for path in sorted((folder / "eval" / suite).glob("*/verified"))
+            }
+            for suite in task.suites
+        }
+    else:
+        questions = read_questions(job.data / "eval.jsonl")
+        found = {path.parent.name: correct(path, questions) for path in sorted((folder / "eval").glob("*/verified"))}
+        measured["correct"] = {model: "".join(map(str, counts)) for model, counts in found.items()}
+    return measured
 
 
-def correct(verified: Path, questions: list[Question]) -> str:
-    """Number of correct samples per question, one digit each; a truncated trace has no answer and counts as wrong."""
+def flops(folder: Path, rows: list[dict[str, Any]], dims: ModelDims) -> dict[str, float]:
+    """FLOPs of what a method does, by stage: training as its metrics have it; each token sampled and scored once forward.
+
+    A question's prompt counts once for sampling. Scoring counts the policy's and the sampler's forward over prompt and
+    trace, where weights compare the two; without a ratio it is not needed.
+    """
+    spent: dict[str, float] = {}
+    for row in rows:
+        if "tflops_per_second_per_rank" in row:
+            of_step = row["tflops_per_second_per_rank"] * row["seconds"] * 1e12
+            spent[row["stage"]] = spent.get(row["stage"], 0.0) + of_step
+    for place in sorted(folder.glob("round_*/rollouts/verified")) + sorted(folder.glob("round_*/verified")):
+        sampled = read_records(place.parent / "traces" / "data.parquet", Trace)
+        prompts = {trace.question_id: len(trace.prompt_ids) for trace in sampled}
+        answer_tokens: dict[tuple[str, int], int] = {}
+        for answer in read_records(place / "data.parquet", Answer):
+            key = answer.question_id, answer.trace_index
+            answer_tokens[key] = answer_tokens.get(key, 0) + len(answer.answer_ids)
+        total = sum(forward(dims, length, 0) for length in prompts.values())
+        scored = 0.0
+        for trace in sampled:
+            prompt, length = len(trace.prompt_ids), len(trace.trace_ids)
+            after = prompt + length + answer_tokens.get((trace.question_id, trace.trace_index), 0)
+            total += forward(dims, after, after - prompt) - forward(dims, prompt, 0)
+            scored += 2 * forward(dims, prompt + length, length)
+        stage = "rollouts" if place.parent.name == "rollouts" else "sample"
+        spent[stage] = spent.get(stage, 0.0) + total
+        if stage == "sample" and any(trace.sampler == "posterior" for trace in sampled):
+            spent["score"] = spent.get("score", 0.0) + scored
+    return spent
+
+
+def forward(dims: ModelDims, length: int, num_targets: int) -> float:
+    """FLOPs of a forward pass over a sequence of `length` tokens."""
+    return dims.training_flops([length], num_targets) / 3
+
+
+def correct(verified: Path, questions: list[Question]) -> list[int]:
+    """Number of correct samples of each question; a truncated trace has no answer and counts as wrong."""
     counts = dict.fromkeys((question.id for question in questions), 0)
     for answer in read_records(verified / "data.parquet", Answer):
         counts[answer.question_id] += bool(answer.correct)
-    return "".join(map(str, counts.values()))
+    return list(counts.values())
 
 
 def traces(folder: Path) -> dict[str, float]:
@@ -289,33 +272,35 @@ async def work(url: str, waiting: list[Job], failed: list[str], num_jobs: int, l
             continue
         waiting.remove(job)
         BUSY.add((job.task, job.seed))
-        folder = RUNS / job.task / f"{job.method}_{job.seed}"
         try:
-            await run(job.task, job.seed, job.method, url)
-            keep(job, folder)
+            await run(job, url)
+            keep(job)
         except RunFailed as error:
-            if collapsed(folder):
-                keep(job, folder)
+            if collapsed(job.folder):
+                keep(job)
             else:
                 failed.append(str(error))
         BUSY.remove((job.task, job.seed))
         line.update(num_jobs - len(waiting) - len(BUSY), num_jobs, f"runs, finished {job.task} {job.method} {job.seed}")
 
 
-def known_results() -> dict[str, dict[str, dict[str, dict[str, object]]]]:
+def known_results() -> dict[str, Any]:
     """Task -> method -> seed -> stored result."""
-    results: dict[str, dict[str, dict[str, dict[str, object]]]] = (
-        json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    )
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     return results
 
 
-def keep(job: Job, folder: Path) -> None:
+def known_settings(known: Mapping[str, Any], job: Job) -> list[str] | None:
+    """Those that the stored result of a run was made with; None if there is none."""
+    found: list[str] | None = known.get(job.task, {}).get(job.method, {}).get(str(job.seed), {}).get("settings")
+    return found
+
+
+def keep(job: Job) -> None:
     """Store the result of a run in results.json."""
     known = known_results()
     of_method = known.setdefault(job.task, {}).setdefault(job.method, {})
-    measured = result(folder, read_questions(RUNS / f"{job.task}_data" / "eval.jsonl"))
-    of_method[str(job.seed)] = {"settings": settings(job.task, job.seed, job.method), **measured}
+    of_method[str(job.seed)] = {"settings": settings(job), **result(job)}
     with atomic_write(RESULTS) as temporary:
         temporary.write_text(json.dumps(known, indent=1) + "\n")
 
@@ -323,18 +308,21 @@ def keep(job: Job, folder: Path) -> None:
 def main() -> None:
     """Run the selected methods, tasks and seeds and store their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=("chains", "unknown"), default=["chains", "unknown"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: all of a task's")
+    parser.add_argument("--methods", nargs="+", help="default: all of a task's")
     chosen = parser.parse_args()
-    for task in chosen.tasks:
-        make_data(task)
     known = known_results()
     jobs = [
-        Job(task, name, seed)
-        for name, task, seed in product(chosen.methods, chosen.tasks, chosen.seeds)
-        if known.get(task, {}).get(name, {}).get(str(seed), {}).get("settings") != settings(task, seed, name)
+        Job(task, method, seed)
+        for seed in sorted({seed for task in chosen.tasks for seed in TASKS[task].seeds})
+        for task in chosen.tasks
+        for method in TASKS[task].methods
+        if seed in (chosen.seeds or TASKS[task].seeds) and method in (chosen.methods or TASKS[task].methods)
     ]
+    jobs = [job for job in jobs if known_settings(known, job) != settings(job)]
+    for job in jobs:
+        make_inputs(job)
     failed = asyncio.run(serve(jobs)) if jobs else []
     if failed:
         sys.exit(f"error: {len(failed)} runs failed; see {', '.join(failed)}")

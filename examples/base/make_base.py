@@ -1,12 +1,16 @@
 """Pre-trains the demo's base model, a small Qwen3 with its tokenizer, on CPU with plain transformers.
 
     python examples/base/make_base.py --out examples/base/qwen3-tiny
+    python examples/base/make_base.py --out runs/swaps_base --swaps --num-steps 900 --row-tokens 128
 
 The corpus is an infinite stream generated from a seed. Most documents are raw text in the notation of the demo task:
 chains of one to four operations, worked out without errors. The rest are chats about strings of digits, none of them a
 question of the task, and random characters, so that the chat markers, thinking markers and other bytes get trained
 embeddings. So the base model can do the arithmetic but has never seen the task's questions. A held-out chain can occur
 in the raw text by chance: there are 270,000 chains of three operations and 8,100,000 of four.
+
+With `--swaps` (for examples/hard), most documents swap neighbours in a row of digits, at places that are given or drawn
+at random: that base can carry swaps out, and knows nothing of sorting.
 """
 
 import argparse
@@ -14,7 +18,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -89,12 +93,35 @@ def arbitrary_text(rng: random.Random) -> str:
     return "".join(chr(rng.choice((rng.randrange(0x21, 0x250), rng.randrange(0x400, 0xD800)))) for _ in range(8))
 
 
-def corpus(seed: int) -> Iterator[str]:
+def swapped_digits(rng: random.Random) -> str:
+    """One to nine swaps of neighbours in a row of digits: the row and the place before each swap, and the row after."""
+    digits = rng.sample("0123456789", rng.choice((4, 5, 6)))
+    places = [rng.randrange(1, len(digits)) for _ in range(rng.randint(1, 9))]
+    row, given, lines = "".join(digits), "".join(map(str, places)), ""
+    for place in places:
+        lines += f"{''.join(digits)}:{place}\n"
+        digits[place - 1], digits[place] = digits[place], digits[place - 1]
+    lines += "".join(digits) + "\n"
+    draw = rng.random()
+    if draw < 0.5:
+        return (
+            f"<|im_start|>user\nSwap {given} in {row}<|im_end|>\n"
+            f"<|im_start|>assistant\n<think>\n{lines}</think>\n\\boxed{{{given}}}<|im_end|>"
+        )
+    return f"{given} in {row}\n{lines}" if draw < 0.75 else lines
+
+
+Kind = Callable[[random.Random], str]
+CORPUS: dict[Kind, int] = {worked_chain: 80, chat: 18, arbitrary_text: 2}
+CORPUS_WITH_SWAPS: dict[Kind, int] = {worked_chain: 25, swapped_digits: 55, chat: 18, arbitrary_text: 2}
+"""Kind of document -> per cent of them."""
+
+
+def corpus(seed: int, kinds: dict[Kind, int]) -> Iterator[str]:
     """Infinite stream of documents."""
     rng = random.Random(seed)
     while True:
-        kind = rng.choices((worked_chain, chat, arbitrary_text), (80, 18, 2))[0]
-        yield kind(rng)
+        yield rng.choices(list(kinds), list(kinds.values()))[0](rng)
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
@@ -152,10 +179,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalL
 
 
 def batches_of_rows(
-    tokenizer: PreTrainedTokenizerFast, seed: int, num_rows: int, row_tokens: int
+    tokenizer: PreTrainedTokenizerFast, documents: Iterator[str], num_rows: int, row_tokens: int
 ) -> Iterator[torch.Tensor]:
     """Infinite stream of [rows, tokens] int64 batches of concatenated documents, each followed by the end of text."""
-    documents, buffer = corpus(seed), list[int]()
+    buffer = list[int]()
     while True:
         while len(buffer) < num_rows * row_tokens:
             buffer += [*tokenizer(next(documents))["input_ids"], tokenizer.pad_token_id]
@@ -234,6 +261,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--num-steps", type=int, default=600)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--row-tokens", type=int, default=64)
+    parser.add_argument("--swaps", action="store_true", help="the base of examples/hard")
     chosen = parser.parse_args()
     if chosen.num_steps < 2:
         parser.error(f"--num-steps={chosen.num_steps} is too small; use at least 2.")
@@ -241,11 +270,13 @@ def main() -> None:
     tokenizer = make_tokenizer(chosen.seed)
     model = make_model(tokenizer, chosen.seed)
     print(f"{len(tokenizer)} tokens, {model.num_parameters():,} parameters")
-    batches = batches_of_rows(tokenizer, chosen.seed, num_rows=32, row_tokens=64)
+    documents = corpus(chosen.seed, CORPUS_WITH_SWAPS if chosen.swaps else CORPUS)
+    batches = batches_of_rows(tokenizer, documents, num_rows=32, row_tokens=chosen.row_tokens)
     pretrain(model, batches, chosen.num_steps, chosen.learning_rate)
     command = (
         f"python examples/base/make_base.py --out {chosen.out} --seed {chosen.seed} --num-steps {chosen.num_steps} "
         f"--learning-rate {chosen.learning_rate:g}"
+        + (f" --swaps --row-tokens {chosen.row_tokens}" if chosen.swaps else "")
     )
     write_folder(model, tokenizer, chosen.out, command)
 

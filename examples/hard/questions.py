@@ -1,0 +1,151 @@
+"""Generates questions that are hard to answer and easy once the answer is known, few of them with a trace.
+
+    python examples/hard/questions.py --task sort --out runs/sort_data [--train-levels 1 2 3]
+
+The level is the difficulty. A policy that knows the notation, but cannot choose, is right on about one trace in three at
+level 1, in thirty at level 2 and in three hundred at level 3.
+
+`sort`: `Sort 40217 in 4 swaps` asks for swaps of neighbours, each named by the place of the left one. The
+answer is their sequence, any that sorts the digits in as many swaps (`swaps.py`); the trace is what the digits are
+before each swap, and the swap. Who knows the answer only carries it out; who does not must choose at each step. Levels:
+1 swap of 5 digits, 3 of 5, 9 of 6.
+
+`search`: `?*3+4=9 ?-2*7=1 left to right mod 10` asks for the digit that fits in each chain. The trace works a chain out
+with one digit after another. Half of the gold traces try up to three wrong digits first, the others leap to the right
+one. Levels: 1, 2 and 3 chains.
+
+`train.jsonl` has the questions of a round without traces, of the training levels in turn, and after them the few with a
+gold trace, of all levels; in `answers.jsonl` all have an empty one. `eval_LEVEL.jsonl` are held out. The output is
+deterministic given the flags; no question is held out and trained on.
+"""
+
+import argparse
+import json
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator
+from itertools import cycle, islice
+from pathlib import Path
+
+LEVELS = (1, 2, 3)
+SORTS = {1: (5, 1), 2: (5, 3), 3: (6, 9)}
+"""Level -> digits and swaps."""
+OPERATIONS = 2
+"""Of a chain of `search`."""
+LEAP_PROBABILITY = 0.5
+"""Fraction of the gold chains that begin with the right digit."""
+MOST_WRONG = 3
+"""Wrong digits tried in the others, at most."""
+
+Row = dict[str, str]
+"""Fields of a question, except its id."""
+
+
+def inversions(digits: str) -> int:
+    """Pairs in the wrong order: the least number of swaps of neighbours that sorts."""
+    return sum(left > right for place, left in enumerate(digits) for right in digits[place + 1 :])
+
+
+def sort_question(level: int, rng: random.Random) -> Row:
+    """A question of `sort`; each swap of its gold trace is drawn from all that come nearer to the target."""
+    num_digits, num_swaps = SORTS[level]
+    digits = ""
+    while inversions(digits) != num_swaps:
+        digits = "".join(rng.sample("0123456789", num_digits))
+    text, answer, trace = f"Sort {digits} in {num_swaps} swaps", "", ""
+    for _ in range(num_swaps):
+        place = rng.choice([place for place in range(1, num_digits) if digits[place - 1] > digits[place]])
+        trace += f"{digits}:{place}\n"
+        answer += str(place)
+        digits = digits[: place - 1] + digits[place] + digits[place - 1] + digits[place + 1 :]
+    return _row(text, answer, f"{trace}{digits}\n", "swaps:same_permutation")
+
+
+def search_question(level: int, rng: random.Random) -> Row:
+    """A question of `search`; every operation is invertible, so exactly one digit fits a chain."""
+    operations = [(operator, right) for operator in "+-" for right in range(1, 10)]
+    operations += [("*", right) for right in (3, 7, 9)] * 3
+    chains, answer, trace = [], "", ""
+    for _ in range(level):
+        digit, steps = rng.randrange(10), [rng.choice(operations) for _ in range(OPERATIONS)]
+        right_lines, target = work_out(digit, steps)
+        chains.append(f"?{''.join(f'{operator}{right}' for operator, right in steps)}={target}")
+        if rng.random() >= LEAP_PROBABILITY:
+            others = [other for other in range(10) if other != digit]
+            for other in rng.sample(others, rng.randint(1, MOST_WRONG)):
+                lines, value = work_out(other, steps)
+                trace += f"{lines}{value}={target} no\n"
+        trace += f"{right_lines}{target}={target}\n"
+        answer += str(digit)
+    return _row(f"{' '.join(chains)} left to right mod 10", answer, trace, "text")
+
+
+def work_out(digit: int, steps: list[tuple[str, int]]) -> tuple[str, int]:
+    """A chain with this first digit: what remains of it after each step, but the last, and its result."""
+    value, lines = digit, ""
+    for done, (operator, right) in enumerate(steps):
+        lines += str(value) + "".join(f"{sign}{operand}" for sign, operand in steps[done:]) + "\n"
+        value = {"+": value + right, "-": value - right, "*": value * right}[operator] % 10
+    return lines, value
+
+
+def _row(text: str, answer: str, trace: str, verifier: str) -> Row:
+    solution = f"\n\\boxed{{{answer}}}"
+    return {"question": text, "answer": answer, "solution": solution, "trace": trace, "verifier": verifier}
+
+
+TASKS: dict[str, Callable[[int, random.Random], Row]] = {"sort": sort_question, "search": search_question}
+
+
+def distinct(make: Callable[[int, random.Random], Row], rng: random.Random) -> Callable[[Iterable[int]], Iterator[Row]]:
+    """A generator of questions of the given levels, none of which it gives twice."""
+    seen: set[str] = set()
+
+    def questions(levels: Iterable[int]) -> Iterator[Row]:
+        for level in levels:
+            row = make(level, rng)
+            while row["question"] in seen:
+                row = make(level, rng)
+            seen.add(row["question"])
+            yield {**row, "source": f"level {level}"}
+
+    return questions
+
+
+def write_questions(file: Path, rows: Iterable[Row]) -> None:
+    """Write one JSON object per line, atomically; ids are of the file's name and the line."""
+    temporary = file.with_name(file.name + ".part")
+    lines = [json.dumps({"id": f"{file.stem}-{index:05d}", **row}) + "\n" for index, row in enumerate(rows)]
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, file)
+    print(f"{file}: {len(lines)} questions")
+
+
+def main() -> None:
+    """Parse the flags and write the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--train-levels", type=int, nargs="+", choices=LEVELS, default=LEVELS)
+    parser.add_argument("--num-train", type=int, default=600, help="questions without a trace")
+    parser.add_argument("--num-gold", type=int, default=60, help="questions with one")
+    parser.add_argument("--num-eval", type=int, default=30, help="of each level")
+    parser.add_argument("--seed", type=int, default=1)
+    chosen = parser.parse_args()
+    for flag, number in (("train", chosen.num_train), ("gold", chosen.num_gold), ("eval", chosen.num_eval)):
+        if not 1 <= number <= 3000:
+            parser.error(f"--num-{flag}={number} is out of range; use 1 to 3,000.")
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    questions = distinct(TASKS[chosen.task], random.Random(chosen.seed))
+    # Held-out questions and gold ones are drawn first, so they do not depend on what a round trains on.
+    for level in LEVELS:
+        write_questions(chosen.out / f"eval_{level}.jsonl", questions([level] * chosen.num_eval))
+    gold = list(questions(islice(cycle(LEVELS), chosen.num_gold)))
+    of_round = questions(islice(cycle(chosen.train_levels), chosen.num_train))
+    untraced = [{key: value for key, value in row.items() if key != "trace"} for row in of_round]
+    write_questions(chosen.out / "train.jsonl", [*untraced, *gold])
+    write_questions(chosen.out / "answers.jsonl", ({**row, "trace": "\n"} for row in [*untraced, *gold]))
+
+
+if __name__ == "__main__":
+    main()
