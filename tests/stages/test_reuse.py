@@ -281,7 +281,7 @@ def test_killed_at_any_moment_the_rerun_has_the_same_result(load, holder, name, 
 
 
 def test_other_settings_are_refused_after_a_kill(load, monkeypatch):
-    monkeypatch.setattr(Manifest, "finish", lambda *_: os._exit(1))
+    monkeypatch.setattr(reuse, "_place", lambda *_: os._exit(1))
     config = load()
     if (child := os.fork()) == 0:
         take(config, "sft")
