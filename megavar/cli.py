@@ -332,6 +332,7 @@ def check(arguments: Sequence[str]) -> int:
 
     def work() -> None:
         from megavar.config.load import load_config
+        from megavar.runs.reuse import forecast_reuse
         from megavar.stages.check import check_run
 
         if chosen.tokens_per_second is not None and not 0 < chosen.tokens_per_second < float("inf"):
@@ -339,6 +340,11 @@ def check(arguments: Sequence[str]) -> int:
         config = load_config(chosen.config, chosen.overrides)
         show_logs(config.logging.level)
         check_run(config, chosen.ranks or config.parallel.least_ranks).print(chosen.tokens_per_second)
+        reused, obstacles = forecast_reuse(config)
+        for source in dict.fromkeys(reused.values()):
+            print(f"reused from {source}: {', '.join(name for name, other in reused.items() if other == source)}")
+        for name, obstacle in obstacles.items():
+            print(f"{name}: not reused: {obstacle}")
 
     return reported(work)
 

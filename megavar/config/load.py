@@ -68,6 +68,14 @@ def _layers(file: Path) -> list[DictConfig]:
     return [*(_read(file.parent / name) for name in names), top]
 
 
+def _with_list(values: DictConfig) -> DictConfig:
+    """`reuse` of one run, as the list that it is."""
+    given = cast(dict[str, Any], OmegaConf.to_container(values, resolve=False)).get("reuse")
+    if isinstance(given, str):
+        values["reuse"] = [given]
+    return values
+
+
 def _overrides(items: list[str]) -> list[DictConfig]:
     bad = [item for item in items if "=" not in item]
     if bad:
@@ -131,7 +139,7 @@ def _read(file: Path) -> DictConfig:
         found = OmegaConf.create(text)
     if not isinstance(found, DictConfig):
         raise ValueError(f"{file} is not a mapping of keys to values.")
-    return found
+    return _with_list(found)
 
 
 @contextmanager
@@ -215,7 +223,7 @@ def _override(item: str) -> DictConfig:
     except ValueError as error:
         raise ValueError(f"{error} Quote the value.") from error
     try:
-        return OmegaConf.from_dotlist([item])
+        return _with_list(OmegaConf.from_dotlist([item]))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
             f"{source} cannot be read: {' '.join(_first_line(error).split())}; quote the value."

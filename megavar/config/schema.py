@@ -368,6 +368,9 @@ class RunConfig:
     """T: rounds; each samples with the policy of the one before, and trains from `policy.init`."""
     model: str = "???"
     """Hugging Face folder of the base model."""
+    reuse: list[str] = field(default_factory=list)
+    """Folders of other runs, or one of them: each stage that one has finished with equal settings and inputs is linked
+    from there instead of run again (docs/reliability.md#what-reuse-does)."""
     data: DataConfig = field(default_factory=DataConfig)
     templates: TemplateConfig = field(default_factory=TemplateConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -36,6 +36,9 @@ def summarize(run: Run) -> dict[str, Any]:
             f"file, or remove the entry {run.entry('weigh')} from manifest.json and rerun the stage."
         )
     weigh = weigh_rows[run.round_index]
+    finished = {
+        stage: entry for stage, entry in Manifest(run.folder).entries().items() if entry["status"] == "finished"
+    }
     return {
         "accuracy": {name: read_accuracies(file) for name, file in models.items() if file.exists()},
         "ess": weigh["ess"],
@@ -49,11 +52,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "traces_truncated": finishes[TraceFinish.LENGTH],
         "answers_sampled": len(answers),
         "answers_correct": sum(map(bool, answers["correct"].to_pylist())),
-        "seconds": {
-            stage: entry["seconds"]
-            for stage, entry in Manifest(run.folder).entries().items()
-            if entry["status"] == "finished"
-        },
+        "seconds": {stage: entry["seconds"] for stage, entry in finished.items()},
+        "reused_from": {stage: entry["reused_from"] for stage, entry in finished.items() if "reused_from" in entry},
     }
 
 
@@ -73,8 +73,12 @@ def summary_rows(summary: dict[str, Any]) -> list[list[tuple[str, str]]]:
     if summary["weight_noise"] is not None:
         noise = f"±{summary['weight_noise']:.2g} of a weight, ±{summary['log_ratio_noise']:.2g} nats of a log-ratio"
         sampled.append(("noise of scoring", noise))
-    seconds = {**summary["seconds"], "all stages": sum(summary["seconds"].values())}
-    return [accuracy, sampled, [(f"{stage}, seconds", f"{value:.0f}") for stage, value in seconds.items()]]
+    seconds, reused = {**summary["seconds"], "all stages": sum(summary["seconds"].values())}, summary["reused_from"]
+    timed = [
+        (f"{stage}, seconds", f"{value:.0f}" + (f", reused from {reused[stage]}" if stage in reused else ""))
+        for stage, value in seconds.items()
+    ]
+    return [accuracy, sampled, timed]
 
 
 def interval(row: dict[str, float]) -> str:

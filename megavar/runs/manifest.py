@@ -7,7 +7,7 @@ compared. A finished stage's outputs are recorded with their checksums, and chec
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +37,8 @@ class Manifest:
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """Stage -> settings and status (`begun` or `finished`); a finished one has digest, outputs and seconds too.
+
+        One that is taken from another run has `reused_from`, the folder of that.
 
         Raises:
             ValueError: if the file is damaged.
@@ -89,18 +91,7 @@ class Manifest:
         Raises:
             ValueError: naming the first file that is missing, changed or damaged.
         """
-        for name, output in self.entries()[stage]["outputs"].items():
-            file = self.file.parent / name
-            if not file.is_file():
-                problem = "is missing"
-            elif file.stat().st_size != output["bytes"]:
-                problem = f"has {file.stat().st_size} bytes, the stage wrote {output['bytes']}"
-            elif file_digest(file) != output["sha256"]:
-                problem = "has another checksum than what the stage wrote"
-            else:
-                if file.name == CHECKSUMS:
-                    check_checksums(file.parent)
-                continue
+        for file, problem in differing_files(self.file.parent, self.entries()[stage]["outputs"]):
             raise ValueError(
                 f"{file} of the finished stage {stage} {problem}: it was changed or damaged; restore it, or remove "
                 f"the entry {stage} of {self.file} (and the file, if it cannot be read) and run the same command "
@@ -122,9 +113,14 @@ class Manifest:
         """Digest of the settings and inputs that a stage was begun with, for what it makes on the way."""
         return _hexdigest(json.dumps(self.entries()[stage]["settings"], sort_keys=True).encode())
 
-    def begin(self, stage: str, settings: dict[str, Any]) -> None:
-        """Record that the stage was started under these settings."""
-        self._put(stage, {"settings": settings, "status": "begun"})
+    def begin(self, stage: str, settings: dict[str, Any], reused_from: str | None = None) -> None:
+        """Record that the stage was started under these settings.
+
+        Args:
+            reused_from: folder of the run whose outputs will be this stage's.
+        """
+        reused = {} if reused_from is None else {"reused_from": reused_from}
+        self._put(stage, {"settings": settings, "status": "begun", **reused})
 
     def finish(self, stage: str, seconds: float, outputs: Sequence[Path]) -> None:
         """Record that the stage is finished, after this many seconds in the attempt that finished it.
@@ -138,13 +134,36 @@ class Manifest:
             for file in outputs
             if file.is_file()
         }
-        content = json.dumps([entry["settings"], written], sort_keys=True)
-        finished = {"status": "finished", "digest": _hexdigest(content.encode()), "seconds": round(seconds, 1)}
+        digest = digest_of(entry["settings"], written)
+        finished = {"status": "finished", "digest": digest, "seconds": round(seconds, 1)}
         self._put(stage, {**entry, **finished, "outputs": written})
 
     def _put(self, stage: str, entry: dict[str, Any]) -> None:
         with atomic_write(self.file) as temporary:
             temporary.write_text(json.dumps({**self.entries(), stage: entry}, indent=2) + "\n")
+
+
+def differing_files(folder: Path, outputs: dict[str, Any]) -> Iterator[tuple[Path, str]]:
+    """The outputs of a manifest's entry that are not what was recorded, and what is wrong with each.
+
+    Raises:
+        ValueError: naming a file of a folder with `SHA256SUMS` that is missing, changed or damaged.
+    """
+    for name, output in outputs.items():
+        file = folder / name
+        if not file.is_file():
+            yield file, "is missing"
+        elif file.stat().st_size != output["bytes"]:
+            yield file, f"has {file.stat().st_size} bytes, the stage wrote {output['bytes']}"
+        elif file_digest(file) != output["sha256"]:
+            yield file, "has another checksum than what the stage wrote"
+        elif file.name == CHECKSUMS:
+            check_checksums(file.parent)
+
+
+def digest_of(settings: dict[str, Any], outputs: dict[str, Any]) -> str:
+    """Digest of a finished stage."""
+    return _hexdigest(json.dumps([settings, outputs], sort_keys=True).encode())
 
 
 def flat(prefix: str, section: Any) -> dict[str, Any]:

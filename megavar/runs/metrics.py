@@ -62,14 +62,19 @@ class Metrics:
         with atomic_write(self.file) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def log(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """Write one row."""
+    def log(self, stage: str, step: int, values: dict[str, float], at: float | None = None) -> None:
+        """Write one row.
+
+        Args:
+            at: Unix seconds; None: now.
+        """
+        at = time.time() if at is None else at
         with self.file.open("a") as lines:
-            lines.write(json.dumps({"stage": stage, "step": step, "time": time.time(), **values}) + "\n")
+            lines.write(json.dumps({"stage": stage, "step": step, "time": at, **values}) + "\n")
         named = {f"{stage}/{key}": value for key, value in values.items()}
         if self._tensorboard:
             for key, value in named.items():
-                self._tensorboard.add_scalar(key, value, step)
+                self._tensorboard.add_scalar(key, value, step, at)
         if self._wandb:
             self._wandb.log({**named, f"{stage}/step": step})
 

@@ -37,16 +37,23 @@ class Stage:
     """Trains or scores, so it runs under torchrun; the others run on rank 0."""
     serves: bool = False
     """Samples from SGLang servers."""
+    logs: str = ""
+    """What it leaves in metrics.jsonl: a row for each of its `steps`, or one for its round (`round`)."""
+    concludes: bool = False
+    """Its module has `conclude`, which makes from its outputs what the rounds share, and logs what it makes."""
 
-    def settings(self, run: Run) -> dict[str, Any]:
+    def settings(self, run: Run, digest: Callable[[str], str] | None = None) -> dict[str, Any]:
         """Every setting that the result depends on, and the digests of the stages whose outputs it reads.
+
+        Args:
+            digest: of a finished stage, by its entry; None: as the run's manifest has it.
 
         Raises:
             NotFinished: if one of those is not finished.
         """
-        manifest = Manifest(run.folder)
+        digest = digest or Manifest(run.folder).digest
         own = {name: value for key in self.keys(run.config) for name, value in _setting(run.config, key).items()}
-        return own | {name: manifest.digest(entry) for name, entry in self.inputs(run).items()}
+        return own | {name: digest(entry) for name, entry in self.inputs(run).items()}
 
 
 def stages_of(config: RunConfig) -> list[tuple[Stage, Run]]:
@@ -212,6 +219,7 @@ STAGES = (
         outputs=lambda run: [run.sft / "hf" / CHECKSUMS],
         first_round_only=lambda config: True,
         all_ranks=True,
+        logs="steps",
     ),
     Stage(
         "rollouts",
@@ -230,6 +238,7 @@ STAGES = (
         outputs=lambda run: _data(run.round / "rollouts", "traces", "answers", "verified", "weights"),
         is_used=lambda config: config.posterior.source == "rollout" and config.sample.sampler == "posterior",
         serves=True,
+        logs="round",
     ),
     Stage(
         "posterior",
@@ -242,6 +251,7 @@ STAGES = (
         is_used=lambda config: config.sample.sampler == "posterior",
         first_round_only=lambda config: config.posterior.source == "gold",
         all_ranks=True,
+        logs="steps",
     ),
     Stage(
         "sample",
@@ -290,6 +300,7 @@ STAGES = (
         lambda config: _WEIGHED,
         inputs=lambda run: {stage: run.entry(stage) for stage in ("sample", "score")},
         outputs=lambda run: [*_data(run.round, "weights"), run.round / "weights" / "bounds.parquet"],
+        logs="round",
     ),
     Stage(
         "policy",
@@ -312,6 +323,7 @@ STAGES = (
         inputs=_policy_inputs,
         outputs=lambda run: _newest_checkpoint(run.policy),
         all_ranks=True,
+        logs="steps",
     ),
     Stage(
         "export",
@@ -321,6 +333,7 @@ STAGES = (
         lambda config: (),
         inputs=lambda run: {"policy": run.entry("policy")},
         outputs=lambda run: [run.policy / "hf" / CHECKSUMS],
+        concludes=True,
     ),
     Stage(
         "eval",
@@ -333,6 +346,7 @@ STAGES = (
         is_used=lambda config: config.data.eval is not None or bool(config.eval.suites),
         first_round_only=lambda config: "policy" not in config.eval.models,
         serves=True,
+        concludes=True,
     ),
 )
 """In order."""

@@ -18,6 +18,7 @@ from megavar.objectives import check_objective
 from megavar.records import Question
 from megavar.runs.folder import Run
 from megavar.runs.names import suite_names
+from megavar.runs.reuse import open_others
 from megavar.stages.check_model import check_model_files
 from megavar.stages.check_questions import count_tokens, require_gold_traces
 from megavar.stages.forecast import Forecast
@@ -43,6 +44,7 @@ def check_run(config: RunConfig, ranks: int | None) -> Forecast:
         ValueError: for the first thing that is wrong; of questions, all that are.
     """
     objective = check_objective(config.objective, config.sample)
+    open_others(config)
     _check_packages(config)
     _check_microbatches(config)
     train = usable_questions(config, config.data.train)

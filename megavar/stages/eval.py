@@ -27,7 +27,7 @@ def execute(run: Run, service: RolloutService) -> None:
         sampling = Sampling(run.config.sample, run.config.seed, 0, load)  # round 0: equal seeds for all policies
         for name, model in _models(run).items():
             answer_suite(service, model, sampling, run.config.evaluation, suite.folder / name)
-    on_rank_zero(lambda: _count(run))
+    on_rank_zero(lambda: conclude(run))
 
 
 def _suites(run: Run) -> list[Suite]:
@@ -46,8 +46,8 @@ def _models(run: Run) -> dict[str, Path]:
     return models
 
 
-def _count(run: Run) -> None:
-    """Write the results of all rounds until this one."""
+def conclude(run: Run) -> None:
+    """Write the results of all rounds until this one; rank 0 only."""
     config = run.config.evaluation
     suites, models = _suites(run), dict[str, Path]()
     for index in range(1, run.round_index + 1):

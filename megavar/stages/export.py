@@ -16,8 +16,13 @@ from megavar.stopping import stop_if_requested
 def execute(run: Run, service: RolloutService) -> None:
     """Export the round's policy; the run's symlink `hf` then points to it, unless a later round has one already."""
     export_newest(run.policy, run.policy / "hf")
+    on_rank_zero(lambda: conclude(run))
+
+
+def conclude(run: Run) -> None:
+    """Have the run's symlink point to the exported policy; rank 0 only."""
     if not Run(run.config, run.round_index + 1).policy.exists():
-        on_rank_zero(lambda: point_to(run.final, run.policy / "hf"))
+        point_to(run.final, run.policy / "hf")
 
 
 def export_newest(folder: Path, target: Path) -> None:

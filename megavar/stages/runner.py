@@ -1,4 +1,4 @@
-"""Runs the stages of a run in order, each once: what is finished is skipped.
+"""Runs the stages of a run in order, each once: what is finished is skipped, and so is what another run has.
 
 Every rank calls every stage: training and scoring use all ranks, sampling and verifying the first rank of every node,
 the rest runs on rank 0 while the others wait. A
@@ -21,6 +21,7 @@ from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
 from megavar.runs.owner import owned
 from megavar.runs.plan import Stage, check_outputs, find_stage, stages_of
+from megavar.runs.reuse import clear_aside, forecast_reuse, reuse_stage
 from megavar.stopping import stop_if_requested
 
 LATE_SECONDS = 60.0
@@ -48,6 +49,7 @@ def _run_stages(config: RunConfig, stages: list[tuple[Stage, Run]]) -> None:
         def prepare() -> None:
             ownership.enter_context(owned(Run(config).folder))
             check_outputs(config)
+            clear_aside(Run(config).folder)
             Run(config).open()
 
         on_rank_zero(prepare)
@@ -89,8 +91,8 @@ def _put(file: Path, text: str) -> None:
 
 def _run_in_order(config: RunConfig, stages: list[tuple[Stage, Run]]) -> None:
     service = RolloutService(config.rollout, Run(config).base, Run(config).folder / "servers")
-    is_finished = from_rank_zero(lambda: [_is_finished(run, stage) for stage, run in stages])
-    pending = [pair for pair, finished in zip(stages, is_finished, strict=True) if not finished]
+    done = from_rank_zero(lambda: _done(config))
+    pending = [(stage, run) for stage, run in stages if run.entry(stage.name) not in done]
     try:
         for stage, run in stages:
             if (stage, run) in pending:
@@ -105,13 +107,17 @@ def _run_in_order(config: RunConfig, stages: list[tuple[Stage, Run]]) -> None:
         service.close()
 
 
-def _is_finished(run: Run, stage: Stage) -> bool:
-    entry = Manifest(run.folder).entries().get(run.entry(stage.name), {})
-    return bool(entry.get("status") == "finished")
+def _done(config: RunConfig) -> set[str]:
+    """The stages that need not be run, by what is known now: finished here, or in a run that is reused."""
+    entries = Manifest(Run(config).folder).entries()
+    reused, _ = forecast_reuse(config)
+    return {name for name, entry in entries.items() if entry["status"] == "finished"} | reused.keys()
 
 
 def run_once(run: Run, stage: Stage, work: Callable[[], None]) -> None:
-    """Do a stage's work unless it is finished under these settings; every rank calls it, rank 0 reads the manifest.
+    """Do a stage's work unless it is finished under these settings, here or in a run that is reused.
+
+    Every rank calls it; rank 0 reads the manifests.
 
     Raises:
         ValueError: if it was started under other settings, or files of an earlier stage that it reads were changed.
@@ -123,6 +129,8 @@ def run_once(run: Run, stage: Stage, work: Callable[[], None]) -> None:
         settings = stage.settings(run)
         if manifest.check(name, settings):
             print(f"{name}: finished, skipped", flush=True)
+            return False
+        if reuse_stage(run, stage, settings, partial(_conclude, run, stage)):
             return False
         for entry in stage.inputs(run).values():
             manifest.check_outputs(entry)
@@ -136,6 +144,11 @@ def run_once(run: Run, stage: Stage, work: Callable[[], None]) -> None:
     barrier()
     if is_rank_zero():
         manifest.finish(name, time.monotonic() - started, stage.outputs(run))
+
+
+def _conclude(run: Run, stage: Stage) -> None:
+    if stage.concludes:
+        import_module(f"megavar.stages.{stage.name}").conclude(run)
 
 
 def _execute(run: Run, stage: Stage, service: RolloutService) -> None:

@@ -29,6 +29,20 @@ def test_a_saved_configuration_loads_to_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("", [], []),
+        ("", ["reuse=runs/a"], ["runs/a"]),
+        ("", ["reuse=[runs/a,runs/b]"], ["runs/a", "runs/b"]),
+        ("reuse: ${runs_dir}/a\n", [], ["runs/a"]),
+        ("reuse: [runs/a, runs/b]\n", ["reuse=runs/c"], ["runs/c"]),
+    ],
+)
+def test_one_run_or_several_can_be_reused(tmp_path, text, overrides, expected):
+    assert load(tmp_path, *overrides, text=MINIMAL + text).reuse == expected
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["sample.nope=1"], "nope"),

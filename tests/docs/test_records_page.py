@@ -127,5 +127,5 @@ def test_the_keys_of_metrics_are_those_that_are_logged(run):
 
 def test_the_keys_of_the_manifest_and_of_the_summary_are_listed(run):
     entries = json.loads((run.folder / "manifest.json").read_text())
-    assert sorted(names("manifest.json")) == sorted(entries["weigh"])
+    assert sorted(names("manifest.json")) == sorted([*entries["weigh"], "reused_from"])
     assert sorted(names("report/summary.json")) == sorted(summarize(run))

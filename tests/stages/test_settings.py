@@ -10,14 +10,12 @@ from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from helpers.parrot import ParrotService
 
 from megavar.config import schema
 from megavar.config.load import load_config
 from megavar.data.templates import Templates
-from megavar.rollout.engine import Generation
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
 from megavar.runs.plan import stages_of
@@ -55,37 +53,6 @@ OF_COPIES = {schema.ObjectiveConfig: "objective.", schema.PrecisionConfig: "prec
 """Sections that stages make altered copies of."""
 NOT_READ_HERE = {"epochs", "rollout.dtype", "rollout.deterministic"}
 """Keys that other settings of these runs leave unused, and those of the serving engine."""
-
-
-class Parrot:
-    """An engine that thinks the same of every question, longer in later samples, and answers 2."""
-
-    def __init__(self) -> None:
-        self.tokenizer = Tokenizer.from_file(str(BASE / "tokenizer.json"))
-
-    async def generate(self, request):
-        thinks = bool(request.stop or request.stop_token_ids)
-        return [self._continue(request, "7+3\n" * n + "0\n</think>" if thinks else "\\boxed{2}", n)
-                for n in range(request.num_samples)]  # fmt: skip
-
-    def _continue(self, request, text, n):
-        ids = np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
-        logps = np.full(len(ids), -0.5, np.float32) if request.return_logps else None
-        return Generation(ids, logps, "stop", text, request.seed + n)
-
-    @property
-    def capacity(self) -> int:
-        return 4
-
-
-class ParrotService:
-    def on_nodes(self, work):
-        work()
-
-    def run(self, model, work):
-        import asyncio
-
-        return asyncio.run(work(Parrot()))
 
 
 class Reads:
