@@ -294,9 +294,10 @@ class ObjectiveConfig:
 class PosteriorConfig:
     """The posterior q_phi and what it learns from (equation 9)."""
 
-    source: str = choice("gold", "rollout", "reverse_kl", default="gold")
+    source: str = choice("gold", "rollout", "reverse_kl", "prompt", default="gold")
     """`gold`: the data's traces, once; `rollout`: in each round the policy's own, weighted by accuracy; `reverse_kl`:
-    as gold, and from the second round on the ELBO's own gradient on the last round's traces of q."""
+    as gold, and from the second round on the ELBO's own gradient on the last round's traces of q; `prompt`: q is not
+    trained, but is the policy that the round starts with, shown the posterior's prompt."""
     num_rollouts: int = at_least(1, default=8)
     """M: traces from the policy for each question (`rollout`)."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -392,6 +393,11 @@ class RunConfig:
     def num_traces(self) -> int:
         """K: the traces of a question that are weighed."""
         return self.objective.num_traces or self.sample.num_traces
+
+    @property
+    def trains_posterior(self) -> bool:
+        """Whether q is a model of its own."""
+        return self.sample.sampler == "posterior" and self.posterior.source != "prompt"
 
     @property
     def training_jobs(self) -> dict[str, TrainConfig]:

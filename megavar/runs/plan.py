@@ -147,8 +147,8 @@ def _sample_keys(config: RunConfig) -> Sequence[str]:
 
 
 def _sampler(run: Run) -> dict[str, str]:
-    """The model that traces are sampled from, if it is not the policy."""
-    if run.config.sample.sampler == "policy":
+    """The model that traces are sampled from, if it is not the policy's."""
+    if not run.config.trains_posterior:
         return {}
     return {"posterior": (Run(run.config) if run.config.posterior.source == "gold" else run).entry("posterior")}
 
@@ -239,7 +239,7 @@ STAGES = (
         _posterior_keys,
         inputs=_posterior_inputs,
         outputs=lambda run: [run.posterior / "hf" / CHECKSUMS],
-        is_used=lambda config: config.sample.sampler == "posterior",
+        is_used=lambda config: config.trains_posterior,
         first_round_only=lambda config: config.posterior.source == "gold",
         all_ranks=True,
     ),

@@ -5,7 +5,7 @@ all have written. Some traces are scored again in other packs, from which `weigh
 """
 
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,27 +85,29 @@ def execute(run: Run, service: RolloutService) -> None:
         trace_set = TraceSet(round_questions(run), question_tokens(run), traces, verified)
     key = from_rank_zero(lambda: Manifest(run.folder).made_from(run.entry("score")))
     scoring = Scoring(config.score, config.parallel, PrecisionConfig(config.score_recipe))
-    score_traces(trace_set, run.reference, sampler_folder(run), scoring, run.round / "scores", key)
+    sampler = None if config.sample.sampler == "policy" else sampler_folder(run)
+    score_traces(trace_set, run.reference, sampler, scoring, run.round / "scores", key)
 
 
 def score_traces(
-    trace_set: TraceSet | None, policy: Path, sampler: Path, scoring: Scoring, folder: Path, made_from: str
+    trace_set: TraceSet | None, policy: Path, sampler: Path | None, scoring: Scoring, folder: Path, made_from: str
 ) -> None:
     """Write a `Score` for every trace to `folder`; every rank calls it, with the traces on rank 0 and None elsewhere.
 
     log pi(z|x) and log pi(y'|x, z) of the reference answer come from one forward of the policy, log q(z|x, y') from
-    one of the posterior, under the prompt it was sampled with. Where the policy itself sampled the traces the two are
-    equal, and one forward gives both. Truncated traces get empty log-probs. Second scores of some traces go to
-    `again.parquet`. Finished chunks of an interrupted call are kept in folders of their own until all are complete.
+    one of the posterior, under the prompt it was sampled with. Where the policy sampled the traces under its own prompt
+    the two are equal, and one forward gives both. Truncated traces get empty log-probs. Second scores of some traces go
+    to `again.parquet`. Finished chunks of an interrupted call are kept in folders of their own until all are complete.
 
     Args:
-        sampler: the model that the traces were sampled from, a Hugging Face folder; may equal `policy`.
+        sampler: the model that the traces were sampled from under the posterior's prompt, a Hugging Face folder, which
+            may be `policy`; None: the policy sampled them under its own.
         made_from: identifies traces, questions and settings.
 
     Raises:
         ValueError: if existing rows are not of these traces.
     """
-    models = {"policy": policy} if sampler == policy else {"policy": policy, "posterior": sampler}
+    models = {"policy": policy} if sampler is None else {"policy": policy, "posterior": sampler}
     if from_rank_zero(lambda: trace_set is not None and _is_complete(trace_set, folder)):
         return
 
@@ -117,9 +119,12 @@ def score_traces(
         sequences = shared_sequences(folder / "sequences", made_from, make)
         again = from_rank_zero(lambda: None if trace_set is None else _places_scored_again(trace_set))
         assert again is not None
+        passes_of: dict[Path, list[_Pass]] = defaultdict(list)
         for place, (name, model) in enumerate(models.items()):
             indices = np.arange(place, len(sequences), len(models))
-            passes = _passes(sequences, indices, again, folder / name, scoring.config.microbatch_tokens)
+            budget = scoring.config.microbatch_tokens
+            passes_of[model] += _passes(sequences, indices, again, folder / name, budget)
+        for model, passes in passes_of.items():
             _score_all(model, passes, scoring)
         if trace_set is not None:
             write_records(folder / "again.parquet", _scored_again(trace_set, again, list(models), folder), Score)

@@ -55,6 +55,10 @@ def test_a_saved_configuration_loads_to_the_same(tmp_path):
             ["posterior.source=rollout", "sample.sampler=policy", "objective.ratio=none"],
             r"posterior\.source=rollout has no effect with sample\.sampler=policy",
         ),
+        (
+            ["posterior.source=prompt", "sample.sampler=policy", "objective.ratio=none"],
+            r"posterior\.source=prompt has no effect with sample\.sampler=policy",
+        ),
         (["data.fresh_questions=true"], r"data\.fresh_questions=true needs data\.questions_per_round"),
         (["eval.models=[odd]"], r"eval\.models=\['odd'\]"),
         (["parallel.virtual_pipeline=2"], r"parallel\.virtual_pipeline=2 needs parallel\.pipeline"),

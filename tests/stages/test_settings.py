@@ -28,6 +28,7 @@ VARIANTS = {
     "gold": ["data.eval=eval.jsonl", "eval.suites=[suite.jsonl]", "eval.pass_at=[1]"],
     "rollout": ["posterior.source=rollout", "objective.train_answers=reference", "policy.init=sft"],
     "reverse_kl": ["posterior.source=reverse_kl", "rounds=2", "objective.ratio=sequence"],
+    "prompt": ["posterior.source=prompt", "rounds=2"],
     "policy": ["sample.sampler=policy", "objective.ratio=none", "objective.on_no_correct_trace=gold"],
 }
 WITHOUT_EFFECT = {
