@@ -286,6 +286,9 @@ class ObjectiveConfig:
     """A question with the verifier `none`: weights by the geometric mean of its reference answer, or left out."""
     selection: str = choice("weighted", "resample", "best", default="weighted")
     """Train every trace with its weight, one resampled trace a question, or the one of the largest weight."""
+    max_leakage: float | None = None
+    """Traces with more leakage are left out, as truncated ones are, nats: those to which the policy gives the answer,
+    where it first appears, a log-prob below minus this (docs/method.md#leakage); null: none."""
     min_weight: float = at_least(0, default=0.0)
     """Traces under this normalised weight are pruned; their weight mass is reported."""
 
@@ -480,6 +483,11 @@ def _validate_pairs(config: RunConfig) -> None:
         raise ValueError(
             f"sample.sampler=policy has no ratio to take, but objective.ratio={objective.ratio}: rounding would "
             "stand in for it; use objective.ratio=none."
+        )
+    if objective.max_leakage is not None and objective.max_leakage < 0:
+        raise ValueError(
+            f"objective.max_leakage={objective.max_leakage} would leave out every trace that says its answer: no "
+            "leakage is negative; use a limit in nats, or null."
         )
     _validate_posterior(config)
     _validate_optimizers(config)

@@ -194,7 +194,15 @@ _SERVED = ("rollout.dtype", "rollout.deterministic")
 _SAMPLED = ("seed", *_POLICY_PROMPT, *_SERVED)
 _WEIGHED = tuple(
     f"objective.{key}"
-    for key in ("name", "num_traces", "ratio", "answer_estimator", "on_no_correct_trace", "on_unverifiable")
+    for key in (
+        "name",
+        "num_traces",
+        "ratio",
+        "answer_estimator",
+        "on_no_correct_trace",
+        "on_unverifiable",
+        "max_leakage",
+    )
 )
 _OF_A_SAMPLE = tuple(
     f"sample.{key}" for key in ("temperature", "top_p", "max_trace_tokens", "max_answer_tokens", "keep_logps")

@@ -134,6 +134,32 @@ def test_the_policy_shown_the_hint_is_scored_under_either_prompt(score, monkeypa
             assert np.abs(expected[0] - expected[1]).max() > 1e-3
 
 
+SAYING = [("7", "length"), ("70+3\n0\n0\n", "closed"), ("7+3\n", "closed"), ("0", "length"), ("0", "closed")]
+
+
+def test_leakage_is_what_transformers_gives_the_answer_after_the_trace_before_it(score):
+    """Under either prompt; the answer is "0", which "70" does not say, nor a truncated trace with all of it."""
+    rows = score(SAYING, BASE, "scores", "posterior_prompt")
+    templates = Templates(BASE, TemplateConfig())
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    assert [row.answer_start is None for row in rows] == [True, False, True, True, False]
+    for row, (text, _) in zip(rows, SAYING, strict=True):
+        if row.answer_start is None:
+            assert (row.answer_stop, row.leakage, row.leakage_posterior) == (None, None, None)
+            continue
+        trace, begin = _ids(templates, text), row.answer_start
+        before = templates.decode(trace[:begin])
+        assert (before, templates.decode(trace[begin : row.answer_stop])) == (
+            ("70+3\n", "0") if "7" in text else ("", "0")
+        )
+        for prompt, found in (("policy", row.leakage), ("posterior", row.leakage_posterior)):
+            prompt_ids = getattr(templates, f"{prompt}_prompt")(QUESTION)
+            said = TrainSequence(np.concatenate([prompt_ids, trace[:begin]]), trace[begin : row.answer_stop], 1.0)
+            with torch.no_grad():
+                assert found == pytest.approx(-float(reference_logps(model, said).sum()), abs=2e-5)
+        assert abs(row.leakage - row.leakage_posterior) > 1e-3
+
+
 def test_an_interrupted_call_goes_on_with_what_each_rank_had_written(score, tmp_path, other, monkeypatch):
     whole = score(MIXED, other, "whole")
     calls = []
