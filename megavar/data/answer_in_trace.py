@@ -6,7 +6,6 @@ back into bytes. Needs neither transformers nor torch.
 
 import re
 from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,11 @@ class AnswerFinder:
     """
 
     def __init__(self, model: Path) -> None:
-        self._bytes_of = token_bytes(open_tokenizer(model))
+        bytes_of = token_bytes(open_tokenizer(model))
+        pieces = [bytes_of.get(token, b"") for token in range(max(bytes_of, default=-1) + 2)]  # the last: of no token
+        self._sizes = np.array(list(map(len, pieces)), np.int64)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._bytes = np.frombuffer(b"".join(pieces), np.uint8)
 
     def find(self, trace_ids: TokenIds, answer: str | None) -> Span | None:
         """The tokens that cover the first appearance of an answer in a trace, [trace tokens] int32.
@@ -46,8 +49,11 @@ class AnswerFinder:
         """
         if answer is None:
             return None
-        pieces = [self._bytes_of.get(token, b"") for token in trace_ids.tolist()]
-        joined, wanted = b"".join(pieces), answer.encode()
+        tokens = np.minimum(trace_ids, len(self._sizes) - 1)
+        sizes = self._sizes[tokens]
+        ends = np.cumsum(sizes)
+        places = np.arange(sizes.sum()) + np.repeat(self._starts[tokens] - (ends - sizes), sizes)
+        joined, wanted = self._bytes[places].tobytes(), answer.encode()
         if wanted not in joined:
             return None
         text = joined.decode("utf-8", "surrogateescape")
@@ -55,7 +61,6 @@ class AnswerFinder:
         if place < 0:
             return None
         first = len(text[:place].encode("utf-8", "surrogateescape"))
-        ends = np.fromiter(accumulate(map(len, pieces)), np.int64, len(pieces))
         start, last = np.searchsorted(ends, [first, first + len(wanted) - 1], "right").tolist()
         return start, last + 1
 
