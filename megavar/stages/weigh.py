@@ -76,6 +76,12 @@ def _warn(values: dict[str, float], config: RunConfig) -> None:
             values["ess"],
             config.num_traces,
         )
+    if config.objective.max_leakage is not None and "leakage" not in values:
+        logger.warning(
+            "weigh: no trace says its question's answer, so objective.max_leakage=%g leaves out none "
+            "(docs/method.md#leakage).",
+            config.objective.max_leakage,
+        )
     difference = values.get("largest_engine_difference", 0.0)
     if difference > LARGE_DIFFERENCE_NATS["fp32" if config.score_recipe == "fp32" else "bf16"]:
         logger.warning(

@@ -166,10 +166,12 @@ def test_leakage_is_joined_with_lengths_and_weights_and_truncated_traces_do_not_
     traces, _, scores = round_records()
     weights = read_records(run.round / "weights" / "data.parquet", Weight)
     found = curves.leakages(traces, scores, weights)
-    said = [row for row in weights if row.trace_index and row.status != "truncated"]  # 2 tokens, 3, ...
+    weight_of = {(row.question_id, row.trace_index): row.weight for row in weights}
+    said = [row for row in scores if row.leakage is not None]
     assert found.share == 11 / 15 and found.nats.tolist() == [0.5] * 11
     assert found.positions.tolist() == [1 / (3 + row.trace_index) for row in said]
-    assert found.weights.tolist() == [row.weight for row in said] and sum(found.weights) > 0
+    assert found.weights.tolist() == [weight_of[row.question_id, row.trace_index] for row in said]
+    assert sum(found.weights) > 0
     assert curves.leakages(traces, [replace(row, answer_start=None) for row in scores], weights) is None
 
 

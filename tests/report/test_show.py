@@ -33,7 +33,8 @@ def show(capsys, *arguments):
         ("weights", "16 Weight records of 4 questions", "0 0.0000 -0.6931 -0.6931 1.0000 ok"),
     ],
 )
-def test_the_type_of_a_file_is_told_by_its_columns(folder, capsys, name, first_line, row):
+def test_the_type_of_a_file_is_told_by_its_columns(folder, capsys, monkeypatch, name, first_line, row):
+    monkeypatch.setenv("COLUMNS", "100")
     for place in (folder / name, folder / name / "data.parquet"):
         code, printed = show(capsys, place, "--limit", 1)
         assert code == 0 and first_line in " ".join(printed.split())

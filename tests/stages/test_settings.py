@@ -50,7 +50,8 @@ EXCEPTIONS = {
         "precision.recipe",
         "score.precision",
     },  # for its warnings
-    "rollouts": {"objective.num_traces"},  # set to null there
+    "rollouts": {"objective.num_traces", "objective.max_leakage"},  # set to null there
+    "posterior": {"objective.max_leakage"},  # likewise
 }
 OF_COPIES = {schema.ObjectiveConfig: "objective.", schema.PrecisionConfig: "precision."}
 """Sections that stages make altered copies of."""
