@@ -40,8 +40,8 @@ def execute(run: Run, service: RolloutService) -> None:
         if objective.max_leakage is not None and output(run.round / "scores", Score).absent:
             raise ValueError(
                 f"objective.max_leakage={objective.max_leakage} needs the leakage of traces, but {run.round}/scores is "
-                "of a version that did not measure it; remove that folder and run `megavar score` again, or use "
-                "max_leakage=null."
+                f"of a version that did not measure it; remove that folder and the entry {run.entry('score')} of "
+                "manifest.json and run the same command again, or use max_leakage=null."
             )
 
         def groups() -> Iterator[Group]:

@@ -6,11 +6,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from helpers.made_scores import random_scores
+from helpers.small_run import make_run
 
+from megavar.config.load import load_config
 from megavar.config.schema import ObjectiveConfig
 from megavar.objectives import OBJECTIVES
 from megavar.record_files import RecordFile, read_records, rows, write_records
 from megavar.records import Score, Trace, Weight
+from megavar.stages import weigh
 from megavar.stages.weigh import weigh_traces
 
 NOTHING = np.zeros(0, np.int32)
@@ -107,6 +110,21 @@ def test_nothing_is_left_out_or_said_without_a_limit_and_without_leakage(tmp_pat
     assert {row.status for row in found} == {"ok"} and not {"leaky_weight", "traces_leaky"} & values.keys()
     _, values = weighed(tmp_path / "none", scores_of("q", [None, None]), max_leakage=1.0)
     assert not {"answer_in_trace", "leakage", "leakage_weighted", "leaky_weight"} & values.keys()
+
+
+def test_a_limit_on_scores_of_before_is_refused_and_one_that_nothing_reaches_for_is_said(tmp_path, caplog):
+    run = make_run(tmp_path)
+    file = run.round / "scores" / "data.parquet"
+    limited = replace(run, config=load_config(run.folder / "config.yaml", ["objective.max_leakage=1"]))
+    added = ["answer_start", "answer_stop", "leakage", "leakage_posterior"]
+    scores = [replace(row, **dict.fromkeys(added)) for row in read_records(file, Score)]
+    write_records(file, scores, Score)
+    weigh.execute(limited, None)
+    assert "objective.max_leakage=1 leaves out none" in caplog.text
+    pq.write_table(pq.read_table(file).drop_columns(added), file, write_page_checksum=True)
+    weigh.execute(run, None)
+    with pytest.raises(ValueError, match=r"remove that folder and the entry score of manifest\.json"):
+        weigh.execute(limited, None)
 
 
 def test_scores_of_before_are_read_without_leakage(tmp_path):
