@@ -75,7 +75,7 @@ def test_nothing_is_trained_for_q(run):
 def test_q_is_the_rounds_policy_under_the_hinted_prompt(run, of_round):
     """Scores under either prompt and the leakage in them, against transformers; and the server sampled from that q."""
     folder, policy = of_round
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval(), None
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(policy)
     answer_of = {question.id: question.answer for question in read_questions(run.parent / "data" / "train.jsonl")}
     traces, scores = records(folder, "traces", Trace), records(folder, "scores", Score)
