@@ -41,7 +41,8 @@ class RecordFile(Generic[Record]):
     """A file of records on disk.
 
     Args:
-        columns: that are read, in the order of the record's fields; None: all.
+        columns: that are read, in the order of the record's fields; None: all. One that has a default, and that an
+            older version did not write, is read as nulls.
 
     Raises:
         DamagedFile: if the file is not a readable Parquet file, its columns are not the fields of `record_type`, or a
@@ -56,7 +57,9 @@ class RecordFile(Generic[Record]):
         self.columns: list[str] = self._schema.names if columns is None else list(columns)
         with _reading(file):
             found = pq.read_schema(file)
-        if found.names != self._schema.names:
+        added = [item.name for item in fields(record_type) if item.default is None]
+        self.absent: list[str] = [name for name in added if name not in found.names]
+        if found.names != [name for name in self._schema.names if name not in self.absent]:
             raise DamagedFile(
                 f"{file} has columns {found.names}, expected those of {record_type.__name__}: {self._schema.names}; "
                 "rerun the stage that writes it."
@@ -82,9 +85,12 @@ class RecordFile(Generic[Record]):
             ) as source,
         ):
             num_missing = source.metadata.num_rows
-            for batch in source.iter_batches(group_rows(self.record_type), columns=self.columns):
+            written = [name for name in self.columns if name not in self.absent]
+            for batch in source.iter_batches(group_rows(self.record_type), columns=written):
                 table = pa.Table.from_batches([batch])
                 self._check(table)
+                if len(written) < len(self.columns):
+                    table = pa.concat_tables([self.schema.empty_table(), table], promote_options="default")
                 num_missing -= len(table)
                 yield table
             if num_missing:

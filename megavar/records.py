@@ -68,6 +68,8 @@ class WeightStatus(StrEnum):
     """Computed by the objective; can be 0."""
     TRUNCATED = "truncated"
     """The trace is not closed: weight 0."""
+    LEAKY = "leaky"
+    """Its leakage is above `objective.max_leakage`: weight 0."""
     UNUSED = "unused"
     """Trace index at or above `objective.num_traces`: weight 0."""
     GOLD = "gold"
@@ -156,6 +158,15 @@ class Score:
     num_answers: Int32 | None
     """Verified answers of the trace; None if it has none, 0 if the question has no verifier."""
     num_correct: Int32 | None
+    answer_start: Int32 | None = None
+    """First token of the trace's first appearance of the question's answer. None, like all that follow, if it does not
+    appear (docs/method.md#leakage)."""
+    answer_stop: Int32 | None = None
+    """The token after its last."""
+    leakage: Float64 | None = None
+    """-log pi(answer | x, the trace before it): minus the sum of `logp_policy` from start to stop, nats."""
+    leakage_posterior: Float64 | None = None
+    """The same of `logp_posterior`."""
 
 
 @dataclass(frozen=True)

@@ -286,6 +286,9 @@ class ObjectiveConfig:
     """A question with the verifier `none`: weights by the geometric mean of its reference answer, or left out."""
     selection: str = choice("weighted", "resample", "best", default="weighted")
     """Train every trace with its weight, one resampled trace a question, or the one of the largest weight."""
+    max_leakage: float | None = None
+    """Traces with more leakage are left out, as truncated ones are, nats: those to which the policy gives the answer,
+    where it first appears, a log-prob below minus this (docs/method.md#leakage); null: none."""
     min_weight: float = at_least(0, default=0.0)
     """Traces under this normalised weight are pruned; their weight mass is reported."""
 
@@ -294,9 +297,10 @@ class ObjectiveConfig:
 class PosteriorConfig:
     """The posterior q_phi and what it learns from (equation 9)."""
 
-    source: str = choice("gold", "rollout", "reverse_kl", default="gold")
+    source: str = choice("gold", "rollout", "reverse_kl", "prompt", default="gold")
     """`gold`: the data's traces, once; `rollout`: in each round the policy's own, weighted by accuracy; `reverse_kl`:
-    as gold, and from the second round on the ELBO's own gradient on the last round's traces of q."""
+    as gold, and from the second round on the ELBO's own gradient on the last round's traces of q; `prompt`: q is not
+    trained, but is the policy that the round starts with, shown the posterior's prompt."""
     num_rollouts: int = at_least(1, default=8)
     """M: traces from the policy for each question (`rollout`)."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -397,6 +401,11 @@ class RunConfig:
         return self.objective.num_traces or self.sample.num_traces
 
     @property
+    def trains_posterior(self) -> bool:
+        """Whether q is a model of its own."""
+        return self.sample.sampler == "posterior" and self.posterior.source != "prompt"
+
+    @property
     def training_jobs(self) -> dict[str, TrainConfig]:
         """The settings of each training job, by their key."""
         return {"sft": self.sft, "posterior.train": self.posterior.train, "policy.train": self.policy.train}
@@ -477,6 +486,11 @@ def _validate_pairs(config: RunConfig) -> None:
         raise ValueError(
             f"sample.sampler=policy has no ratio to take, but objective.ratio={objective.ratio}: rounding would "
             "stand in for it; use objective.ratio=none."
+        )
+    if objective.max_leakage is not None and objective.max_leakage < 0:
+        raise ValueError(
+            f"objective.max_leakage={objective.max_leakage} would leave out every trace that says its answer: no "
+            "leakage is negative; use a limit in nats, or null."
         )
     _validate_posterior(config)
     _validate_optimizers(config)

@@ -25,6 +25,7 @@ def browser_data(shown: Round, decode: Decoder, max_questions: int = MAX_QUESTIO
         ValueError: naming a trace or answer that occurs twice.
     """
     trace_of, answers_of = by_trace(shown.traces), answers_by_trace(shown.answers)
+    leakage_of = {(score.question_id, score.trace_index): score.leakage for score in shown.scores}
     ess_of = question_ess(shown.weights)
     weights_of: dict[str, list[Weight]] = {question_id: [] for question_id in ess_of}
     for row in shown.weights:
@@ -39,6 +40,7 @@ def browser_data(shown: Round, decode: Decoder, max_questions: int = MAX_QUESTIO
             "tokens": len(trace.trace_ids) if trace else None,
             "weight": row.weight,
             "log_ratio": row.log_ratio if isfinite(row.log_ratio) else None,
+            "leakage": leakage_of.get((row.question_id, row.trace_index)),
             "status": row.status,
             "num_correct": sum(bool(answer.correct) for answer in answers),
             "num_answers": len(answers),

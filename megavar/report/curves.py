@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megavar.config.schema import EvalConfig
+from megavar.data.answer_in_trace import AnswerFinder, answer_to_find
 from megavar.evaluation.pass_at_k import Accuracy, accuracy, pass_at_k
 from megavar.joins import by_trace
 from megavar.objectives import OBJECTIVES
 from megavar.objectives.importance import effective_sample_size
-from megavar.records import Answer, Question, Score, Trace, Weight, WeightStatus
+from megavar.records import Answer, Question, Score, Trace, TraceFinish, Weight, WeightStatus
 
 Floats = NDArray[np.float64]
 _MAX_SUBSETS = 128
@@ -121,6 +122,50 @@ def subset_ess(log_weights: Floats, k: int, random: np.random.Generator) -> Floa
     scaled = np.exp(chosen - np.where(np.isfinite(largest), largest, 0.0))
     ess: Floats = scaled.sum(1) ** 2 / np.maximum((scaled**2).sum(1), np.finfo(float).tiny)
     return ess
+
+
+@dataclass(frozen=True)
+class Leakages:
+    """Where the traces of a model first say their question's answer, of those that do (docs/method.md#leakage)."""
+
+    share: float
+    """Of the closed traces: those that say it."""
+    positions: Floats
+    """[traces] part of the trace that stands before it, 0 to 1."""
+    nats: Floats
+    """[traces] leakage; NaN if nobody computed log-probs of the trace."""
+    weights: Floats
+    """[traces] weight in the loss."""
+
+
+def leakages(traces: Sequence[Trace], scores: Sequence[Score], weights: Sequence[Weight]) -> Leakages | None:
+    """Of the round's closed, weighted traces; None if none says its answer."""
+    trace_of, weight_of = by_trace(traces), by_trace(weights)
+    rows, num_closed = [], 0
+    for score in scores:
+        key = (score.question_id, score.trace_index)
+        weight = weight_of[key]
+        if _is_weighted(weight) and weight.status != WeightStatus.TRUNCATED:
+            num_closed += 1
+            if score.answer_start is not None and score.leakage is not None:
+                rows.append((score.answer_start / len(trace_of[key].trace_ids), score.leakage, weight.weight))
+    return Leakages(len(rows) / num_closed, *np.array(rows, float).T) if rows else None
+
+
+def rollout_leakages(
+    traces: Sequence[Trace], weights: Sequence[Weight], questions: Sequence[Question], finder: AnswerFinder
+) -> Leakages | None:
+    """The same of the policy's rollouts, which only the serving engine gave log-probs, and only some of them."""
+    answer_of = {question.id: answer_to_find(question) for question in questions}
+    weight_of = by_trace(weights)
+    closed = [trace for trace in traces if trace.finish == TraceFinish.CLOSED]
+    rows = []
+    for trace in closed:
+        if (span := finder.find(trace.trace_ids, answer_of[trace.question_id])) is not None:
+            logps, weight = trace.logp_engine, weight_of[trace.question_id, trace.trace_index].weight
+            nats = np.nan if logps is None else -logps[slice(*span)].sum(dtype=np.float64)
+            rows.append((span[0] / len(trace.trace_ids), nats, weight))
+    return Leakages(len(rows) / len(closed), *np.array(rows, float).T) if rows else None
 
 
 def question_ess(weights: Sequence[Weight]) -> dict[str, float]:

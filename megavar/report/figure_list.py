@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from megavar.data.answer_in_trace import AnswerFinder
 from megavar.evaluation.pass_at_k import Accuracy
 from megavar.evaluation.results import Results
 from megavar.report import curves, figures
@@ -43,13 +45,16 @@ def evaluated_curves(runs: Mapping[str, RunView]) -> PassCurves:
     return passes
 
 
-def make_figures(runs: Mapping[str, RunView], last_round: Round, passes: PassCurves) -> list[ReportFigure]:
+def make_figures(
+    runs: Mapping[str, RunView], last_round: Round, passes: PassCurves, finder: AnswerFinder
+) -> list[ReportFigure]:
     """All figures that the runs have records for.
 
     Args:
         runs: by label; the first is the run of the report, the others are compared with it.
         last_round: of the first run.
         passes: see `evaluated_curves`.
+        finder: of answers in rollouts.
     """
     run = next(iter(runs.values()))
     report_figures = [
@@ -72,7 +77,12 @@ def make_figures(runs: Mapping[str, RunView], last_round: Round, passes: PassCur
         )
     if (results := run.suites()) is not None:
         report_figures.append(of_suites(results))
-    return [*report_figures, _against_num_traces(runs, last_round, passes), *_of_round(run, last_round)]
+    return [
+        *report_figures,
+        _against_num_traces(runs, last_round, passes),
+        *_of_round(run, last_round),
+        *_leakage(run, last_round, finder),
+    ]
 
 
 def of_suites(results: Results) -> ReportFigure:
@@ -118,6 +128,41 @@ def _noise_of_weights(run: RunView) -> str:
     return (
         f" Rounding moves a weight by {noise[-1]:.2g} (standard deviation, of traces that were scored twice): smaller "
         "differences between weights mean nothing."
+    )
+
+
+def _leakage(run: RunView, last_round: Round, finder: AnswerFinder) -> list[ReportFigure]:
+    of_models = {
+        "q" if run.config.sample.sampler == "posterior" else "policy": curves.leakages(
+            last_round.traces, last_round.scores, last_round.weights
+        ),
+        "policy's rollouts": curves.rollout_leakages(
+            last_round.rollouts, last_round.rollout_weights, last_round.questions, finder
+        ),
+    }
+    found = {label: leakages for label, leakages in of_models.items() if leakages is not None}
+    if not found:
+        return []
+    return [
+        ReportFigure(
+            "leakage",
+            "Leakage",
+            "Where closed traces first say the question's answer, and the leakage there: −log π(answer | x, the trace "
+            "before it). Near 0 the policy derives the answer, where it is large the trace leaps to it. Filled: every "
+            "trace equally; lines: by weight. Of rollouts, log-probs are the server's, of those traces that have them."
+            + _left_out(run),
+            figures.leakage_histograms(found),
+        )
+    ]
+
+
+def _left_out(run: RunView) -> str:
+    values: dict[str, Any] = next((row for row in reversed(run.metrics) if row["stage"] == "weigh"), {})
+    if "traces_leaky" not in values:
+        return ""
+    return (
+        f" {values['traces_leaky']:.0f} traces above objective.max_leakage={run.config.objective.max_leakage:g} nats "
+        f"were left out, which had {values.get('leaky_weight', 0.0):.1%} of the weight."
     )
 
 

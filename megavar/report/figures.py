@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from megavar.evaluation.pass_at_k import Accuracy
 from megavar.evaluation.results import Results
-from megavar.report.curves import IMPLIED_WEIGHTS, FewerTraces, Floats
+from megavar.report.curves import IMPLIED_WEIGHTS, FewerTraces, Floats, Leakages
 
 _COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#6b5b4b")
 _LINES = ("-", "--", ":", "-.")
@@ -191,6 +191,30 @@ def implied_weights(accuracies: Mapping[str, Floats]) -> Figure:
     bottom.margins(y=0.4)  # space for the legend
     bottom.legend(fontsize=8, loc="upper left")
     _label(bottom, "", "P (accuracy on the question)", "fraction of questions")
+    return figure
+
+
+def leakage_histograms(of_models: Mapping[str, Leakages]) -> Figure:
+    """Where traces first say their answer and their leakage: all equally (filled), and by their weights (lines)."""
+    figure, (plots,) = _grid(1, 2, 4.8, 3.2)
+    nats = [found.nats[np.isfinite(found.nats)] for found in of_models.values()]
+    largest = max((float(values.max()) for values in nats if len(values)), default=0.0)
+    bins = (np.linspace(0, 1, 21), np.linspace(0, max(largest, 1.0), 41))
+    for number, (label, found) in enumerate(of_models.items()):
+        style: dict[str, Any] = {"color": _colour(number), "label": f"{label} ({found.share:.0%} say it)"}
+        for plot, edges, values in zip(plots, bins, (found.positions, found.nats), strict=True):
+            known = np.isfinite(values)
+            if not known.any():
+                continue
+            plot.hist(values[known], edges, weights=np.full(known.sum(), 1 / known.sum()), alpha=0.35, **style)
+            total = found.weights[known].sum()
+            if total > 0:
+                shares = found.weights[known] / total
+                weighted = {**style, "label": f"{label}, weighted"}
+                plot.hist(values[known], edges, weights=shares, histtype="step", linewidth=1.5, **weighted)
+    _label(plots[0], "", "part of the trace before the answer", "fraction of the traces that say it")
+    _label(plots[1], "", "leakage, nats", "")
+    plots[0].legend(fontsize=7)
     return figure
 
 

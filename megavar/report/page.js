@@ -83,7 +83,8 @@ function showTrace(trace, best) {
   const bar = element("span", "bar");
   bar.style.width = `${(100 * trace.weight) / best}%`;
   const facts = [`log-ratio ${number(trace.log_ratio, 4)}`, `${trace.num_correct} of ${trace.num_answers} correct`,
-    trace.tokens === null ? "gold trace" : `${trace.tokens} tokens`];
+    trace.tokens === null ? "gold trace" : `${trace.tokens} tokens`,
+    ...(trace.leakage === null ? [] : [`leakage ${number(trace.leakage, 2)} nats`])];
   return element("article", "trace",
     element("header", "",
       element("span", "name", trace.index < 0 ? "gold" : `trace ${trace.index}`),

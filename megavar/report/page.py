@@ -12,7 +12,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from megavar.data.decode import Decoder, open_decoder
+from megavar.data.answer_in_trace import AnswerFinder
+from megavar.data.decode import open_decoder
 from megavar.disk import atomic_write
 from megavar.evaluation.results import Results, read_results
 from megavar.report.browser import MAX_CHARACTERS, browser_data
@@ -48,9 +49,10 @@ def write_page(folders: Sequence[Path]) -> Path:
     runs = labels([open_run(folder) for folder in folders])
     label, run = next(iter(runs.items()))
     last_round = run.last_round()
-    traces = browser_data(last_round, _decoder(run))
+    tokenizer = _tokenizer(run)
+    traces = browser_data(last_round, open_decoder(tokenizer))
     passes = evaluated_curves(runs)
-    figures = make_figures(runs, last_round, passes)
+    figures = make_figures(runs, last_round, passes, AnswerFinder(tokenizer))
     head = [_head(label, run, last_round, list(runs)[1:]), _results(run, passes)]
     if (results := run.suites()) is not None:
         head.append(_suites(results))
@@ -201,7 +203,7 @@ def _png(figure: ReportFigure) -> bytes:
     return image.getvalue()
 
 
-def _decoder(run: RunView) -> Decoder:
-    """Decoder with the tokenizer of the run's exported models or, if these were removed, of its base model."""
+def _tokenizer(run: RunView) -> Path:
+    """Folder with the tokenizer of the run's exported models or, if these were removed, of its base model."""
     folders = [run.run.sft / "hf", run.run.final]
-    return open_decoder(next((folder for folder in folders if (folder / "tokenizer.json").is_file()), run.run.base))
+    return next((folder for folder in folders if (folder / "tokenizer.json").is_file()), run.run.base)

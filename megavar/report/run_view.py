@@ -47,6 +47,9 @@ class Round:
     answers: list[Answer]
     scores: list[Score]
     weights: list[Weight]
+    rollouts: list[Trace]
+    """The policy's own traces of these questions, and their weights for q; none unless q learnt from them."""
+    rollout_weights: list[Weight]
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,11 @@ class RunView:
             read(file("verified", Answer, "answer_ids")),
             read(file("scores", Score, "logp_policy", "logp_posterior")),
             read(file("weights", Weight)),
+            *(
+                (read(file("rollouts/traces", Trace, "prompt_ids")), read(file("rollouts/weights", Weight)))
+                if (folder / "rollouts" / "weights" / "data.parquet").is_file()
+                else ([], [])
+            ),
         )
 
 

@@ -1,10 +1,11 @@
 """`megavar show`: pretty-prints records from a file or a stage's folder.
 
 The record type is inferred from the columns. Questions and traces have long texts and are printed as blocks with all
-fields. Other records are printed as one table per question, without ids of the question, answer tokens and seeds.
+fields; in a trace that was scored the answer's first appearance is marked, and its leakage printed. Other records are
+printed as one table per question, without ids of the question, answer tokens, seeds and places of the answer.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
@@ -22,12 +23,13 @@ from rich.text import Text
 
 from megavar.data.decode import Decoder, open_decoder
 from megavar.data.questions import read_questions
+from megavar.joins import Key
 from megavar.record_files import RecordFile, rows
-from megavar.records import Answer, Bound, Question, Score, Trace, Weight, identity_columns
+from megavar.records import Answer, Bound, Question, Score, TokenIds, Trace, Weight, identity_columns
 
 RECORD_TYPES: tuple[type[Any], ...] = (Trace, Answer, Score, Weight, Bound)
 _MAX_IDS = 8
-_NOT_IN_TABLES = ("question_id", "round", "answer_ids", "seed")
+_NOT_IN_TABLES = ("question_id", "round", "answer_ids", "seed", "answer_start", "answer_stop", "leakage_posterior")
 
 
 def show(path: Path, limit: int, question_id: str | None, model: Path | None, console: Console) -> None:
@@ -50,12 +52,13 @@ def show(path: Path, limit: int, question_id: str | None, model: Path | None, co
         raise ValueError(f"{path} has no record of question {question_id!r}; it has records of {examples}, ...")
     keys = [key for key in source.identities if question_id in (None, key[0])]
     chosen = source.read(keys if question_id is not None else keys[:limit])
+    score_of = _scores(path, chosen) if source.kind == "Trace" else {}
     num_records, kind = len(source.identities), source.kind
     console.print(Text(f"{path}: {num_records} {kind} records of {len(question_ids)} questions", "bold"))
     for name, group in groupby(chosen, _question_of):
         rows = list(group)
         console.print(Rule(Text(name, "bold"), align="left"))
-        console.print(*_blocks(rows, decode) if kind in ("Question", "Trace") else [_table(rows)], sep="\n")
+        console.print(*_blocks(rows, decode, score_of) if kind in ("Question", "Trace") else [_table(rows)], sep="\n")
     if len(chosen) < num_records:
         console.print(Text(f"{len(chosen)} shown; --limit N or --question ID shows others.", "dim"))
 
@@ -129,7 +132,8 @@ def _record_type(file: Path) -> type[Any]:
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(f"{file} is neither a Parquet file nor a .jsonl file of questions: {error}") from error
     for record_type in RECORD_TYPES:
-        if columns == [item.name for item in fields(record_type)]:
+        added = [item.name for item in fields(record_type) if item.default is None]  # by a later version
+        if columns == [item.name for item in fields(record_type) if item.name in columns or item.name not in added]:
             return record_type
     if {"id", "question", "answer"} <= set(columns):
         return Question
@@ -149,14 +153,46 @@ def _table(records: Sequence[Any]) -> Table:
     return table
 
 
-def _blocks(records: Iterable[Any], decode: Decoder | None) -> list[Text]:
+def _scores(path: Path, traces: Sequence[Trace]) -> dict[Key, Score]:
+    """The scores of these traces that say where they first give the answer, if the round of their file has scores."""
+    folder = path if path.is_dir() else path.parent
+    file = folder.parent / "scores" / "data.parquet"
+    if folder.name != "traces" or not file.is_file():
+        return {}
+    wanted = {(trace.question_id, trace.trace_index) for trace in traces}
+    columns = [item.name for item in fields(Score) if not item.name.startswith("logp")]
+    found: dict[Key, Score] = {}
+    for score in RecordFile(file, Score, columns).rows():
+        key = (score.question_id, score.trace_index)
+        if key in wanted and score.leakage is not None:
+            found[key] = score
+    return found
+
+
+def _blocks(records: Iterable[Any], decode: Decoder | None, score_of: Mapping[Key, Score]) -> list[Text]:
     blocks = []
     for record in records:
+        score = score_of.get((record.question_id, record.trace_index)) if isinstance(record, Trace) else None
         for item in fields(record):
             value = _cell(getattr(record, item.name), decode).rstrip("\n")
-            blocks.append(Text.assemble((f"{item.name}:", "cyan"), "\n" if "\n" in value else " ", value))
+            shown = Text(value)
+            if item.name == "trace_ids" and score is not None:
+                if decode is not None:
+                    shown = _marked(record.trace_ids, score, decode)
+                place = f"tokens {score.answer_start}:{score.answer_stop} of {len(record.trace_ids)}"
+                nats = f"{score.leakage:.4f} nats (sampler: {score.leakage_posterior:.4f})"
+                blocks.append(Text.assemble(("leakage:", "cyan"), f" {nats}, {place}"))
+            blocks.append(Text.assemble((f"{item.name}:", "cyan"), "\n" if "\n" in value else " ", shown))
         blocks.append(Text())
     return blocks
+
+
+def _marked(trace_ids: TokenIds, score: Score, decode: Decoder) -> Text:
+    """The trace's text with ⟦ ⟧ around the tokens that say the answer."""
+    text = decode(trace_ids)
+    # Without what stands for half of a character.
+    before, until = (decode(trace_ids[:end]).rstrip("\ufffd") for end in (score.answer_start, score.answer_stop))
+    return Text.assemble(before, (f"⟦{until[len(before) :]}⟧", "reverse"), text[len(until) :].rstrip("\n"))
 
 
 def _cell(value: Any, decode: Decoder | None) -> str:

@@ -16,6 +16,8 @@ from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
 from megavar.runs.metrics import Metrics
 
+_LEAKAGE = ("answer_in_trace", "leakage", "leakage_weighted", "traces_leaky", "leaky_weight")
+
 
 def summarize(run: Run) -> dict[str, Any]:
     """Results of the run up to this round as a JSON-serialisable dictionary; sampling statistics are of this round.
@@ -46,6 +48,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "largest_engine_difference": weigh.get("largest_engine_difference"),
         "log_ratio_noise": weigh.get("log_ratio_noise"),
         "weight_noise": weigh.get("weight_noise"),
+        **{key: weigh.get(key) for key in _LEAKAGE},
         "questions": int(weigh["questions"]),
         "questions_with_weight": int(weigh["questions_with_weight"]),
         "traces_sampled": len(traces),
@@ -73,6 +76,13 @@ def summary_rows(summary: dict[str, Any]) -> list[list[tuple[str, str]]]:
     if summary["weight_noise"] is not None:
         noise = f"±{summary['weight_noise']:.2g} of a weight, ±{summary['log_ratio_noise']:.2g} nats of a log-ratio"
         sampled.append(("noise of scoring", noise))
+    if summary["leakage"] is not None:
+        weighted = summary["leakage_weighted"]
+        means = f"{summary['leakage']:.2f} nats" + ("" if weighted is None else f", by weight {weighted:.2f}")
+        sampled.append(("leakage", f"{means}; {summary['answer_in_trace']:.0%} of the traces say the answer"))
+    if summary["traces_leaky"] is not None:
+        mass = f"{summary['leaky_weight'] or 0.0:.1%} of the weight"
+        sampled.append(("traces left out as leaky", f"{summary['traces_leaky']:.0f}, {mass}"))
     seconds, reused = {**summary["seconds"], "all stages": sum(summary["seconds"].values())}, summary["reused_from"]
     timed = [
         (f"{stage}, seconds", f"{value:.0f}" + (f", reused from {reused[stage]}" if stage in reused else ""))

@@ -154,8 +154,8 @@ def _sample_keys(config: RunConfig) -> Sequence[str]:
 
 
 def _sampler(run: Run) -> dict[str, str]:
-    """The model that traces are sampled from, if it is not the policy."""
-    if run.config.sample.sampler == "policy":
+    """The model that traces are sampled from, if it is not the policy's."""
+    if not run.config.trains_posterior:
         return {}
     return {"posterior": (Run(run.config) if run.config.posterior.source == "gold" else run).entry("posterior")}
 
@@ -201,7 +201,15 @@ _SERVED = ("rollout.dtype", "rollout.deterministic")
 _SAMPLED = ("seed", *_POLICY_PROMPT, *_SERVED)
 _WEIGHED = tuple(
     f"objective.{key}"
-    for key in ("name", "num_traces", "ratio", "answer_estimator", "on_no_correct_trace", "on_unverifiable")
+    for key in (
+        "name",
+        "num_traces",
+        "ratio",
+        "answer_estimator",
+        "on_no_correct_trace",
+        "on_unverifiable",
+        "max_leakage",
+    )
 )
 _OF_A_SAMPLE = tuple(
     f"sample.{key}" for key in ("temperature", "top_p", "max_trace_tokens", "max_answer_tokens", "keep_logps")
@@ -248,7 +256,7 @@ STAGES = (
         _posterior_keys,
         inputs=_posterior_inputs,
         outputs=lambda run: [run.posterior / "hf" / CHECKSUMS],
-        is_used=lambda config: config.sample.sampler == "posterior",
+        is_used=lambda config: config.trains_posterior,
         first_round_only=lambda config: config.posterior.source == "gold",
         all_ranks=True,
         logs="steps",

@@ -44,7 +44,7 @@ def count_tokens(
     """
     counts, problems = TokenCounts(), Problems(file)
     hinted = config.sample.sampler == "posterior"
-    trained_by_hint = hinted and config.posterior.source != "rollout"
+    trained_by_hint = config.trains_posterior and config.posterior.source != "rollout"
     trained = {question.id for question in questions}
     sampled_ids = {question.id for question in sampled}
     every = list({question.id: question for question in (*questions, *sampled)}.values())

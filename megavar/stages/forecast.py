@@ -138,7 +138,7 @@ class Forecast:
         config, weights = self._config, 4 if self._config.precision.recipe == "fp32" else 2
         checkpoint = self._num_parameters * (weights + (8 if weights == 4 else 12))
         jobs = [(config.sft, 1), (config.policy.train, config.rounds)]
-        if config.sample.sampler == "posterior":
+        if config.trains_posterior:
             jobs.append((config.posterior.train, 1 if config.posterior.source == "gold" else config.rounds))
         return float(sum(
             rounds * (job.keep_checkpoints * checkpoint + self._num_parameters * weights) for job, rounds in jobs

@@ -1,6 +1,7 @@
 """Trains the posterior q: on gold traces, on weighted rollouts of the policy, or by reverse KL on its own traces."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from megavar.data.tokens import NO_WEIGHT, gold_posterior_sequences, rollout_posterior_sequences
@@ -27,7 +28,8 @@ def _sequences(run: Run) -> Iterator[list[TrainSequence]]:
         return _weighted(run, run.round / "rollouts" / "traces", run.round / "rollouts" / "weights")
     if run.learns_by_reverse_kl:
         previous, weights = run.previous, run.round / "reverse_kl"
-        weigh_traces(scored_traces(previous), "reverse_kl", run.config.objective, weights)
+        all_traces = replace(run.config.objective, max_leakage=None)  # q has to learn which of them to avoid
+        weigh_traces(scored_traces(previous), "reverse_kl", all_traces, weights)
         return _weighted(previous, previous.round / "traces", weights)
     tokens, limit = question_tokens(run), run.config.data.max_sequence_tokens
     return iter([gold_posterior_sequences(train_questions(run), tokens, limit)])

@@ -28,7 +28,8 @@ def execute(run: Run, service: RolloutService) -> None:
         return Loaded(questions(), templates(run), question_tokens(run))
 
     def weigh() -> None:
-        all_traces = replace(config.objective, num_traces=None)  # objective.num_traces is about q's traces
+        # Which are about q's traces.
+        all_traces = replace(config.objective, num_traces=None, max_leakage=None)
         values = weigh_traces(_groups(folder), "forward_kl", all_traces, folder / "weights")
         log_values(run, "rollouts", {run.round_index: values})
 

@@ -80,7 +80,7 @@ def output(folder: Path, record_type: type[Record], *columns: str) -> RecordFile
 
 def sampler_folder(run: Run) -> Path:
     """The model that traces are sampled from, as a Hugging Face folder: q, or the policy that the round starts with."""
-    return run.posterior / "hf" if run.config.sample.sampler == "posterior" else run.reference
+    return run.posterior / "hf" if run.config.trains_posterior else run.reference
 
 
 def log_values(run: Run, stage: str, values_of: dict[int, dict[str, float]]) -> None:

@@ -5,10 +5,11 @@ all have written. Some traces are scored again in other packs, from which `weigh
 """
 
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from megavar.checkpoints.convert import Model
 from megavar.config.schema import ParallelConfig, PrecisionConfig, ScoreConfig
+from megavar.data.answer_in_trace import AnswerFinder, answer_to_find
 from megavar.data.question_tokens import QuestionTexts
 from megavar.joins import (
     OUTPUTS_DO_NOT_MATCH,
@@ -85,27 +87,29 @@ def execute(run: Run, service: RolloutService) -> None:
         trace_set = TraceSet(round_questions(run), question_tokens(run), traces, verified)
     key = from_rank_zero(lambda: Manifest(run.folder).made_from(run.entry("score")))
     scoring = Scoring(config.score, config.parallel, PrecisionConfig(config.score_recipe))
-    score_traces(trace_set, run.reference, sampler_folder(run), scoring, run.round / "scores", key)
+    sampler = None if config.sample.sampler == "policy" else sampler_folder(run)
+    score_traces(trace_set, run.reference, sampler, scoring, run.round / "scores", key)
 
 
 def score_traces(
-    trace_set: TraceSet | None, policy: Path, sampler: Path, scoring: Scoring, folder: Path, made_from: str
+    trace_set: TraceSet | None, policy: Path, sampler: Path | None, scoring: Scoring, folder: Path, made_from: str
 ) -> None:
     """Write a `Score` for every trace to `folder`; every rank calls it, with the traces on rank 0 and None elsewhere.
 
     log pi(z|x) and log pi(y'|x, z) of the reference answer come from one forward of the policy, log q(z|x, y') from
-    one of the posterior, under the prompt it was sampled with. Where the policy itself sampled the traces the two are
-    equal, and one forward gives both. Truncated traces get empty log-probs. Second scores of some traces go to
-    `again.parquet`. Finished chunks of an interrupted call are kept in folders of their own until all are complete.
+    one of the posterior, under the prompt it was sampled with. Where the policy sampled the traces under its own prompt
+    the two are equal, and one forward gives both. Truncated traces get empty log-probs. Second scores of some traces go
+    to `again.parquet`. Finished chunks of an interrupted call are kept in folders of their own until all are complete.
 
     Args:
-        sampler: the model that the traces were sampled from, a Hugging Face folder; may equal `policy`.
+        sampler: the model that the traces were sampled from under the posterior's prompt, a Hugging Face folder, which
+            may be `policy`; None: the policy sampled them under its own.
         made_from: identifies traces, questions and settings.
 
     Raises:
         ValueError: if existing rows are not of these traces.
     """
-    models = {"policy": policy} if sampler == policy else {"policy": policy, "posterior": sampler}
+    models = {"policy": policy} if sampler is None else {"policy": policy, "posterior": sampler}
     if from_rank_zero(lambda: trace_set is not None and _is_complete(trace_set, folder)):
         return
 
@@ -117,16 +121,19 @@ def score_traces(
         sequences = shared_sequences(folder / "sequences", made_from, make)
         again = from_rank_zero(lambda: None if trace_set is None else _places_scored_again(trace_set))
         assert again is not None
+        passes_of: dict[Path, list[_Pass]] = defaultdict(list)
         for place, (name, model) in enumerate(models.items()):
             indices = np.arange(place, len(sequences), len(models))
-            passes = _passes(sequences, indices, again, folder / name, scoring.config.microbatch_tokens)
+            budget = scoring.config.microbatch_tokens
+            passes_of[model] += _passes(sequences, indices, again, folder / name, budget)
+        for model, passes in passes_of.items():
             _score_all(model, passes, scoring)
         if trace_set is not None:
             write_records(folder / "again.parquet", _scored_again(trace_set, again, list(models), folder), Score)
     if trace_set is not None:
         scored = [parts(folder / name) for name in models]
         with RecordFileWriter(folder / "data.parquet", Score) as merged:
-            for table in _merged(trace_set, scored, folder):
+            for table in _merged(trace_set, scored, AnswerFinder(policy), folder):
                 merged.write(table)
         expected = identities(_trace_file(trace_set))
         check_complete(identities(RecordFile(folder / "data.parquet", Score, _KEY)), expected, folder)
@@ -140,8 +147,8 @@ _PARTS = ("policy", "posterior", "policy_again", "posterior_again")
 _KEY = ("question_id", "trace_index")
 
 
-def _trace_file(trace_set: TraceSet) -> RecordFile[Trace]:
-    return RecordFile(trace_set.traces, Trace, (*_KEY, "round", "finish"))
+def _trace_file(trace_set: TraceSet, *more: str) -> RecordFile[Trace]:
+    return RecordFile(trace_set.traces, Trace, (*_KEY, "round", *more, "finish"))
 
 
 def _any_closed(trace_set: TraceSet) -> bool:
@@ -307,12 +314,13 @@ def _described(table: pa.Table, lengths: NDArray[np.int64]) -> dict[Key, tuple[i
     return dict(zip(keys, zip(table["round"].to_pylist(), lengths.tolist(), strict=True), strict=True))
 
 
-def _merged(trace_set: TraceSet, scored: list[list[Path]], folder: Path) -> Iterator[pa.Table]:
+def _merged(trace_set: TraceSet, scored: list[list[Path]], finder: AnswerFinder, folder: Path) -> Iterator[pa.Table]:
     """Tables of `Score`: the rows of all ranks under each model, beside the traces and the counts of their answers."""
+    answer_of = {question.id: answer_to_find(question) for question in trace_set.questions}
     unjudged = {question.id for question in trace_set.questions if question.verifier == NO_VERIFIER}
     scored_rows = _ScoredRows(merge(scored, Scored, folder), folder)
     answers = RecordFile(trace_set.verified, Answer, (*_KEY, "answer_index", "correct"))
-    for traces, some_answers in by_question(_trace_file(trace_set), answers):
+    for traces, some_answers in by_question(_trace_file(trace_set, "trace_ids"), answers):
         closed = np.array(traces["finish"].to_pylist()) == TraceFinish.CLOSED
         under_policy, *others = scored_rows.take(int(closed.sum()))
         under_sampler = others[0] if others else under_policy
@@ -329,8 +337,38 @@ def _merged(trace_set: TraceSet, scored: list[list[Path]], folder: Path) -> Iter
             "logp_answer": _spread(under_policy["logp_answer"], closed),
             "num_answers": [num_answers for num_answers, _ in counts],
             "num_correct": [num_correct for _, num_correct in counts],
+            **_leakage(traces, closed, (under_policy["logp_trace"], under_sampler["logp_trace"]), finder, answer_of),
         }
         yield pa.table(columns, schema=schema_of(Score))
+
+
+def _leakage(
+    traces: pa.Table,
+    closed: NDArray[np.bool_],
+    logps: Sequence[pa.ChunkedArray],
+    finder: AnswerFinder,
+    answer_of: Mapping[str, str | None],
+) -> dict[str, list[Any]]:
+    """Columns of `Score`: where each closed trace first says its question's answer, and what the models give it there.
+
+    Args:
+        logps: of the closed traces under the policy and the sampler.
+    """
+    ids, starts = lists(traces["trace_ids"])
+    columns: dict[str, list[Any]] = {
+        name: [None] * len(traces) for name in ("answer_start", "answer_stop", "leakage", "leakage_posterior")
+    }
+    questions, of_models = traces["question_id"].to_pylist(), [lists(column) for column in logps]
+    for place, row in enumerate(np.flatnonzero(closed)):
+        span = finder.find(ids[starts[row] : starts[row + 1]], answer_of[questions[row]])
+        if span is not None:
+            sums = [
+                float(values[begins[place] + span[0] : begins[place] + span[1]].sum(dtype=np.float64))
+                for values, begins in of_models
+            ]
+            for name, value in zip(columns, (*span, -sums[0], -sums[1]), strict=True):
+                columns[name][row] = value
+    return columns
 
 
 def _spread(logps: pa.ChunkedArray, closed: NDArray[np.bool_]) -> pa.Array:

@@ -37,6 +37,12 @@ def execute(run: Run, service: RolloutService) -> None:
 
     def work() -> None:
         objective, differences, noise = run.config.objective, [0.0], _NoiseFloor(run)
+        if objective.max_leakage is not None and output(run.round / "scores", Score).absent:
+            raise ValueError(
+                f"objective.max_leakage={objective.max_leakage} needs the leakage of traces, but {run.round}/scores is "
+                f"of a version that did not measure it; remove that folder and the entry {run.entry('score')} of "
+                "manifest.json and run the same command again, or use max_leakage=null."
+            )
 
         def groups() -> Iterator[Group]:
             for traces, scores in scored_traces(run):
@@ -69,6 +75,12 @@ def _warn(values: dict[str, float], config: RunConfig) -> None:
             "(docs/troubleshooting.md#ess-near-1).",
             values["ess"],
             config.num_traces,
+        )
+    if config.objective.max_leakage is not None and "leakage" not in values:
+        logger.warning(
+            "weigh: no trace says its question's answer, so objective.max_leakage=%g leaves out none "
+            "(docs/method.md#leakage).",
+            config.objective.max_leakage,
         )
     difference = values.get("largest_engine_difference", 0.0)
     if difference > LARGE_DIFFERENCE_NATS["fp32" if config.score_recipe == "fp32" else "bf16"]:
@@ -124,7 +136,10 @@ def _weigh_group(
         every = sorted(of_question[question_id], key=lambda score: score.trace_index)
         truncated = [finish_of[question_id, score.trace_index] != TraceFinish.CLOSED for score in every]
         group = every[: config.num_traces]
-        group_weights = _weigh_question(objective, group, truncated[: len(group)], config)
+        cut = truncated[: len(group)]
+        before = _weigh_question(objective, group, cut, config)
+        group_weights = _without_leaky(objective, group, cut, config, before)
+        totals.leakage.add(group, cut, before, group_weights)
         weights += group_weights + [_unused(score) for score in every[len(group) :]]
         groups.append((every, truncated, group_weights))
         totals.add_question(group_weights)
@@ -145,6 +160,31 @@ def _weigh_question(
         weights = [replace(row, weight=0.0) for row in weights if row.trace_index >= 0]
     kept = (WeightStatus.TRUNCATED, WeightStatus.GOLD)
     return [row if row.status in kept else replace(row, status=WeightStatus.UNVERIFIABLE) for row in weights]
+
+
+def _without_leaky(
+    objective: Objective,
+    group: Sequence[Score],
+    truncated: Sequence[bool],
+    config: ObjectiveConfig,
+    weights: list[Weight],
+) -> list[Weight]:
+    """Weights of one question's traces if those above `objective.max_leakage` are left out, as truncated ones are.
+
+    Args:
+        weights: of all of them.
+    """
+    limit = np.inf if config.max_leakage is None else config.max_leakage
+    leaky = {score.trace_index for score in group if score.leakage is not None and score.leakage > limit}
+    if not leaky:
+        return weights
+    left_out = [cut or score.trace_index in leaky for score, cut in zip(group, truncated, strict=True)]
+    marked = {
+        row.trace_index: replace(row, log_weight=-np.inf, weight=0.0, status=WeightStatus.LEAKY)
+        for row in weights
+        if row.trace_index in leaky
+    }
+    return [marked.get(row.trace_index, row) for row in _weigh_question(objective, group, left_out, config)]
 
 
 def _unused(score: Score) -> Weight:
@@ -179,7 +219,9 @@ class _NoiseFloor:
         again = self._again.get(identity(score))
         if again is None:
             return score
-        return replace(again, num_answers=score.num_answers, num_correct=score.num_correct)
+        return replace(
+            score, logp_policy=again.logp_policy, logp_posterior=again.logp_posterior, logp_answer=again.logp_answer
+        )
 
     def _weights(self, traces: Sequence[Trace], scores: Sequence[Score]) -> list[Weight]:
         """Of the traces that were scored twice."""
@@ -199,6 +241,7 @@ class _Totals:
     def __init__(self) -> None:
         self.statuses: Counter[WeightStatus] = Counter()
         self.bounds = _MeanBounds()
+        self.leakage = _MeanLeakage()
         self._num_questions = self._num_with_weight = 0
         self._sum_of_sizes = 0.0
 
@@ -214,8 +257,49 @@ class _Totals:
             "questions_with_weight": float(self._num_with_weight),
             "ess": self._sum_of_sizes / max(self._num_with_weight, 1),
             **self.bounds.values(),
+            **self.leakage.values(),
             **{f"traces_{status}": float(count) for status, count in sorted(self.statuses.items())},
         }
+
+
+class _MeanLeakage:
+    """Means over the closed traces, and the weight that was left out; nothing if no trace says its answer."""
+
+    def __init__(self) -> None:
+        self._num_closed = self._num_saying = 0
+        self._sum = self._weighted_sum = self._weight = 0.0
+        self._before = self._left_out = 0.0
+
+    def add(
+        self, scores: Sequence[Score], truncated: Sequence[bool], before: Sequence[Weight], after: Sequence[Weight]
+    ) -> None:
+        """Add one question's traces.
+
+        Args:
+            before: the weights if no trace were left out for its leakage.
+        """
+        self._num_closed += len(truncated) - sum(truncated)
+        weight_of = {row.trace_index: row.weight for row in after}
+        for score in scores:
+            if score.leakage is not None:
+                weight = weight_of[score.trace_index]
+                self._num_saying += 1
+                self._sum += score.leakage
+                self._weighted_sum += weight * score.leakage
+                self._weight += weight
+        leaky = {row.trace_index for row in after if row.status == WeightStatus.LEAKY}
+        self._before += sum(row.weight for row in before)
+        self._left_out += sum(row.weight for row in before if row.trace_index in leaky)
+
+    def values(self) -> dict[str, float]:
+        if not self._num_saying:
+            return {}
+        found = {"answer_in_trace": self._num_saying / self._num_closed, "leakage": self._sum / self._num_saying}
+        if self._weight > 0:
+            found["leakage_weighted"] = self._weighted_sum / self._weight
+        if self._left_out > 0:
+            found["leaky_weight"] = self._left_out / self._before
+        return found
 
 
 class _MeanBounds:

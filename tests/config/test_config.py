@@ -69,6 +69,10 @@ def test_one_run_or_several_can_be_reused(tmp_path, text, overrides, expected):
             ["posterior.source=rollout", "sample.sampler=policy", "objective.ratio=none"],
             r"posterior\.source=rollout has no effect with sample\.sampler=policy",
         ),
+        (
+            ["posterior.source=prompt", "sample.sampler=policy", "objective.ratio=none"],
+            r"posterior\.source=prompt has no effect with sample\.sampler=policy",
+        ),
         (["data.fresh_questions=true"], r"data\.fresh_questions=true needs data\.questions_per_round"),
         (["eval.models=[odd]"], r"eval\.models=\['odd'\]"),
         (["parallel.virtual_pipeline=2"], r"parallel\.virtual_pipeline=2 needs parallel\.pipeline"),

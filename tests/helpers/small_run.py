@@ -51,8 +51,9 @@ def round_records(number: int = 1) -> tuple[list[Trace], list[Answer], list[Scor
             ]  # fmt: skip
             size = len(trace_ids)
             counted = (len(verdicts) or None, sum(verdicts) if verdicts else None)
+            says = (1, 2, 0.5, 0.5 + 0.1 * index) if index and correct is not None else ()  # its second token
             scores.append(
-                Score(*key, logps(*[-0.5] * size), logps(*[-0.5 - 0.1 * index] * size), logps(-1, -2), *counted)
+                Score(*key, logps(*[-0.5] * size), logps(*[-0.5 - 0.1 * index] * size), logps(-1, -2), *counted, *says)
             )
     return traces, answers, scores
 

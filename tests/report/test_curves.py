@@ -5,12 +5,24 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from helpers.small_run import NUM_ANSWERS, NUM_CORRECT, NUM_TRACES, QUESTIONS, eval_answers, make_run, round_records
+from helpers.small_run import (
+    BASE,
+    NUM_ANSWERS,
+    NUM_CORRECT,
+    NUM_TRACES,
+    QUESTIONS,
+    eval_answers,
+    ids,
+    make_run,
+    round_records,
+)
+from tokenizers import Tokenizer
 
 from megavar.config.schema import EvalConfig, ObjectiveConfig
+from megavar.data.answer_in_trace import AnswerFinder
 from megavar.objectives.importance import effective_sample_size, normalise
 from megavar.record_files import read_records
-from megavar.records import Score, Weight
+from megavar.records import Score, Trace, Weight
 from megavar.report import curves
 from megavar.stages.weigh import weigh_traces
 
@@ -147,6 +159,41 @@ def test_densities_join_by_identity_and_leave_out_truncated_traces(tmp_path):
     assert ratios == pytest.approx(0.1 * (tokens - 3), abs=1e-6)
     answer_tokens, likelihoods = curves.likelihoods_by_length(scores)
     assert set(answer_tokens) == {2} and set(likelihoods) == {-3.0} and len(likelihoods) == 16
+
+
+def test_leakage_is_joined_with_lengths_and_weights_and_truncated_traces_do_not_count(tmp_path):
+    run = make_run(tmp_path)
+    traces, _, scores = round_records()
+    weights = read_records(run.round / "weights" / "data.parquet", Weight)
+    found = curves.leakages(traces, scores, weights)
+    weight_of = {(row.question_id, row.trace_index): row.weight for row in weights}
+    said = [row for row in scores if row.leakage is not None]
+    assert found.share == 11 / 15 and found.nats.tolist() == [0.5] * 11
+    assert found.positions.tolist() == [1 / (3 + row.trace_index) for row in said]
+    assert found.weights.tolist() == [weight_of[row.question_id, row.trace_index] for row in said]
+    assert sum(found.weights) > 0
+    assert curves.leakages(traces, [replace(row, answer_start=None) for row in scores], weights) is None
+
+
+def test_leakage_of_rollouts_is_by_the_servers_log_probs_where_there_are_any():
+    encode = Tokenizer.from_file(str(BASE / "tokenizer.json")).encode
+    said = [
+        ("3\n2\n", "closed", True),
+        ("2\n3\n2\n", "closed", False),
+        ("3\n22\n", "closed", True),
+        ("2", "length", True),
+    ]
+    traces, weights = [], []
+    for index, (text, finish, has_logps) in enumerate(said):
+        tokens = ids(*encode(text, add_special_tokens=False).ids)
+        logps = -np.arange(1, len(tokens) + 1, dtype=np.float32)
+        traces.append(Trace("easy", index, 1, "policy", ids(16), tokens, logps if has_logps else None, finish, index))
+        weights.append(Weight("easy", index, 1, 0.0, 0.0, 0.0, 0.1 * index, "ok"))
+    found = curves.rollout_leakages(traces, weights, QUESTIONS, AnswerFinder(BASE))
+    assert found.share == 2 / 3 and found.weights.tolist() == [0.0, 0.1]
+    assert found.positions.tolist() == [2 / 4, 0.0]  # 3, newline, 2, newline
+    assert found.nats[0] == 3.0 and np.isnan(found.nats[1])
+    assert curves.rollout_leakages(traces[2:], weights, QUESTIONS, AnswerFinder(BASE)) is None
 
 
 def test_question_accuracies_count_missing_answers_as_wrong():

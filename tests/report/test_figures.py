@@ -7,7 +7,7 @@ from megavar.evaluation.estimates import Estimate
 from megavar.evaluation.pass_at_k import Accuracy
 from megavar.evaluation.results import Results, SuiteResults
 from megavar.report import figures
-from megavar.report.curves import FewerTraces
+from megavar.report.curves import FewerTraces, Leakages
 
 POINTS = [Accuracy(1, 0.25, 0.2, 0.3), Accuracy(2, 0.5, 0.4, 0.6)]
 FEWER = {"a": [FewerTraces(1, 0.4, 1.0), FewerTraces(2, 0.7, 1.5)]}
@@ -84,3 +84,19 @@ def test_questions_without_weights_are_the_bar_at_zero():
     (plot,) = figures.ess_histogram(np.array([0.0, 0.0, 1.0, 4.0]), 4).axes
     bars = {round(bar.get_x() + bar.get_width() / 2, 6): bar.get_height() for bar in plot.patches if bar.get_height()}
     assert bars == {0.0: 2, 1.0: 1, 4.0: 1}
+
+
+def test_leakage_is_drawn_for_all_traces_and_by_weight_and_without_what_nobody_knows():
+    known = Leakages(0.5, np.array([0.0, 0.5, 1.0]), np.array([0.0, 4.0, 8.0]), np.array([0.0, 1.0, 3.0]))
+    unknown = Leakages(0.5, np.array([0.5]), np.array([np.nan]), np.array([0.0]))
+    left, right = figures.leakage_histograms({"q": known, "policy's rollouts": unknown}).axes
+    assert [text.get_text() for text in left.get_legend().get_texts()] == [
+        "q (50% say it)", "q, weighted", "policy's rollouts (50% say it)"
+    ]  # fmt: skip
+    filled = [bar.get_height() for bar in left.patches[:20]]
+    assert (filled[0], filled[10], filled[19], sum(filled)) == pytest.approx((1 / 3, 1 / 3, 1 / 3, 1))
+    bars, outline = right.patches[:40], right.patches[40]
+    assert [bar.get_height() for bar in bars if bar.get_height()] == pytest.approx([1 / 3] * 3)
+    assert len(right.patches) == 41 and bars[-1].get_x() + bars[-1].get_width() == 8.0
+    heights = {height for _, height in outline.get_xy() if height}
+    assert sorted(heights) == pytest.approx([0.25, 0.75])

@@ -6,27 +6,39 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from helpers.small_run import EVIL, NUM_CORRECT, QUESTIONS, ROUND_STAGES, make_run, trace_text, write_eval, write_round
+from helpers.small_run import (
+    EVIL,
+    NUM_CORRECT,
+    QUESTIONS,
+    ROUND_STAGES,
+    make_run,
+    round_records,
+    trace_text,
+    write_eval,
+    write_round,
+)
 
 from megavar.cli import main
 from megavar.config.load import load_config
 from megavar.config.schema import ObjectiveConfig
 from megavar.data.decode import open_decoder
 from megavar.evaluation.results import Outcomes, Results, compare, write_results
-from megavar.record_files import read_records
-from megavar.records import Question, Score
+from megavar.record_files import read_records, write_records
+from megavar.records import Question, Score, Trace, Weight
 from megavar.report import run_view
 from megavar.report.browser import MAX_CHARACTERS, shorten
 from megavar.report.page import write_page
 from megavar.report.run_view import RunView, labels, open_run, spread
+from megavar.runs.metrics import Metrics
 from megavar.stages.weigh import weigh_traces
 
 VOID = {"meta", "img", "br", "input"}
-FIGURES = ["training", "pass_at_k", "traces", "densities", "implied_weight", "effective_sample_size"]
+FIGURES = ["training", "pass_at_k", "traces", "densities", "implied_weight", "effective_sample_size", "leakage"]
 
 
 def in_browser(test):
@@ -96,6 +108,32 @@ def test_the_page_is_sound_html_that_asks_for_nothing(drawn):
         file = drawn.with_name(f"{name}.png")
         assert base64.b64decode(source.split(",")[1]) == file.read_bytes()
         assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_leakage_and_what_was_left_out_are_said(run):
+    """Of 15 closed traces 11 say the answer, at half a nat each, which is above the limit."""
+    config = load_config(run.folder / "config.yaml", ["objective.max_leakage=0.4"])
+    traces, _, scores = round_records()
+    values = weigh_traces([(traces, scores)], "iwae", config.objective, run.round / "weights")
+    assert values["answer_in_trace"] == 11 / 15 and values["traces_leaky"] == 11
+    Metrics(run.folder, config.logging, "small").log("weigh", 1, values)
+    replace(run, config=config).open()
+    text = write_page([run.folder]).read_text()
+    easy = data_of(text)["easy"]["traces"]
+    assert [(trace["leakage"], trace["status"]) for trace in easy[:2]] == [(None, "ok"), (0.5, "leaky")]
+    left_out = f"{values['leaky_weight']:.1%} of the weight"
+    assert f"11 traces above objective.max_leakage=0.4 nats were left out, which had {left_out}." in text
+    assert f"<td>traces left out as leaky</td><td>11, {left_out}</td>" in text
+    assert "<td>leakage</td><td>0.50 nats; 73% of the traces say the answer</td>" in text
+
+
+def test_the_rollouts_of_the_policy_are_read_beside_the_traces_of_q(run):
+    traces, _, _ = round_records()
+    weights = [Weight(trace.question_id, trace.trace_index, 1, 0.0, 0.0, 0.0, 0.25, "ok") for trace in traces]
+    write_records(run.round / "rollouts" / "traces" / "data.parquet", traces, Trace)
+    write_records(run.round / "rollouts" / "weights" / "data.parquet", weights, Weight)
+    shown = open_run(run.folder).last_round()
+    assert len(shown.rollouts) == len(shown.rollout_weights) == 16
 
 
 def test_text_of_a_question_never_becomes_markup(drawn):

@@ -2,14 +2,16 @@
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.small_run import BASE, EVIL, ids, make_run, round_records
+from tokenizers import Tokenizer
 
 from megavar.cli import main
 from megavar.record_files import RecordWriter, write_records
-from megavar.records import Answer, Trace
+from megavar.records import Answer, Score, Trace
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +29,12 @@ def show(capsys, *arguments):
     [
         ("traces", "16 Trace records of 4 questions", "prompt_ids: 2 ids: 339 279"),
         ("verified", "30 Answer records of 4 questions", "0 0 \\boxed{0} stop True correct"),
-        ("scores", "16 Score records of 4 questions", "0 Σ -1.500 of 3 Σ -1.500 of 3 Σ -3.000 of 2 2 1"),
+        ("scores", "16 Score records of 4 questions", "0 Σ -1.500 of 3 Σ -1.500 of 3 Σ -3.000 of 2 2 1 –"),
         ("weights", "16 Weight records of 4 questions", "0 0.0000 -0.6931 -0.6931 1.0000 ok"),
     ],
 )
-def test_the_type_of_a_file_is_told_by_its_columns(folder, capsys, name, first_line, row):
+def test_the_type_of_a_file_is_told_by_its_columns(folder, capsys, monkeypatch, name, first_line, row):
+    monkeypatch.setenv("COLUMNS", "100")
     for place in (folder / name, folder / name / "data.parquet"):
         code, printed = show(capsys, place, "--limit", 1)
         assert code == 0 and first_line in " ".join(printed.split())
@@ -60,6 +63,32 @@ def test_ids_become_text_with_a_tokenizer_and_are_shortened_without(tmp_path, ca
     assert code == 0 and "prompt_ids: 123456789" in printed and "1+2\n</think>" in printed
     code, printed = show(capsys, tmp_path / "t.parquet")
     assert code == 0 and "prompt_ids: 10 ids: 16 17 18 19 … 25" in printed and "logp_engine: –" in printed
+
+
+def test_a_scored_trace_has_its_answer_marked_and_its_leakage_in_nats(folder, capsys):
+    code, printed = show(capsys, folder / "traces", "--question", "easy", "--model", BASE)
+    assert code == 0
+    for text in ("12</think>", "1⟦2⟧3</think>", "1⟦2⟧34</think>", "1⟦2⟧345</think>"):
+        assert f"trace_ids: {text}\n" in printed
+    lines = [" ".join(line.split()) for line in printed.splitlines() if line.startswith("leakage:")]
+    assert lines == [
+        f"leakage: 0.5000 nats (sampler: {0.5 + 0.1 * index:.4f}), tokens 1:2 of {3 + index}" for index in (1, 2, 3)
+    ]
+    code, printed = show(capsys, folder / "traces" / "data.parquet", "--question", "easy")
+    assert code == 0 and printed.count("leakage: 0.5000 nats") == 3 and "⟦" not in printed
+
+
+def test_a_mark_within_a_character_is_put_before_it(tmp_path, capsys):
+    """One of two tokens of a character is said to be the answer."""
+    tokens = np.array(Tokenizer.from_file(str(BASE / "tokenizer.json")).encode("1答2").ids, np.int32)
+    assert len(tokens) == 5
+    trace = Trace("q", 0, 1, "posterior", ids(16), tokens, None, "closed", 1)
+    write_records(tmp_path / "traces" / "data.parquet", [trace], Trace)
+    nothing = np.zeros(0, np.float32)
+    score = Score("q", 0, 1, nothing, nothing, None, 1, 1, 2, 5, 1.0, 0.0)
+    write_records(tmp_path / "scores" / "data.parquet", [score], Score)
+    code, printed = show(capsys, tmp_path / "traces", "--model", BASE)
+    assert code == 0 and "trace_ids: 1⟦答2⟧\n" in printed
 
 
 def test_a_stage_at_work_shows_its_parts_each_record_once(tmp_path, capsys):

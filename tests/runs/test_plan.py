@@ -81,13 +81,14 @@ def test_a_run_whose_middle_is_to_be_rerun_goes_on(load):
         plan.find_stage(config, "verify")[0].settings(Run(config))
 
 
-@pytest.mark.parametrize("source", ["gold", "rollout", "reverse_kl"])
+@pytest.mark.parametrize("source", ["gold", "rollout", "reverse_kl", "prompt"])
 def test_every_stage_of_every_round_has_settings(load, source):
     config = load("rounds=2", f"posterior.source={source}")
     make(config, "")
     made = list(Manifest(Run(config).folder).entries())
     assert len(made) == len(plan.stages_of(config)) and made[-1] == "eval_02"
-    assert ("posterior_02" in made) == (source != "gold") and ("rollouts_02" in made) == (source == "rollout")
+    assert ("posterior" in made) == (source != "prompt") and ("rollouts_02" in made) == (source == "rollout")
+    assert ("posterior_02" in made) == (source in ("rollout", "reverse_kl"))
 
 
 def test_stages_are_found_by_name(load):

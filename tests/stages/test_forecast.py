@@ -65,6 +65,15 @@ def test_steps_are_those_of_the_stages(config_file):
     assert rows_of(config_file, "rounds=2")["stage policy"].startswith("at most 14 steps")
 
 
+def test_a_posterior_that_is_the_policy_is_sampled_and_scored_and_not_trained(config_file):
+    trained, prompted = rows_of(config_file), rows_of(config_file, "posterior.source=prompt")
+    assert trained.keys() - prompted.keys() == {"stage posterior"}
+    for name in ("tokens of a prompt with hint", "stage sample", "stage score"):
+        assert prompted[name] == trained[name]
+    models = [check_run(load_config(config_file, [f"posterior.source={source}"]), 1) for source in ("gold", "prompt")]
+    assert models[0]._disk() > models[1]._disk()
+
+
 def test_time_is_tokens_by_rate(config_file):
     total = sum(
         numbers(text)[2] for name, text in rows_of(config_file).items() if name in ("stage sft", "stage policy")

@@ -24,12 +24,12 @@ QUESTION = Question("a", "7+3", "0", "\n\\boxed{0}")
 
 @pytest.fixture
 def score(tmp_path):
-    """score(traces, posterior, folder) -> the rows; on one rank."""
+    """score(traces, posterior, folder) -> the rows; on one rank. The traces follow the prompt of that name."""
     templates = Templates(BASE, TemplateConfig())
     parallel.start_alone()
 
-    def call(texts, posterior, folder, **config):
-        prompt = templates.policy_prompt(QUESTION)
+    def call(texts, posterior, folder, prompt_of="policy_prompt", **config):
+        prompt = getattr(templates, prompt_of)(QUESTION)
         traces = [
             Trace("a", index, 1, "policy", prompt, _ids(templates, text), None, finish, 0)
             for index, (text, finish) in enumerate(texts)
@@ -55,7 +55,7 @@ TEXTS = [("7+3\n0\n", "closed"), ("7+3\n", "closed"), ("7", "length")]
 
 def test_traces_of_the_policy_are_scored_once(score, tmp_path):
     shutil.copytree(BASE, tmp_path / "same")
-    once, twice = score(TEXTS, BASE, "once"), score(TEXTS, tmp_path / "same", "twice")
+    once, twice = score(TEXTS, None, "once"), score(TEXTS, tmp_path / "same", "twice")
     assert [row.trace_index for row in once] == [0, 1, 2] and len(once[2].logp_posterior) == 0
     for row, other in zip(once, twice, strict=True):
         assert (row.num_answers, row.num_correct) == (other.num_answers, other.num_correct)
@@ -64,8 +64,7 @@ def test_traces_of_the_policy_are_scored_once(score, tmp_path):
 
 
 @pytest.mark.parametrize("posterior", [BASE, None])
-def test_kept_rows_of_other_traces_are_refused(score, tmp_path, posterior):
-    posterior = posterior or shutil.copytree(BASE, tmp_path / "other")
+def test_kept_rows_of_other_traces_are_refused(score, posterior):
     score(TEXTS, posterior, "scores")
     with pytest.raises(ValueError, match="an existing score of trace 1 of question 'a' is of another trace"):
         score([TEXTS[0], ("7+3\n0\n", "closed"), TEXTS[2]], posterior, "scores")
@@ -107,6 +106,58 @@ def test_each_trace_gets_its_own_log_probs_of_each_model(score, other):
         for logps, expected in zip(found, (policy[:size], policy[size:], posterior[:size]), strict=True):
             assert logps == pytest.approx(expected, abs=2e-5)
         assert np.abs(policy[:size] - posterior[:size]).max() > 1e-3
+
+
+def test_the_policy_shown_the_hint_is_scored_under_either_prompt(score, monkeypatch):
+    """One load of the model; against transformers."""
+    loaded = []
+
+    class Counted(Scorer):
+        def __init__(self, model, *rest):
+            loaded.append(model)
+            super().__init__(model, *rest)
+
+    monkeypatch.setattr("megavar.stages.score.Scorer", Counted)
+    rows = score(MIXED, BASE, "scores", "posterior_prompt")
+    assert len(loaded) == 1
+    templates = Templates(BASE, TemplateConfig())
+    prompts = [templates.policy_prompt(QUESTION), templates.posterior_prompt(QUESTION)]
+    assert "Hint: the final answer is 0." in templates.decode(prompts[1])
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    for row, (text, finish) in zip(rows, MIXED, strict=True):
+        if finish == "closed":
+            sequences = [TrainSequence(prompt, _ids(templates, text), 1.0) for prompt in prompts]
+            with torch.no_grad():
+                expected = [reference_logps(model, sequence).numpy() for sequence in sequences]
+            assert row.logp_policy == pytest.approx(expected[0], abs=2e-5)
+            assert row.logp_posterior == pytest.approx(expected[1], abs=2e-5)
+            assert np.abs(expected[0] - expected[1]).max() > 1e-3
+
+
+SAYING = [("7", "length"), ("70+3\n0\n0\n", "closed"), ("7+3\n", "closed"), ("0", "length"), ("0", "closed")]
+
+
+def test_leakage_is_what_transformers_gives_the_answer_after_the_trace_before_it(score):
+    """Under either prompt; the answer is "0", which "70" does not say, nor a truncated trace with all of it."""
+    rows = score(SAYING, BASE, "scores", "posterior_prompt")
+    templates = Templates(BASE, TemplateConfig())
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    assert [row.answer_start is None for row in rows] == [True, False, True, True, False]
+    for row, (text, _) in zip(rows, SAYING, strict=True):
+        if row.answer_start is None:
+            assert (row.answer_stop, row.leakage, row.leakage_posterior) == (None, None, None)
+            continue
+        trace, begin = _ids(templates, text), row.answer_start
+        before = templates.decode(trace[:begin])
+        assert (before, templates.decode(trace[begin : row.answer_stop])) == (
+            ("70+3\n", "0") if "7" in text else ("", "0")
+        )
+        for prompt, found in (("policy", row.leakage), ("posterior", row.leakage_posterior)):
+            prompt_ids = getattr(templates, f"{prompt}_prompt")(QUESTION)
+            said = TrainSequence(np.concatenate([prompt_ids, trace[:begin]]), trace[begin : row.answer_stop], 1.0)
+            with torch.no_grad():
+                assert found == pytest.approx(-float(reference_logps(model, said).sum()), abs=2e-5)
+        assert abs(row.leakage - row.leakage_posterior) > 1e-3
 
 
 def test_an_interrupted_call_goes_on_with_what_each_rank_had_written(score, tmp_path, other, monkeypatch):

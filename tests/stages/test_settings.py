@@ -26,6 +26,7 @@ VARIANTS = {
     "gold": ["data.eval=eval.jsonl", "eval.suites=[suite.jsonl]", "eval.pass_at=[1]"],
     "rollout": ["posterior.source=rollout", "objective.train_answers=reference", "policy.init=sft"],
     "reverse_kl": ["posterior.source=reverse_kl", "rounds=2", "objective.ratio=sequence"],
+    "prompt": ["posterior.source=prompt", "rounds=2"],
     "policy": ["sample.sampler=policy", "objective.ratio=none", "objective.on_no_correct_trace=gold"],
 }
 WITHOUT_EFFECT = {
@@ -47,7 +48,8 @@ EXCEPTIONS = {
         "precision.recipe",
         "score.precision",
     },  # for its warnings
-    "rollouts": {"objective.num_traces"},  # set to null there
+    "rollouts": {"objective.num_traces", "objective.max_leakage"},  # set to null there
+    "posterior": {"objective.max_leakage"},  # likewise
 }
 OF_COPIES = {schema.ObjectiveConfig: "objective.", schema.PrecisionConfig: "precision."}
 """Sections that stages make altered copies of."""
