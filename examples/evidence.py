@@ -186,7 +186,7 @@ def result(job: Job) -> dict[str, object]:
 
 
 def flops(folder: Path, rows: list[dict[str, Any]], dims: ModelDims) -> dict[str, float]:
-    """FLOPs of what a method does, by stage: training as its metrics have it; each token sampled and scored once forward.
+    """FLOPs of what a method does, by stage: training as in its metrics; each token sampled or scored once forward.
 
     A question's prompt counts once for sampling. Scoring counts the policy's and the sampler's forward over prompt and
     trace, where weights compare the two; without a ratio it is not needed.

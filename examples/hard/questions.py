@@ -2,8 +2,8 @@
 
     python examples/hard/questions.py --task sort --out runs/sort_data [--train-levels 1 2 3]
 
-The level is the difficulty. A policy that knows the notation, but cannot choose, is right on about one trace in three at
-level 1, in thirty at level 2 and in three hundred at level 3.
+The level is the difficulty. A policy that knows the notation, but cannot choose, is right on one trace in four at
+level 1, in about thirty at level 2, and in hundreds at level 3.
 
 `sort`: `Sort 40217 in 4 swaps` asks for swaps of neighbours, each named by the place of the left one. The
 answer is their sequence, any that sorts the digits in as many swaps (`swaps.py`); the trace is what the digits are

@@ -1,50 +1,47 @@
-"""Runs of the comparison share exactly the stages they say, and every method is a valid configuration."""
+"""Every method is a valid configuration, runs share the stages they can, and costs are what was computed."""
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megavar.config.load import load_config
+from megavar.models.config_json import read_dims
 from megavar.record_files import write_records
 from megavar.records import Answer, Question, Trace
-from megavar.runs.plan import find_stage
+from megavar.runs.plan import stages_of
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples"))  # where it looks for the rest of it, as a script
 SPEC = importlib.util.spec_from_file_location("evidence", ROOT / "examples" / "evidence.py")
 evidence = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(evidence)
+Job, TASKS = evidence.Job, evidence.TASKS
+JOBS = [Job(task, method, seed) for task in TASKS for method in TASKS[task].methods for seed in TASKS[task].seeds[:1]]
 
 
-@pytest.fixture
-def source(tmp_path):
-    """A run whose stages up to `eval` have left a file each."""
-    run = tmp_path / "source"
-    for stage, folders in evidence.OUTPUTS.items():
-        for folder in folders:
-            (run / folder).mkdir(parents=True)
-            (run / folder / "data").write_text(stage)
-    entries = {stage: {"status": "finished", "digest": stage} for stage in evidence.OUTPUTS}
-    (run / "manifest.json").write_text(json.dumps(entries))
-    rows = [{"stage": stage, "step": 1} for stage in ("sft", "policy", "weigh")]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return run
+def config_of(job):
+    return load_config(ROOT / "conf" / "demo.yaml", evidence.settings(job))
 
 
-def test_a_run_shares_what_came_up_to_a_stage_and_nothing_after_it(source, tmp_path):
-    target = tmp_path / "target"
-    evidence.share(source, target, "score")
-    entries = json.loads((target / "manifest.json").read_text())
-    assert list(entries) == ["sft", "rollouts", "posterior", "sample", "verify", "score"]
-    files = {str(file.relative_to(target)) for file in target.rglob("data")}
-    assert files == {f"{folder}/data" for stage in entries for folder in evidence.OUTPUTS[stage]}
-    assert (target / "sft" / "data").samefile(source / "sft" / "data")
-    assert [json.loads(row)["stage"] for row in (target / "metrics.jsonl").read_text().splitlines()] == ["sft"]
-    (target / "more").write_text("kept")
-    evidence.share(source, target, "sft")
-    assert (target / "more").exists()
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.folder.name + job.task)
+def test_every_method_is_a_valid_run_of_its_own(job):
+    config = config_of(job)
+    assert config.seed == job.seed and config.name == job.folder.name
+    assert [stage.name for stage, _ in stages_of(config)][-1] == "eval"
+    assert ("pi_0" in config.eval.models) is TASKS[job.task].methods[job.method].evaluates_pi_0
+
+
+def test_a_run_may_reuse_the_others_of_its_task_and_seed_that_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "RUNS", tmp_path)
+    for task, method, seed in (("sort", "iwae", 1), ("sort", "rft", 1), ("sort", "iwae", 2), ("search", "iwae", 1)):
+        folder = Job(task, method, seed).folder
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    assert evidence.others(Job("sort", "rft", 1)) == [Job("sort", "iwae", 1).folder]
 
 
 def test_a_question_without_answers_has_none_correct(tmp_path):
@@ -54,25 +51,29 @@ def test_a_question_without_answers_has_none_correct(tmp_path):
         for index, (name, correct) in enumerate([("a", True), ("c", True), ("a", True), ("c", False)])
     ]
     write_records(tmp_path / "data.parquet", answers, Answer)
-    assert evidence.correct(tmp_path, [Question(name, "", "") for name in "abc"]) == "201"
+    assert evidence.correct(tmp_path, [Question(name, "", "") for name in "abc"]) == [2, 0, 1]
 
 
-def test_a_whole_round_is_shared_with_its_link(source, tmp_path):
-    (source / "round_01" / "policy" / "hf").mkdir()
-    evidence.share(source, tmp_path / "target", "eval")
-    assert (tmp_path / "target" / "hf").resolve() == (tmp_path / "target" / "round_01" / "policy" / "hf").resolve()
+def test_flops_count_each_token_once_forward_and_thrice_where_it_trains(tmp_path):
+    dims = read_dims(ROOT / "examples" / "base" / "qwen3-tiny")
+    ids = np.arange(10, dtype=np.int32)
+    traces = [Trace("a", k, 1, "posterior", ids[:4], ids[:3], None, "closed", 0) for k in (0, 1)]
+    answers = [Answer("a", 0, n, 0, ids[:2], "", "stop", 0, True) for n in (0, 1)]
+    for place, records, kind in (("traces", traces, Trace), ("verified", answers, Answer)):
+        write_records(tmp_path / "round_01" / place / "data.parquet", records, kind)
+    step = {"stage": "sft", "tflops_per_second_per_rank": 2.0, "seconds": 0.5}
+    spent = evidence.flops(tmp_path, [step, step, {"stage": "weigh"}], dims)
 
+    def forward(*lengths, targets):  # by hand, of the layers' shapes
+        layer = 128 * (2 * 8 * 32 + 2 * 4 * 32) + 3 * 128 * 384
+        return sum(2 * 4 * layer * n + 2 * 4 * 8 * 32 * n**2 for n in lengths) + 2 * 128 * 512 * targets
 
-@pytest.mark.parametrize("task", evidence.STEPS)
-@pytest.mark.parametrize("name", evidence.METHODS)
-def test_every_method_is_a_valid_run_and_shares_stages_that_it_has(name, task):
-    method = evidence.METHODS[name]
-    config = load_config(ROOT / "conf" / "demo.yaml", list(evidence.settings(task, 1, name)))
-    if method.shared_with:
-        other = load_config(ROOT / "conf" / "demo.yaml", list(evidence.settings(task, 1, method.shared_with)))
-        find_stage(other, method.until)  # raises where there is none
-        find_stage(config, method.until)
-        assert method.until != "eval" or config.eval == other.eval
+    prompt = forward(4, targets=0)
+    assert spent == {
+        "sft": 2e12,
+        "sample": pytest.approx(prompt + forward(11, 7, targets=10) - 2 * prompt),
+        "score": pytest.approx(2 * forward(7, 7, targets=6)),
+    }
 
 
 @pytest.mark.parametrize(("questions", "expected"), [([], False), ([200], False), ([200, 0], True)])
@@ -84,39 +85,37 @@ def test_a_run_whose_last_round_has_no_weight_has_collapsed(tmp_path, questions,
     assert not evidence.collapsed(tmp_path / "nothing")
 
 
-def test_what_a_collapsed_run_measured_is_kept(source, monkeypatch, tmp_path):
+def test_what_a_collapsed_run_measured_is_kept(monkeypatch, tmp_path):
     """Its last stage is begun only, and it has no last policy."""
     monkeypatch.setattr(evidence, "RUNS", tmp_path)
     monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results.json")
-    folder = tmp_path / "chains" / "reverse_kl_rounds_3_1"
-    source.rename(folder.parent.mkdir() or folder)
+    job = Job("chains", "reverse_kl_rounds_3", 1)
     entries = {"weigh": {"status": "finished", "seconds": 1.5}, "policy_02": {"status": "begun"}}
-    (folder / "manifest.json").write_text(json.dumps(entries))
-    for place in ("traces", "verified"):
-        (folder / "round_01" / place / "data").unlink()
-    write_records(folder / "round_01" / "traces" / "data.parquet", [], Trace)
-    write_records(folder / "round_01" / "verified" / "data.parquet", [], Answer)
-    (tmp_path / "chains_data").mkdir()
-    (tmp_path / "chains_data" / "eval.jsonl").write_text('{"id": "a", "question": "1", "answer": "1"}')
-    job = evidence.Job("chains", "reverse_kl_rounds_3", 1)
-    evidence.keep(job, folder)
+    for place, kind in (("traces", Trace), ("verified", Answer)):
+        write_records(job.folder / "round_01" / place / "data.parquet", [], kind)
+    (job.folder / "manifest.json").write_text(json.dumps(entries))
+    (job.folder / "metrics.jsonl").write_text(json.dumps({"stage": "weigh", "step": 1}) + "\n")
+    job.data.mkdir()
+    (job.data / "eval.jsonl").write_text('{"id": "a", "question": "1", "answer": "1"}')
+    evidence.keep(job)
     kept = evidence.known_results()["chains"]["reverse_kl_rounds_3"]["1"]
     assert kept["seconds"] == {"weigh": 1.5} and kept["traces"]["round_01"]["traces"] == 0
-    assert kept["settings"] == evidence.settings("chains", 1, "reverse_kl_rounds_3")
+    assert kept["settings"] == evidence.settings(job)
 
 
 def test_the_committed_results_are_those_of_the_methods_as_they_are():
-    """Every task, method and seed, made with the settings that a run would have now."""
+    """Made with the settings that a run would have now; the easy tasks with every method and seed."""
     results = json.loads((ROOT / "docs" / "evidence" / "results.json").read_text())
-    assert list(results) == list(evidence.STEPS)
     for task, methods in results.items():
-        assert list(methods) == list(evidence.METHODS)
         for method, seeds in methods.items():
-            assert {seed: found["settings"] for seed, found in seeds.items()} == {
-                str(seed): evidence.settings(task, seed, method) for seed in (1, 2, 3)
-            }
+            for seed, found in seeds.items():
+                assert found["settings"] == evidence.settings(Job(task, method, int(seed)))
+    for task in ("chains", "unknown"):
+        assert {method: sorted(results[task][method]) for method in results[task]} == {
+            method: ["1", "2", "3"] for method in TASKS[task].methods
+        }
 
 
 def test_steps_of_what_a_method_does_without_are_taken_by_another_stage():
-    assert "sft.num_steps=168" in evidence.settings("chains", 1, "more_sft")  # 52 + 52 + 64
-    assert "policy.train.num_steps=220" in evidence.settings("unknown", 1, "rft_more_steps")  # 100 + 120
+    assert "sft.num_steps=168" in evidence.settings(Job("chains", "more_sft", 1))  # 52 + 52 + 64
+    assert "policy.train.num_steps=220" in evidence.settings(Job("unknown", "rft_more_steps", 1))  # 100 + 120
