@@ -119,7 +119,8 @@ def reuse_stage(run: Run, stage: Stage, settings: dict[str, Any], conclude: Call
         try:
             rows = _rows(run, stage, other)
             _link_aside(run, name, other, entry["outputs"])
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError, PermissionError) as error:
+            clear_aside(run.folder)
             obstacles[other] = str(error)
             continue
         manifest.begin(name, settings, reused_from=str(other))
@@ -136,7 +137,7 @@ def reuse_stage(run: Run, stage: Stage, settings: dict[str, Any], conclude: Call
 
 
 def clear_aside(folder: Path) -> None:
-    """Remove what a killed process has linked into the run's folder and not renamed."""
+    """Remove what was linked into the run's folder and not renamed."""
     shutil.rmtree(folder / ASIDE, ignore_errors=True)
 
 
@@ -219,7 +220,8 @@ def _link_aside(run: Run, name: str, other: Path, outputs: dict[str, Any]) -> No
 
     Raises:
         ValueError: naming what is damaged.
-        FileNotFoundError: for a file that is missing.
+        FileNotFoundError: for a file that has gone meanwhile.
+        PermissionError: for one that may not be read.
     """
     aside = run.folder / ASIDE
     clear_aside(run.folder)
