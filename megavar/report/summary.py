@@ -16,7 +16,7 @@ from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
 from megavar.runs.metrics import Metrics
 
-_LEAKAGE = ("answer_in_trace", "leakage", "leakage_weighted", "traces_leaky", "leaky_weight")
+_LEAKAGE = ("answer_in_trace", "leakage", "leakage_posterior", "leakage_weighted", "traces_leaky", "leaky_weight")
 
 
 def summarize(run: Run) -> dict[str, Any]:
@@ -79,6 +79,7 @@ def summary_rows(summary: dict[str, Any]) -> list[list[tuple[str, str]]]:
     if summary["leakage"] is not None:
         weighted = summary["leakage_weighted"]
         means = f"{summary['leakage']:.2f} nats" + ("" if weighted is None else f", by weight {weighted:.2f}")
+        means += f" (under the sampler {summary['leakage_posterior']:.2f})"
         sampled.append(("leakage", f"{means}; {summary['answer_in_trace']:.0%} of the traces say the answer"))
     if summary["traces_leaky"] is not None:
         mass = f"{summary['leaky_weight'] or 0.0:.1%} of the weight"

@@ -267,7 +267,7 @@ class _MeanLeakage:
 
     def __init__(self) -> None:
         self._num_closed = self._num_saying = 0
-        self._sum = self._weighted_sum = self._weight = 0.0
+        self._sum = self._posterior_sum = self._weighted_sum = self._weight = 0.0
         self._before = self._left_out = 0.0
 
     def add(
@@ -285,6 +285,7 @@ class _MeanLeakage:
                 weight = weight_of[score.trace_index]
                 self._num_saying += 1
                 self._sum += score.leakage
+                self._posterior_sum += score.leakage_posterior or 0.0
                 self._weighted_sum += weight * score.leakage
                 self._weight += weight
         leaky = {row.trace_index for row in after if row.status == WeightStatus.LEAKY}
@@ -294,7 +295,11 @@ class _MeanLeakage:
     def values(self) -> dict[str, float]:
         if not self._num_saying:
             return {}
-        found = {"answer_in_trace": self._num_saying / self._num_closed, "leakage": self._sum / self._num_saying}
+        found = {
+            "answer_in_trace": self._num_saying / self._num_closed,
+            "leakage": self._sum / self._num_saying,
+            "leakage_posterior": self._posterior_sum / self._num_saying,
+        }
         if self._weight > 0:
             found["leakage_weighted"] = self._weighted_sum / self._weight
         if self._left_out > 0:

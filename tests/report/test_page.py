@@ -124,7 +124,8 @@ def test_leakage_and_what_was_left_out_are_said(run):
     left_out = f"{values['leaky_weight']:.1%} of the weight"
     assert f"11 traces above objective.max_leakage=0.4 nats were left out, which had {left_out}." in text
     assert f"<td>traces left out as leaky</td><td>11, {left_out}</td>" in text
-    assert "<td>leakage</td><td>0.50 nats; 73% of the traces say the answer</td>" in text
+    under_q = f"(under the sampler {values['leakage_posterior']:.2f})"
+    assert f"<td>leakage</td><td>0.50 nats {under_q}; 73% of the traces say the answer</td>" in text
 
 
 def test_the_rollouts_of_the_policy_are_read_beside_the_traces_of_q(run):

@@ -23,7 +23,7 @@ LEAKAGES = [3.0, None, 0.5, 8.0, 5.0, 5.5]
 def scores_of(question, leakages, seed=5):
     made = random_scores(len(leakages), seed)
     return [
-        replace(row, question_id=question, leakage=leakage, answer_start=leakage and 1, answer_stop=leakage and 2)
+        replace(row, question_id=question, leakage=leakage, leakage_posterior=leakage and leakage / 4)
         for row, leakage in zip(made, leakages, strict=True)
     ]
 
@@ -73,6 +73,7 @@ def test_weights_without_the_leaky_by_hand(tmp_path):
     said = np.array([leakage is not None for leakage in LEAKAGES])
     nats = np.array([leakage or 0.0 for leakage in LEAKAGES])
     assert values["answer_in_trace"] == 5 / 6 and values["leakage"] == pytest.approx(nats[said].mean())
+    assert values["leakage_posterior"] == pytest.approx(nats[said].mean() / 4)
     assert values["leakage_weighted"] == pytest.approx((nats * expected)[said].sum() / expected[said].sum(), rel=1e-12)
 
 
@@ -109,7 +110,7 @@ def test_nothing_is_left_out_or_said_without_a_limit_and_without_leakage(tmp_pat
     found, values = weighed(tmp_path / "null", scores_of("q", LEAKAGES))
     assert {row.status for row in found} == {"ok"} and not {"leaky_weight", "traces_leaky"} & values.keys()
     _, values = weighed(tmp_path / "none", scores_of("q", [None, None]), max_leakage=1.0)
-    assert not {"answer_in_trace", "leakage", "leakage_weighted", "leaky_weight"} & values.keys()
+    assert not {"answer_in_trace", "leakage", "leakage_posterior", "leakage_weighted", "leaky_weight"} & values.keys()
 
 
 def test_a_limit_on_scores_of_before_is_refused_and_one_that_nothing_reaches_for_is_said(tmp_path, caplog):
