@@ -2,8 +2,8 @@
 
     python examples/evidence_page.py [--results docs/evidence/results.json] [--figures docs/evidence]
 
-Intervals are 95 % bootstrap intervals over the held-out questions, for the mean over seeds. Differences are to `iwae`
-on the same questions and seeds.
+Those of the hard tasks are made by `evidence_hard_page.py`. Of the easy ones, intervals are 95 % bootstrap intervals
+over the held-out questions, for the mean over seeds. Differences are to `iwae` on the same questions and seeds.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from evidence_hard_page import HARD_FIGURES, HARD_TABLES, HARD_TITLES
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -277,11 +278,12 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, default=Path("docs/evidence"))
     chosen = parser.parse_args()
     for task, results in json.loads(chosen.results.read_text()).items():
-        print(f"## {TITLES[task]}\n")
-        for table in TABLES:
+        hard = task in HARD_TITLES
+        print(f"## {HARD_TITLES[task] if hard else TITLES[task]}\n")
+        for table in HARD_TABLES if hard else TABLES:
             if len(rows := table(results)) > 2:
                 print("\n".join(rows) + "\n")
-        for name, draw in FIGURES.items():
+        for name, draw in (HARD_FIGURES if hard else FIGURES).items():
             draw(results).savefig(chosen.figures / f"{task}_{name}.png", dpi=110)
 
 

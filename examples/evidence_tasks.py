@@ -124,9 +124,10 @@ HARD = (
     "sample.max_answer_tokens=20",
     "policy.init=sft",
     "verify.plugins=[swaps:same_permutation]",
+    "rollout.context_length=320",
 )
-SORT = (*HARD, "data.max_sequence_tokens=176", "sample.max_trace_tokens=112")
-SEARCH = (*HARD, "data.max_sequence_tokens=255", "sample.max_trace_tokens=200")
+SORT = (*HARD, "data.max_sequence_tokens=184", "sample.max_trace_tokens=112")
+SEARCH = (*HARD, "data.max_sequence_tokens=280", "sample.max_trace_tokens=200")
 HARD_STEPS = {"sft": 40, "posterior.train": 50, "policy.train": 120}
 SUITES = ("eval_1", "eval_2", "eval_3")
 SEEDS = (1, 2, 3, 4, 5)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples"))  # where it looks for the rest of it, as a script
 SPEC = importlib.util.spec_from_file_location("evidence_page", ROOT / "examples" / "evidence_page.py")
 page = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(page)
