@@ -247,7 +247,7 @@ def traces(folder: Path) -> dict[str, float]:
 
 async def serve(jobs: list[Job]) -> list[str]:
     """Execute the jobs, one at a time per server; runs load weights into it in place. Returns logs of failed runs."""
-    config = load_config(CONFIG, ["rollout.context_length=320"])  # for the longest task
+    config = load_config(CONFIG, [])
     async with ManagedServers(config.rollout, Path(config.model), RUNS / "servers") as servers:
         os.environ[KEY] = servers.api_key  # for the runs, too
         external = replace(config.rollout, mode="external", urls=servers.urls, api_key_env=KEY)

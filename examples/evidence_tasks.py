@@ -101,7 +101,6 @@ HARD_METHODS = {
     "iwae": Method(evaluates_pi_0=True),
     "ratio_sequence": Method(("objective.ratio=sequence",)),
     "ratio_none": Method(("objective.ratio=none",)),
-    "max_leakage": Method(("objective.max_leakage=3",)),
     "prompt": Method(("posterior.source=prompt",)),
     "rft": Method((*MORE_OWN_TRACES, "objective.name=rft", "policy.train.num_steps=200")),
     "grpo": Method((*MORE_OWN_TRACES, "objective.name=grpo", "policy.train.num_steps=200")),
@@ -112,6 +111,7 @@ HARD_METHODS = {
         only_sft=True,
     ),
 }
+SEARCH_METHODS = {**HARD_METHODS, "max_leakage": Method(("objective.max_leakage=2",))}
 HARD_ALONE = {name: HARD_METHODS[name] for name in ("iwae", "rft", "grpo", "answers_only")}
 HARD = (
     "data.train={data}/train.jsonl",
@@ -124,10 +124,9 @@ HARD = (
     "sample.max_answer_tokens=20",
     "policy.init=sft",
     "verify.plugins=[swaps:same_permutation]",
-    "rollout.context_length=320",
 )
 SORT = (*HARD, "data.max_sequence_tokens=184", "sample.max_trace_tokens=112")
-SEARCH = (*HARD, "data.max_sequence_tokens=280", "sample.max_trace_tokens=200")
+SEARCH = (*HARD, "data.max_sequence_tokens=224", "sample.max_trace_tokens=144")
 HARD_STEPS = {"sft": 40, "posterior.train": 50, "policy.train": 120}
 SUITES = ("eval_1", "eval_2", "eval_3")
 SEEDS = (1, 2, 3, 4, 5)
@@ -150,6 +149,6 @@ TASKS = {
     ),
     "sort": hard("sort", SORT, ("1", "2", "3"), HARD_METHODS),
     "sort_level_3": hard("sort", SORT, ("3",), HARD_ALONE),
-    "search": hard("search", SEARCH, ("1", "2", "3"), HARD_METHODS),
+    "search": hard("search", SEARCH, ("1", "2", "3"), SEARCH_METHODS),
     "search_level_3": hard("search", SEARCH, ("3",), HARD_ALONE),
 }

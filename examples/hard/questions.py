@@ -10,9 +10,9 @@ answer is their sequence, any that sorts the digits in as many swaps (`swaps.py`
 before each swap, and the swap. Who knows the answer only carries it out; who does not must choose at each step. Levels:
 1 swap of 5 digits, 3 of 5, 9 of 6.
 
-`search`: `?*3+4=9 ?-2*7=1 left to right mod 10` asks for the digit that fits in each chain. The trace works a chain out
-with one digit after another. Half of the gold traces try up to three wrong digits first, the others leap to the right
-one. Levels: 1, 2 and 3 chains.
+`search`: `?*3+4=9 ?-2*7=1 left to right mod 10` asks for a number whose digits fit the chains, 53. The trace tries
+numbers: it works out one chain after another and rejects a number at the first that does not come out. Half of the gold
+traces try up to three wrong numbers first, the others leap to the right one. Levels: 1, 2 and 3 chains.
 
 `train.jsonl` has the questions of a round without traces, of the training levels in turn, and after them the few with a
 gold trace, of all levels; in `answers.jsonl` all have an empty one. `eval_LEVEL.jsonl` are held out. The output is
@@ -33,9 +33,9 @@ SORTS = {1: (5, 1), 2: (5, 3), 3: (6, 9)}
 OPERATIONS = 2
 """Of a chain of `search`."""
 LEAP_PROBABILITY = 0.5
-"""Fraction of the gold chains that begin with the right digit."""
+"""Fraction of the gold traces of `search` that begin with the right number."""
 MOST_WRONG = 3
-"""Wrong digits tried in the others, at most."""
+"""Wrong numbers tried in the others, at most."""
 
 Row = dict[str, str]
 """Fields of a question, except its id."""
@@ -62,22 +62,28 @@ def sort_question(level: int, rng: random.Random) -> Row:
 
 
 def search_question(level: int, rng: random.Random) -> Row:
-    """A question of `search`; every operation is invertible, so exactly one digit fits a chain."""
+    """A question of `search`; every operation is invertible, so exactly one number fits."""
     operations = [(operator, right) for operator in "+-" for right in range(1, 10)]
     operations += [("*", right) for right in (3, 7, 9)] * 3
-    chains, answer, trace = [], "", ""
-    for _ in range(level):
-        digit, steps = rng.randrange(10), [rng.choice(operations) for _ in range(OPERATIONS)]
-        right_lines, target = work_out(digit, steps)
-        chains.append(f"?{''.join(f'{operator}{right}' for operator, right in steps)}={target}")
-        if rng.random() >= LEAP_PROBABILITY:
-            others = [other for other in range(10) if other != digit]
-            for other in rng.sample(others, rng.randint(1, MOST_WRONG)):
-                lines, value = work_out(other, steps)
-                trace += f"{lines}{value}={target} no\n"
-        trace += f"{right_lines}{target}={target}\n"
-        answer += str(digit)
-    return _row(f"{' '.join(chains)} left to right mod 10", answer, trace, "text")
+    number = "".join(rng.choice("0123456789") for _ in range(level))
+    chains = [[rng.choice(operations) for _ in range(OPERATIONS)] for _ in number]
+    targets = [work_out(int(digit), steps)[1] for digit, steps in zip(number, chains, strict=True)]
+    tried = [number]
+    if rng.random() >= LEAP_PROBABILITY:
+        others = [str(other).zfill(level) for other in range(10**level)]
+        others.remove(number)
+        tried = [*rng.sample(others, rng.randint(1, MOST_WRONG)), number]
+    trace = ""
+    for candidate in tried:
+        trace += f"{candidate}\n"
+        for digit, steps, target in zip(candidate, chains, targets, strict=True):
+            lines, value = work_out(int(digit), steps)
+            trace += f"{lines}{value}={target}{'' if value == target else ' no'}\n"
+            if value != target:
+                break
+    written = ("".join(f"{operator}{right}" for operator, right in steps) for steps in chains)
+    text = " ".join(f"?{operations}={target}" for operations, target in zip(written, targets, strict=True))
+    return _row(f"{text} left to right mod 10", number, trace, "text")
 
 
 def work_out(digit: int, steps: list[tuple[str, int]]) -> tuple[str, int]:

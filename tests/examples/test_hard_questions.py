@@ -4,7 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 
 import pytest
@@ -54,20 +54,33 @@ def test_a_sorting_trace_carries_out_its_answer(tmp_path):
         assert int(row["question"].split()[3]) == len(row["answer"])
 
 
-def test_a_search_trace_ends_each_chain_with_the_digit_that_fits(tmp_path):
-    for row in made(tmp_path, "search", "--num-gold", "60", "--num-train", "1")["train"][1:]:
-        for chain, digit in zip(row["question"].split(" left")[0].split(), row["answer"], strict=True):
-            text, target = chain.split("=")
+def test_a_search_trace_rejects_wrong_numbers_and_ends_with_the_one_that_fits(tmp_path):
+    tries = []
+    for row in made(tmp_path, "search", "--num-gold", "90", "--num-train", "1")["train"][1:]:
+        chains = [chain.split("=") for chain in row["question"].split(" left")[0].split()]
 
-            def value(first, text=text):
-                result = first
-                for operator, right in zip(text[1::2], map(int, text[2::2]), strict=True):
-                    result = {"+": result + right, "-": result - right, "*": result * right}[operator] % 10
-                return result
+        def value(digit, text):
+            result = int(digit)
+            for operator, right in zip(text[1::2], map(int, text[2::2]), strict=True):
+                result = {"+": result + right, "-": result - right, "*": result * right}[operator] % 10
+            return result
 
-            assert [first for first in range(10) if value(first) == int(target)] == [int(digit)]
-            assert f"{text.replace('?', digit, 1)}\n" in row["trace"]
-        assert row["trace"].count("no") == row["trace"].count("=") - len(row["answer"])
+        fits = [
+            "".join(digits)
+            for digits in product("0123456789", repeat=len(chains))
+            if all(value(digit, text) == int(target) for digit, (text, target) in zip(digits, chains, strict=True))
+        ]
+        assert fits == [row["answer"]]
+        lines = row["trace"].splitlines()
+        numbers = [line for line in lines if line.isdigit()]
+        assert numbers[-1] == row["answer"] and len(set(numbers)) == len(numbers) <= 4
+        for line in lines:
+            if "=" in line:
+                result, target = line.removesuffix(" no").split("=")
+                assert (result == target) is not line.endswith(" no")
+        assert sum(line.endswith(" no") for line in lines) == len(numbers) - 1
+        tries.append(len(numbers))
+    assert 0.3 < tries.count(1) / len(tries) < 0.7 and set(tries) == {1, 2, 3, 4}
 
 
 def test_swaps_are_right_that_do_the_same_in_as_many():
