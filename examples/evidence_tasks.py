@@ -99,9 +99,6 @@ EASY = (
 MORE_OWN_TRACES = ("sample.num_traces=16", "sample.sampler=policy", "objective.ratio=none")
 HARD_METHODS = {
     "iwae": Method(evaluates_pi_0=True),
-    "ratio_sequence": Method(("objective.ratio=sequence",)),
-    "ratio_none": Method(("objective.ratio=none",)),
-    "prompt": Method(("posterior.source=prompt",)),
     "rft": Method((*MORE_OWN_TRACES, "objective.name=rft", "policy.train.num_steps=200")),
     "grpo": Method((*MORE_OWN_TRACES, "objective.name=grpo", "policy.train.num_steps=200")),
     "more_sft": Method(("eval.models=[pi_0]", "sft.num_steps=280"), evaluates_pi_0=True, only_sft=True),
@@ -110,6 +107,9 @@ HARD_METHODS = {
         evaluates_pi_0=True,
         only_sft=True,
     ),
+    "ratio_sequence": Method(("objective.ratio=sequence",)),
+    "prompt": Method(("posterior.source=prompt",)),
+    "ratio_none": Method(("objective.ratio=none",)),
 }
 SEARCH_METHODS = {**HARD_METHODS, "max_leakage": Method(("objective.max_leakage=2",))}
 HARD_ALONE = {name: HARD_METHODS[name] for name in ("iwae", "rft", "grpo", "answers_only")}
