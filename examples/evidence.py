@@ -103,7 +103,9 @@ METHODS = {
     ),
     **{f"k{k}": Method((f"objective.num_traces={k}",), "iwae", "score") for k in (1, 2, 4, 16)},
     "rounds_3": Method((*ROLLOUT, "rounds=3"), "forward_kl", "eval"),
-    "reverse_kl_rounds_3": Method((*EIGHT, "rounds=3", "posterior.source=reverse_kl"), "iwae", "sft"),
+    "reverse_kl_rounds_3": Method(
+        (*EIGHT, "rounds=3", "posterior.source=reverse_kl", "posterior.allow_collapse=true"), "iwae", "sft"
+    ),
 }
 
 

@@ -299,6 +299,8 @@ class PosteriorConfig:
     as gold, and from the second round on the ELBO's own gradient on the last round's traces of q."""
     num_rollouts: int = at_least(1, default=8)
     """M: traces from the policy for each question (`rollout`)."""
+    allow_collapse: bool = False
+    """Run `source=reverse_kl`, although it collapses (docs/objectives.md)."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -561,6 +563,12 @@ def _validate_posterior(config: RunConfig) -> None:
         raise ValueError(
             f"posterior.source={source} has no effect with sample.sampler=policy, which trains no posterior; use "
             "posterior.source=gold or sample.sampler=posterior."
+        )
+    if source == "reverse_kl" and not config.posterior.allow_collapse:
+        raise ValueError(
+            "posterior.source=reverse_kl takes many steps on the same traces with weights below 0, under which q "
+            "collapses (docs/objectives.md#reverse-kl); use posterior.source=rollout, or posterior.allow_collapse=true "
+            "to see it."
         )
     if source == "reverse_kl" and config.rounds == 1:
         raise ValueError(
