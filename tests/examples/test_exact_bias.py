@@ -66,12 +66,13 @@ def test_the_exact_gradient_is_autograds(length):
 
 
 @pytest.mark.parametrize("ratio", exact.RATIOS)
-def test_many_traces_come_to_the_limit(world, ratio):
-    many, limit = exact.bias(world, ratio, 2**20), exact.bias(world, ratio, None)
+def test_many_traces_come_to_the_limit(ratio):
+    world = exact.make_world(2, 1.0, 0)  # one that overrates the answer is still on its way at a million traces
+    many, limit = exact.bias(world, ratio, 2**14), exact.bias(world, ratio, None)
     assert many.total_variation == pytest.approx(limit.total_variation, abs=1e-3)
     assert (many.cosine, many.norm) == pytest.approx((limit.cosine, limit.norm), abs=1e-3)
     assert many.error == pytest.approx(limit.error, abs=0.03)  # by 1 / root K
-    assert limit.total_variation == pytest.approx(0, abs=1e-6) or ratio != "sequence"
+    assert (limit.total_variation < 1e-6) == (ratio == "sequence")
 
 
 def test_the_published_numbers_are_these(monkeypatch):
