@@ -303,6 +303,8 @@ class PosteriorConfig:
     trained, but is the policy that the round starts with, shown the posterior's prompt."""
     num_rollouts: int = at_least(1, default=8)
     """M: traces from the policy for each question (`rollout`)."""
+    allow_collapse: bool = False
+    """Run `source=reverse_kl`, although it collapses (docs/objectives.md)."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -578,6 +580,12 @@ def _validate_posterior(config: RunConfig) -> None:
         raise ValueError(
             f"posterior.source={source} has no effect with sample.sampler=policy, which trains no posterior; use "
             "posterior.source=gold or sample.sampler=posterior."
+        )
+    if source == "reverse_kl" and not config.posterior.allow_collapse:
+        raise ValueError(
+            "posterior.source=reverse_kl takes many steps on the same traces with weights below 0, under which q "
+            "collapses (docs/objectives.md#reverse-kl); use posterior.source=rollout, or posterior.allow_collapse=true "
+            "to see it."
         )
     if source == "reverse_kl" and config.rounds == 1:
         raise ValueError(

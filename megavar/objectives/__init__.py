@@ -5,6 +5,7 @@ from importlib import import_module
 from megavar.config.schema import ObjectiveConfig, SampleConfig
 from megavar.objectives import (
     elbo,
+    f_grpo,
     forward_kl,
     grpo,
     iwae,
@@ -23,6 +24,7 @@ OBJECTIVES: dict[str, Objective] = {
     "rft": rft.OBJECTIVE,
     "reinforce": reinforce.OBJECTIVE,
     "grpo": grpo.OBJECTIVE,
+    "f_grpo": f_grpo.OBJECTIVE,
     "sft": sft.OBJECTIVE,
     "reference_gml": reference_gml.OBJECTIVE,
     "reference_acc": reference_acc.OBJECTIVE,

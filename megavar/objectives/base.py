@@ -44,6 +44,7 @@ class Objective:
     """Weights are proportional to exp(log_weight) within a question, so the weights of any subset of its traces follow
     from the records."""
     weigh_unverifiable: Weigh | None = None
-    """For questions without a verifier; None: `importance.weigh_by_reference`."""
+    """For questions without a verifier; None: `importance.weigh_by_reference` with the accuracy estimator, `weigh` with
+    the two that need no verdict."""
     implied_weight: ImpliedWeight | None = None
     """Plotted in the report; None: not plotted."""

@@ -1,7 +1,8 @@
 """Posterior training by the ELBO gradient (docs/method.md, equation 2): score-function estimator with a baseline.
 
-Minimises KL(q || true posterior) on traces sampled from q. It is here to show the mode collapse that the forward KL
-avoids. Weights can be negative and sum to 0 over a question.
+Minimises KL(q || true posterior) on traces sampled from q. Weights can be negative and sum to 0 over a question. They
+are the gradient for one step from the q that sampled; under the many steps of a stage q collapses (docs/objectives.md,
+reverse KL). It is here to show that, and is refused without `posterior.allow_collapse=true`.
 """
 
 from collections.abc import Sequence

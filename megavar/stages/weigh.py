@@ -155,7 +155,8 @@ def _weigh_question(
     """Weights of one question's traces; one without a verifier is weighed by its reference answer, or not at all."""
     if all(score.num_answers != 0 for score in group):
         return objective.weigh(group, truncated, config)
-    weights = (objective.weigh_unverifiable or weigh_by_reference)(group, truncated, config)
+    weigh = weigh_by_reference if config.answer_estimator == "accuracy" else objective.weigh
+    weights = (objective.weigh_unverifiable or weigh)(group, truncated, config)
     if config.on_unverifiable == "drop":
         weights = [replace(row, weight=0.0) for row in weights if row.trace_index >= 0]
     kept = (WeightStatus.TRUNCATED, WeightStatus.GOLD)

@@ -9,6 +9,7 @@ Gradients are also taken where the parameters are those of two real Qwen3 models
 from dataclasses import replace
 from itertools import combinations, product
 from math import log, sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +17,13 @@ import torch
 from helpers.made_scores import weigh
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from megavar.config.load import load_config
+from megavar.objectives import get_objective
 from megavar.objectives.bounds import estimate_bounds, multi_trace_bounds
+from megavar.objectives.importance import select
 from megavar.records import Score
 
+CONF = Path(__file__).parents[2] / "conf" / "objective"
 TRACES = ["", "a", "b", "aa", "ab", "ba", "bb"]
 SYMBOLS = "ab."
 NUM_ANSWERS = 8
@@ -145,13 +150,19 @@ def exact_bound(world, count):
     return sum(p * (log_rho[indices].logsumexp(0) - log(count)) for indices, p in tuples_of(world, count))
 
 
-def expected_gradient(world, count, parameters, log_probability, **settings):
-    """Sum over all K-tuples of q of probability x sum_k weight_k grad log_probability[z_k], weights by `settings`."""
+def expected_weights(world, count, **settings):
+    """[7] the expected weight of each trace, over all K-tuples of q: weights by `settings`."""
     coefficients = torch.zeros(7, dtype=torch.float64)
     for indices, p in tuples_of(world, count):
         found = weigh([world.score(trace, k) for k, trace in enumerate(indices)], **settings)
         for row, trace in zip(found, indices, strict=True):
             coefficients[trace] += p * float(row.weight)
+    return coefficients
+
+
+def expected_gradient(world, count, parameters, log_probability, **settings):
+    """Sum over all K-tuples of q of probability x sum_k weight_k grad log_probability[z_k], weights by `settings`."""
+    coefficients = expected_weights(world, count, **settings)
     kept = coefficients != 0
     return gradients((coefficients[kept] * log_probability[kept]).sum(), parameters)
 
@@ -240,6 +251,30 @@ def test_reverse_kl_weights_give_the_elbos_gradient_for_the_posterior(trained, c
     assert_close(found, gradients(elbo, parameters))
 
 
+def test_reverse_kl_needs_fresh_weights_for_each_step(certain):
+    """60 exact steps of size 1: KL(q || true posterior) falls to 0; without them it falls, then rises past its start.
+
+    Figures are quoted in docs/objectives.md. Where w_k < 0 the loss -sum_k w_k log q(z_k) falls with q(z_k) for ever.
+    """
+    true = (certain.log_joint() - certain.log_evidence()).detach()
+    start = 0.7 * logits_of(true.exp()).log_softmax(1) + 0.3 * certain.posterior.detach().log_softmax(1)
+    divergences = {}
+    for renewed in (True, False):
+        q, course = start.clone().requires_grad_(), []
+        for step in range(60):
+            certain.posterior = q
+            if step == 0 or renewed:
+                weights = expected_weights(certain, 2, name="reverse_kl", answer_estimator="likelihood")
+            log_q = certain.log_posterior()
+            course.append(float((log_q.exp() * (log_q - true)).sum().detach()))
+            (ascent,) = gradients((weights * log_q).sum(), [q])
+            q = (q + ascent).detach().requires_grad_()
+        divergences[renewed] = course
+    assert divergences[True] == sorted(divergences[True], reverse=True)
+    assert (divergences[True][0], divergences[True][-1]) == pytest.approx((0.144, 0.002), abs=0.0005)
+    assert (min(divergences[False]), divergences[False][-1]) == pytest.approx((0.012, 0.180), abs=0.0005)
+
+
 # Rollouts that are the policy's own distribution: trace z comes MULTIPLICITY[z] times in 16, so sums are exact.
 MULTIPLICITY = [2, 1, 4, 2, 3, 3, 1]
 ROLLOUTS = [trace for trace, count in enumerate(MULTIPLICITY) for _ in range(count)]
@@ -300,14 +335,18 @@ def test_reinforce_weights_give_the_gradient_of_the_expected_reward(rational):
     assert_close(joint_gradient(rational, rollout_weights(rational, name="reinforce")), expected, 1e-12)
 
 
-def test_grpo_weights_give_the_gradient_of_the_group_normalised_reward(rational):
-    """E[(R - P) / sqrt(P (1 - P)) grad log pi], with P and the deviation constants: negative samples included."""
+@pytest.mark.parametrize(("name", "focus"), [("grpo", 0), ("f_grpo", 1)])
+def test_grpo_weights_give_the_gradient_of_the_group_normalised_reward(rational, name, focus):
+    """E[(R - P) / sqrt(P (1 - P)) grad log pi], with P and the deviation constants: negative samples included.
+
+    F-GRPO multiplies the advantages by (1 - P)^focus.
+    """
     p = rational.log_evidence().exp().detach()
     logps = rational.log_policy()[:, None] + rational.answers.log_softmax(1)
     rewards = torch.tensor([[float(y < count) for y in range(8)] for count in NUM_CORRECT], dtype=torch.float64)
-    advantages = (rewards - p) / (p * (1 - p)).sqrt()
+    advantages = (1 - p) ** focus * (rewards - p) / (p * (1 - p)).sqrt()
     expected = gradients((logps.detach().exp() * advantages * logps).sum(), [rational.policy, rational.answers])
-    assert_close(joint_gradient(rational, rollout_weights(rational, name="grpo")), expected, 1e-9)
+    assert_close(joint_gradient(rational, rollout_weights(rational, name=name)), expected, 1e-9)
 
 
 def test_rft_weights_give_the_gradient_of_the_likelihood_of_what_was_accepted(rational):
@@ -322,20 +361,98 @@ def test_rft_weights_give_the_gradient_of_the_likelihood_of_what_was_accepted(ra
     assert_close(found, expected, 1e-12)
 
 
-@pytest.mark.parametrize("name", ["rft", "reinforce", "grpo"])
+@pytest.mark.parametrize("name", ["rft", "reinforce", "grpo", "f_grpo"])
 def test_implied_weights_are_a_factor_on_the_forward_kl(rational, name):
     p = float(rational.log_evidence().exp())
-    factor = sqrt(p / (1 - p)) if name == "grpo" else p
+    factor = {"grpo": sqrt(p / (1 - p)), "f_grpo": sqrt(p * (1 - p))}.get(name, p)
     expected = factor * rollout_weights(rational, name="forward_kl")
     assert rollout_weights(rational, name=name) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("name", ["grpo", "f_grpo"])
 @pytest.mark.parametrize(("correct", "factor"), [(0, 0.0), (8, 0.0)])
-def test_questions_without_advantage_have_no_weight_under_grpo(rational, correct, factor):
+def test_questions_without_advantage_have_no_weight_under_grpo(rational, name, correct, factor):
     scores = [
         replace(rational.score(trace, k, num_correct=correct), logp_posterior=None) for k, trace in enumerate(ROLLOUTS)
     ]
-    assert sum(float(row.weight) for row in weigh(scores, name="grpo", ratio="none")) == factor
+    assert sum(float(row.weight) for row in weigh(scores, name=name, ratio="none")) == factor
+
+
+# Published methods under other names: the settings are those of their files in conf/objective.
+
+
+def objective_of(tmp_path, name):
+    (tmp_path / "run.yaml").write_text(f"include: [{CONF / name}.yaml]\nname: a\nmodel: m\ndata: {{train: t.jsonl}}\n")
+    return load_config(tmp_path / "run.yaml", []).objective
+
+
+def expected_own_gradient(world, config, outcomes, count):
+    """Sum over all `count`-tuples of the policy's outcomes of probability x sum_k weight_k grad log-prob_k.
+
+    Args:
+        outcomes: (probability, log-prob that is trained on, score) of each.
+    """
+    coefficients = torch.zeros(len(outcomes), dtype=torch.float64)
+    for indices in product(range(len(outcomes)), repeat=count):
+        probability = np.prod([outcomes[index][0] for index in indices])
+        scores = [replace(outcomes[index][2], trace_index=k) for k, index in enumerate(indices)]
+        found = get_objective(config.name).weigh(scores, [False] * count, config)
+        for row in select(found, config.selection, config.min_weight, seed=0)[0]:
+            coefficients[indices[row.trace_index]] += probability * float(row.weight)
+    used = [(c, logp) for c, (_, logp, _) in zip(coefficients, outcomes, strict=True) if c != 0]
+    return gradients(sum(c * logp for c, logp in used), world.policy_parameters)
+
+
+def own_score(world, trace, num_answers, num_correct):
+    score = replace(world.score(trace, 0), logp_posterior=None)
+    return replace(score, num_answers=num_answers, num_correct=num_correct)
+
+
+def judged_outcomes(world):
+    """Every trace with one answer after it: a correct one, or a wrong one, which is never trained on."""
+    outcomes = []
+    for trace, (log_policy, log_correct) in enumerate(zip(world.log_policy(), world.log_correct(), strict=True)):
+        policy, correct = float(log_policy.detach().exp()), float(log_correct.detach().exp())
+        outcomes.append((policy * correct, log_policy + log_correct, own_score(world, trace, 1, 1)))
+        outcomes.append((policy * (1 - correct), log_policy, own_score(world, trace, 1, 0)))
+    return outcomes
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_verifree_is_the_gradient_of_the_expected_probability_of_the_reference(trained, tmp_path, count):
+    traces = enumerate(zip(trained.log_policy(), trained.log_joint(), strict=True))
+    outcomes = [(float(logp.detach().exp()), joint, own_score(trained, z, 0, 0)) for z, (logp, joint) in traces]
+    found = expected_own_gradient(trained, objective_of(tmp_path, "verifree"), outcomes, count)
+    expected = (trained.log_policy().exp() * trained.log_correct().exp()).sum()
+    assert_close(found, gradients(expected, trained.policy_parameters))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("name", ["maxrl", "raft"])
+def test_maxrl_and_raft_are_the_gradient_of_the_truncated_likelihood(world, tmp_path, name, count):
+    """-sum_k (1 - P)^k / k up to the number of samples: log P for many, P itself for one."""
+    config, failure = objective_of(tmp_path, name), 1 - world.log_evidence().exp()
+    expected = gradients(-sum(failure**k / k for k in range(1, count + 1)), world.policy_parameters)
+    found = expected_own_gradient(world, config, judged_outcomes(world), count)
+    assert_close(found, expected)
+
+
+def test_resampled_traces_come_as_often_as_sampling_importance_resampling_draws_them(certain, tmp_path):
+    """Of pairs from q: P(z) = E sum_k [z_k = z] rho_k / (rho_1 + rho_2), summed here without the objectives' code."""
+    config, draws = replace(objective_of(tmp_path, "sir"), answer_estimator="likelihood"), 100
+    rho = (certain.log_joint() - certain.log_posterior()).exp().detach().numpy()
+    expected, found, variance = np.zeros(7), np.zeros(7), np.zeros(7)
+    for pair, p in tuples_of(certain, 2):
+        of_pair = np.bincount(pair, rho[pair], minlength=7) / rho[pair].sum()
+        expected += p * of_pair
+        variance += p**2 * of_pair * (1 - of_pair) / draws
+        scores = [certain.score(trace, k) for k, trace in enumerate(pair)]
+        weights = get_objective(config.name).weigh(scores, [False] * 2, config)
+        questions = [replace(row, question_id=f"{pair}{draw}") for draw in range(draws) for row in weights]
+        for row in select(questions, config.selection, config.min_weight, seed=3)[0]:
+            found[pair[row.trace_index]] += p * float(row.weight) / draws
+    assert expected.sum() == pytest.approx(1, abs=1e-12)
+    assert (np.abs(found - expected) <= 4 * np.sqrt(variance) + EXACT).all()
 
 
 @pytest.mark.parametrize("ratio", ["sequence", "geometric_mean", "none"])

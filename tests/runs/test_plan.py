@@ -83,7 +83,7 @@ def test_a_run_whose_middle_is_to_be_rerun_goes_on(load):
 
 @pytest.mark.parametrize("source", ["gold", "rollout", "reverse_kl", "prompt"])
 def test_every_stage_of_every_round_has_settings(load, source):
-    config = load("rounds=2", f"posterior.source={source}")
+    config = load("rounds=2", f"posterior.source={source}", "posterior.allow_collapse=true")
     make(config, "")
     made = list(Manifest(Run(config).folder).entries())
     assert len(made) == len(plan.stages_of(config)) and made[-1] == "eval_02"

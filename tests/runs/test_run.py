@@ -35,6 +35,14 @@ def set_to(run, **values):
     return replace(run, config=replace(run.config, **values))
 
 
+def test_rounds_take_the_same_questions_or_the_next_ones(run):
+    data = replace(run.config.data, questions_per_round=3)
+    for fresh, expected in ((False, ["012", "012", "012"]), (True, ["012", "345", "67"])):
+        of_run = set_to(run, rounds=3, data=replace(data, fresh_questions=fresh))
+        taken = [replace(of_run, round_index=index).take_questions(list("01234567")) for index in (1, 2, 3)]
+        assert ["".join(questions) for questions in taken] == expected
+
+
 def test_a_finished_stage_is_skipped_and_an_interrupted_one_repeated(run):
     calls = []
     with pytest.raises(RuntimeError):

@@ -25,13 +25,19 @@ BASE = Path(__file__).parents[2] / "examples" / "base" / "qwen3-tiny"
 VARIANTS = {
     "gold": ["data.eval=eval.jsonl", "eval.suites=[suite.jsonl]", "eval.pass_at=[1]"],
     "rollout": ["posterior.source=rollout", "objective.train_answers=reference", "policy.init=sft"],
-    "reverse_kl": ["posterior.source=reverse_kl", "rounds=2", "objective.ratio=sequence"],
+    "reverse_kl": [
+        "posterior.source=reverse_kl",
+        "posterior.allow_collapse=true",
+        "rounds=2",
+        "objective.ratio=sequence",
+    ],
     "prompt": ["posterior.source=prompt", "rounds=2"],
     "policy": ["sample.sampler=policy", "objective.ratio=none", "objective.on_no_correct_trace=gold"],
 }
 WITHOUT_EFFECT = {
-    "name", "runs_dir", "data.max_sequence_tokens", "sample.flush_seconds", "score.microbatch_tokens",
-    "score.chunk_sequences", "verify.num_workers", "logging.tensorboard", "logging.wandb_project",
+    "name", "runs_dir", "data.max_sequence_tokens", "posterior.allow_collapse", "sample.flush_seconds",
+    "score.microbatch_tokens", "score.chunk_sequences", "verify.num_workers", "logging.tensorboard",
+    "logging.wandb_project",
     *(f"parallel.{item.name}" for item in fields(schema.ParallelConfig)),
     *(f"{job}.{name}" for job in ("sft", "posterior.train", "policy.train")
       for name in ("microbatch_tokens", "recompute", "distributed_optimizer", "overlap_communication",

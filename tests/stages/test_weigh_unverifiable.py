@@ -22,10 +22,10 @@ SCORES = [
 FINISHES = ("closed", "closed", "length")
 
 
-def weigh(tmp_path, name="iwae", **settings):
+def weigh(tmp_path, name="iwae", scores=SCORES, **settings):
     ids = np.array([1], np.int32)
     traces = [Trace("q", index, 1, "posterior", ids, ids, None, finish, 0) for index, finish in enumerate(FINISHES)]
-    weigh_traces([(traces, SCORES)], name, ObjectiveConfig(name=name, **settings), tmp_path)
+    weigh_traces([(traces, scores)], name, ObjectiveConfig(name=name, **settings), tmp_path)
     return read_records(tmp_path / "data.parquet", WeightRecord)
 
 
@@ -40,6 +40,15 @@ def test_weights_are_those_of_the_geometric_mean(tmp_path):
 def test_they_can_be_left_out(tmp_path):
     rows = weigh(tmp_path, on_unverifiable="drop")
     assert [row.weight for row in rows] == [0.0, 0.0, 0.0]
+    assert [row.status for row in rows] == ["unverifiable", "unverifiable", "truncated"]
+
+
+def test_an_objective_by_likelihood_needs_no_verifier(tmp_path):
+    """VeriFree's weights: the likelihood of the reference answer over K; the truncated trace counts as 0."""
+    settings = {"ratio": "none", "answer_estimator": "likelihood", "train_answers": "reference"}
+    own = [replace(row, logp_posterior=None) for row in SCORES]
+    rows = weigh(tmp_path, "reinforce", own, **settings)
+    assert [row.weight for row in rows] == pytest.approx([np.exp(-2) / 3, np.exp(-1) / 3, 0.0], rel=1e-7)
     assert [row.status for row in rows] == ["unverifiable", "unverifiable", "truncated"]
 
 
