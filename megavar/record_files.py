@@ -260,7 +260,10 @@ def table_of(records: Sequence[Any], record_type: type[Any]) -> pa.Table:
 def sorted_table(table: pa.Table, record_type: type[Any]) -> pa.Table:
     """The rows in the order of a file; as they are, of a record type that has none."""
     names = identity_columns(record_type)
-    return table.sort_by([(name, "ascending") for name in names]) if names else table
+    if not names:
+        return table
+    order = pc.sort_indices(table, [(name, "ascending") for name in names])
+    return table if np.array_equal(order, np.arange(len(table))) else table.take(order)
 
 
 def read_records(file: Path, record_type: type[Record]) -> list[Record]:
