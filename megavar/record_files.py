@@ -26,6 +26,8 @@ from megavar.disk import atomic_write, make_folder
 from megavar.records import Record, Score, Scored, Trace, column_type, identity_columns, is_enum, schema_of
 
 logger = logging.getLogger(__name__)
+# The default one gives pages back at once, and the kernel clears them again for the next table.
+pa.set_memory_pool(pa.system_memory_pool())
 
 LONG_ROWS, SHORT_ROWS = 256, 8192
 """Rows of a row group, and of a table that is read: of records that hold a trace's tokens, and of others."""

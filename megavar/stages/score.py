@@ -336,10 +336,11 @@ def _counts(
 ) -> tuple[pa.Array, pa.Array]:
     """[traces] int32 verified answers of each trace, and the correct ones; see `Score`. Both tables are sorted."""
     questions = pc.unique(traces["question_id"])
+    answers = answers.filter(pc.is_in(answers["question_id"], questions))
 
     def places(table: pa.Table) -> NDArray[np.int64]:
-        """A number for each trace, ascending; below those of all traces, of questions that have none here."""
-        question = pc.fill_null(pc.index_in(table["question_id"], questions), -1).to_numpy().astype(np.int64)
+        """A number for each trace, ascending."""
+        question = pc.index_in(table["question_id"], questions).to_numpy().astype(np.int64)
         return question * 2**32 + table["trace_index"].to_numpy()
 
     of_trace, of_answer = places(traces), places(answers)
