@@ -3,9 +3,9 @@
     python tools/bench_scale.py --questions 1044 --traces 8 --answers 8 --tokens 3000 --steps 50
 
 A synthetic run (random tokens and log-probs, real files) goes through the stages' own code; the place of the model's
-forward is taken by random log-probs. Each stage runs in its own process. Memory is the most that is resident in anonymous
-pages, less that after the imports; pages of mapped files, which the kernel shares and takes back, come extra as "mapped". The
-exponent of growth is that of the last step, from 4N to 16N questions.
+forward is taken by random log-probs. Each stage runs in its own process. Memory is the most that is resident in
+anonymous pages, less that after the imports; pages of mapped files, which the kernel shares and takes back, come extra
+as "mapped". The exponent of growth is that of the last step, from 4N to 16N questions.
 """
 
 import argparse
