@@ -340,7 +340,7 @@ def _counts(
 
     def places(table: pa.Table) -> NDArray[np.int64]:
         """A number for each trace, ascending."""
-        question = pc.index_in(table["question_id"], questions).to_numpy().astype(np.int64)
+        question: NDArray[np.int64] = pc.index_in(table["question_id"], questions).to_numpy().astype(np.int64)
         return question * 2**32 + table["trace_index"].to_numpy()
 
     of_trace, of_answer = places(traces), places(answers)
