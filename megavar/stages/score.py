@@ -340,8 +340,9 @@ def _counts(
 
     def places(table: pa.Table) -> NDArray[np.int64]:
         """A number for each trace, ascending."""
-        question: NDArray[np.int64] = pc.index_in(table["question_id"], questions).to_numpy().astype(np.int64)
-        return question * 2**32 + table["trace_index"].to_numpy()
+        question = pc.index_in(table["question_id"], questions).to_numpy().astype(np.int64)
+        numbers: NDArray[np.int64] = question * 2**32 + table["trace_index"].to_numpy()
+        return numbers
 
     of_trace, of_answer = places(traces), places(answers)
     index = answers["answer_index"].to_numpy()
