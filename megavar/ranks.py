@@ -170,9 +170,11 @@ class Tally:
     def add(self, number: int) -> int:
         """Add to it; returns what is known of the sum."""
         self._untold += number
-        if time.monotonic() - self._told_at > _TELL_SECONDS and num_nodes() > 1:
-            store = distributed().distributed_c10d._get_default_store()
-            self._others, self._untold, self._told_at = store.add(self._key, self._untold), 0, time.monotonic()
+        if time.monotonic() - self._told_at > _TELL_SECONDS:
+            self._told_at = time.monotonic()
+            if num_nodes() > 1:
+                store = distributed().distributed_c10d._get_default_store()
+                self._others, self._untold = store.add(self._key, self._untold), 0
         return self._others + self._untold
 
 

@@ -26,6 +26,8 @@ from megavar.disk import atomic_write, make_folder
 from megavar.records import Record, Score, Scored, Trace, column_type, identity_columns, is_enum, schema_of
 
 logger = logging.getLogger(__name__)
+# The default one gives pages back at once, and the kernel clears them again for the next table.
+pa.set_memory_pool(pa.system_memory_pool())
 
 LONG_ROWS, SHORT_ROWS = 256, 8192
 """Rows of a row group, and of a table that is read: of records that hold a trace's tokens, and of others."""
@@ -266,7 +268,10 @@ def table_of(records: Sequence[Any], record_type: type[Any]) -> pa.Table:
 def sorted_table(table: pa.Table, record_type: type[Any]) -> pa.Table:
     """The rows in the order of a file; as they are, of a record type that has none."""
     names = identity_columns(record_type)
-    return table.sort_by([(name, "ascending") for name in names]) if names else table
+    if not names:
+        return table
+    order = pc.sort_indices(table, [(name, "ascending") for name in names])
+    return table if np.array_equal(order, np.arange(len(table))) else table.take(order)
 
 
 def read_records(file: Path, record_type: type[Record]) -> list[Record]:

@@ -3,9 +3,9 @@
     python tools/bench_scale.py --questions 1044 --traces 8 --answers 8 --tokens 3000 --steps 50
 
 A synthetic run (random tokens and log-probs, real files) goes through the stages' own code; the place of the model's
-forward is taken by random log-probs. Each stage runs in its own process. Memory is the most that is private to it, less
-that after the imports; pages of mapped files, which the kernel shares and takes back, come extra as "mapped". The
-exponent of growth is that of the last step, from 4N to 16N questions.
+forward is taken by random log-probs. Each stage runs in its own process. Memory is the most that is resident in
+anonymous pages, less that after the imports; pages of mapped files, which the kernel shares and takes back, come extra
+as "mapped". The exponent of growth is that of the last step, from 4N to 16N questions.
 """
 
 import argparse
@@ -67,9 +67,9 @@ class PeakMemory:
 
 
 def _memory() -> tuple[float, float]:
-    """Proportional set sizes in MiB: anonymous pages, pages of files."""
-    sizes = dict(line.split()[:2] for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
-    return int(sizes["Pss_Anon:"]) / 1024, int(sizes["Pss_File:"]) / 1024
+    """Resident MiB: anonymous pages, pages of files; by the kernel's counters, since smaps walks all pages."""
+    sizes = dict(line.split()[:2] for line in Path("/proc/self/status").read_text().splitlines() if "kB" in line)
+    return int(sizes["RssAnon:"]) / 1024, int(sizes["RssFile:"]) / 1024
 
 
 # -- the synthetic run --
@@ -96,8 +96,9 @@ def make_run(folder: Path, questions: int, traces: int, answers: int, tokens: in
         model.mkdir(parents=True)
         (model / "hf").symlink_to(BASE)
     random = np.random.default_rng(0)
+    ended = np.argsort(np.arange(questions) + random.uniform(0, QUESTIONS_A_PART, questions))  # nearly as asked
     for part, start in enumerate(range(0, questions, QUESTIONS_A_PART)):
-        some = random.permutation(ids[start : start + QUESTIONS_A_PART]).tolist()
+        some = [ids[index] for index in sorted(ended[start : start + QUESTIONS_A_PART])]
         _write_part(run.round / "traces", part, _traces(random, some, traces, tokens))
         _write_part(run.round / "answers", part, _answers(random, some, traces, answers))
     return run
@@ -199,9 +200,10 @@ class WithoutModel:
         for places in partition(lengths, budget, RANKS)[0]:
             pack(sequences, [indices[place] for place in places], PackShape())
         sizes = sequences.num_targets[np.asarray(indices)].tolist()
-        starts = range(0, 1000 * len(sizes), 1000)  # making others each time would take as long as writing them
+        starts = np.cumsum(sizes) % (len(self._logps) - max(sizes))  # new ones would take as long as writing them
         return {
-            index: self._logps[start : start + size] for index, start, size in zip(indices, starts, sizes, strict=True)
+            index: self._logps[start : start + size]
+            for index, start, size in zip(indices, starts.tolist(), sizes, strict=True)
         }
 
     def release(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from megavar.checkpoints.convert import Model
@@ -259,8 +260,9 @@ def _score_missing(scorer: Scorer, model: Path, one: _Pass, missing: NDArray[np.
                 raise Stopped(f"{done + start} of {total} traces have their scores under {model}")
             chunk = missing[start : start + config.chunk_sequences]
             place_of = dict(zip(one.indices[chunk].tolist(), chunk.tolist(), strict=True))
-            found = scorer.score(one.sequences, list(place_of), config.temperature, one.microbatch_tokens)
-            writer.append(*(_scored(one.sequences, index, place_of[index], logps) for index, logps in found.items()))
+            found_of = scorer.score(one.sequences, list(place_of), config.temperature, one.microbatch_tokens)
+            found = sorted(found_of.items())  # as a part is: it is then written without a copy
+            writer.append(*(_scored(one.sequences, index, place_of[index], logps) for index, logps in found))
             num_tokens += int(one.sequences.num_tokens[one.indices[chunk]].sum())
             rate = num_tokens / progress.seconds
             progress.update(done + start + len(chunk), total, f"traces, {rate:,.0f} tokens/s")
@@ -317,26 +319,22 @@ def _described(table: pa.Table, lengths: NDArray[np.int64]) -> dict[Key, tuple[i
 def _merged(trace_set: TraceSet, scored: list[list[Path]], finder: AnswerFinder, folder: Path) -> Iterator[pa.Table]:
     """Tables of `Score`: the rows of all ranks under each model, beside the traces and the counts of their answers."""
     answer_of = {question.id: answer_to_find(question) for question in trace_set.questions}
-    unjudged = {question.id for question in trace_set.questions if question.verifier == NO_VERIFIER}
+    without_verifier = [question.id for question in trace_set.questions if question.verifier == NO_VERIFIER]
+    unjudged = pa.array(without_verifier, pa.string())
     scored_rows = _ScoredRows(merge(scored, Scored, folder), folder)
     answers = RecordFile(trace_set.verified, Answer, (*_KEY, "answer_index", "correct"))
     for traces, some_answers in by_question(_trace_file(trace_set, "trace_ids"), answers):
         closed = np.array(traces["finish"].to_pylist()) == TraceFinish.CLOSED
         under_policy, *others = scored_rows.take(int(closed.sum()))
         under_sampler = others[0] if others else under_policy
-        judged = answers_by_trace(rows(some_answers, Answer))
-        counts: list[tuple[int | None, int | None]] = []
-        for key, is_closed in zip(zip(*(traces[name].to_pylist() for name in _KEY), strict=True), closed, strict=True):
-            group = judged.get(key, [])
-            nothing = (0, 0) if is_closed and key[0] in unjudged else (None, None)
-            counts.append((len(group), count_correct(group)) if is_closed and group else nothing)
+        num_answers, num_correct = _counts(traces, closed, some_answers, unjudged)
         columns = {
             **{name: traces[name] for name in (*_KEY, "round")},
             "logp_policy": _spread(under_policy["logp_trace"], closed),
             "logp_posterior": _spread(under_sampler["logp_trace"], closed),
             "logp_answer": _spread(under_policy["logp_answer"], closed),
-            "num_answers": [num_answers for num_answers, _ in counts],
-            "num_correct": [num_correct for _, num_correct in counts],
+            "num_answers": num_answers,
+            "num_correct": num_correct,
             **_leakage(traces, closed, (under_policy["logp_trace"], under_sampler["logp_trace"]), finder, answer_of),
         }
         yield pa.table(columns, schema=schema_of(Score))
@@ -369,6 +367,37 @@ def _leakage(
             for name, value in zip(columns, (*span, -sums[0], -sums[1]), strict=True):
                 columns[name][row] = value
     return columns
+
+
+def _counts(
+    traces: pa.Table, closed: NDArray[np.bool_], answers: pa.Table, unjudged: pa.Array
+) -> tuple[pa.Array, pa.Array]:
+    """[traces] int32 verified answers of each trace, and the correct ones; see `Score`. Both tables are sorted."""
+    questions = pc.unique(traces["question_id"])
+    answers = answers.filter(pc.is_in(answers["question_id"], questions))
+
+    def places(table: pa.Table) -> NDArray[np.int64]:
+        """A number for each trace, ascending."""
+        question = pc.index_in(table["question_id"], questions).to_numpy().astype(np.int64)
+        numbers: NDArray[np.int64] = question * 2**32 + table["trace_index"].to_numpy()
+        return numbers
+
+    of_trace, of_answer = places(traces), places(answers)
+    index = answers["answer_index"].to_numpy()
+    if ((of_answer[1:] == of_answer[:-1]) & (index[1:] == index[:-1])).any():
+        answers_by_trace(rows(answers, Answer))  # names what occurs twice
+    first, last = (np.searchsorted(of_answer, of_trace, side) for side in ("left", "right"))
+    sums = [
+        np.concatenate([[0], np.cumsum(column.to_numpy())])
+        for column in (answers["correct"].is_null(), pc.fill_null(answers["correct"], False))
+    ]
+    num_unjudged, num_correct = (sum_to[last] - sum_to[first] for sum_to in sums)
+    for trace in np.flatnonzero(closed & (num_unjudged > 0)):
+        count_correct(rows(answers.slice(first[trace], last[trace] - first[trace]), Answer))  # names the first
+    num_answers = last - first
+    is_unjudged = pc.is_in(traces["question_id"], unjudged).to_numpy()
+    unknown = ~closed | ((num_answers == 0) & ~is_unjudged)
+    return pa.array(num_answers, pa.int32(), mask=unknown), pa.array(num_correct, pa.int32(), mask=unknown)
 
 
 def _spread(logps: pa.ChunkedArray, closed: NDArray[np.bool_]) -> pa.Array:

@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -52,18 +53,19 @@ def verify_answers(
             that is of none of these answers.
     """
     finished, judgements = folder / "data.parquet", folder / "judgements"
+    judges = cache(lambda: _judges(answers, questions(), config.plugins))
 
     def begin() -> bool:
         if finished.exists():
             _refuse_others(*(RecordFile(file, Answer, (*_KEY, "answer_ids")) for file in (answers, finished)))
             return False
-        _judges(answers, questions(), config.plugins)
+        judges()
         RecordWriter(judgements, Judgement, flush_seconds).finish()
         return True
 
     def judge() -> None:
         known = RecordFile(judgements / "data.parquet", Judgement)
-        pending = _Pending(answers, known, _judges(answers, questions(), config.plugins))
+        pending = _Pending(answers, known, judges())
         writer, tally = RecordWriter(judgements, Judgement, flush_seconds, node()), Tally(str(folder))
         with ProgressLine("verdicts", pending.num_judged, show=is_rank_zero()) as progress:
 
@@ -89,7 +91,7 @@ def _merge(answers: Path, writer: RecordWriter[Judgement], finished: Path) -> No
     with RecordFileWriter(finished, Answer) as verified:
         for some_answers, some_judgements in by_question(RecordFile(answers, Answer), judgements):
             verdict = some_judgements["verdict"]
-            verdicts.update(verdict.to_pylist())
+            verdicts.update({row["values"]: row["counts"] for row in pc.value_counts(verdict).to_pylist()})
             judged = some_answers.drop_columns(["correct", "verdict"])
             judged = judged.append_column("correct", pc.equal(verdict, str(Verdict.CORRECT)))
             verified.write(judged.append_column("verdict", verdict))
@@ -170,13 +172,14 @@ def _warn_of_errors(verdicts: Counter[str]) -> None:
 def _judges(answers: Path, questions: Sequence[Question], plugins: Sequence[str]) -> dict[str, tuple[Verifier, str]]:
     """Verifier and ground truth of the questions of these answers."""
     judge_of, question_of = {}, {question.id: question for question in questions}
-    for key in identities(RecordFile(answers, Answer, _KEY)):
-        if key[0] in judge_of:
-            continue
-        question = question_of.get(key[0])
-        if question is None:
-            raise ValueError(f"{_name(key)} has no question in the question file; restore that, or sample again.")
-        judge_of[question.id] = (get_verifier(question.verifier, plugins), ground_truth(question))
+    for table in RecordFile(answers, Answer, _KEY).tables():
+        for question_id in table["question_id"].unique().to_pylist():
+            question = question_of.get(question_id)
+            if question is None:
+                row = pc.index(table["question_id"], question_id).as_py()
+                key = tuple(table[name][row].as_py() for name in _KEY)
+                raise ValueError(f"{_name(key)} has no question in the question file; restore that, or sample again.")
+            judge_of[question_id] = (get_verifier(question.verifier, plugins), ground_truth(question))
     check_verifiers((question_of[question_id].verifier for question_id in judge_of), plugins)
     return judge_of
 

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from helpers.tiny_models import reference_logps
@@ -12,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from megavar.config.schema import ParallelConfig, PrecisionConfig, ScoreConfig, TemplateConfig
 from megavar.data.templates import Templates
 from megavar.packing import partition
-from megavar.record_files import read_records, write_records
+from megavar.record_files import read_records, table_of, write_records
 from megavar.records import Answer, Question, Score, Trace, TrainSequence
-from megavar.stages.score import Scoring, TraceSet, _places_scored_again, score_traces
+from megavar.stages.score import Scoring, TraceSet, _counts, _places_scored_again, score_traces
 from megavar.training import parallel
 from megavar.training.scorer import Scorer
 
@@ -248,3 +249,43 @@ def test_all_traces_of_evenly_spread_questions_are_scored_again(tmp_path, num_qu
     assert abs(len(places) - min(len(closed), 64)) <= 2 or num_questions == 1
     questions = sorted(set(closed))
     assert chosen[0] == questions[0] and (num_questions == 1 or chosen[-1] == questions[-1])
+
+
+def _answer(question, trace, index, correct):
+    return Answer(question, trace, index, 1, np.zeros(0, np.int32), "", "stop", 0, correct)
+
+
+def test_answers_are_counted_trace_by_trace():
+    """Against a count in plain Python; some traces are open or have no answers, some questions have no trace."""
+    random = np.random.default_rng(0)
+    keys = [(question, trace) for question in "bcdf" for trace in range(5)]
+    answers = [
+        _answer(question, trace, index, bool(random.random() < 0.5))
+        for question in "abdefg"
+        for trace in range(6)
+        for index in range(random.integers(4))
+    ]
+    closed = random.random(len(keys)) < 0.7
+    traces = pa.table(
+        {"question_id": [key[0] for key in keys], "trace_index": pa.array([key[1] for key in keys], "i4")}
+    )
+    found = _counts(traces, closed, table_of(answers, Answer), pa.array(["c"]))
+    for (question, trace), is_closed, *counts in zip(
+        keys, closed, *(column.to_pylist() for column in found), strict=True
+    ):
+        verdicts = [row.correct for row in answers if (row.question_id, row.trace_index) == (question, trace)]
+        known = is_closed and (verdicts or question == "c")
+        assert counts == ([len(verdicts), sum(verdicts)] if known else [None, None])
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([_answer("a", 1, 0, True), _answer("a", 1, 0, True)], "answer 0 of trace 1 of question 'a' occurs twice"),
+        ([_answer("a", 1, 0, True), _answer("a", 1, 1, None)], "answer 1 of trace 1 of question 'a' has no verdict"),
+    ],
+)
+def test_an_answer_that_cannot_be_counted_is_named(answers, message):
+    traces = pa.table({"question_id": ["a", "a"], "trace_index": pa.array([0, 1], "i4")})
+    with pytest.raises(ValueError, match=message):
+        _counts(traces, np.ones(2, bool), table_of(answers, Answer), pa.array([], pa.string()))
