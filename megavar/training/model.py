@@ -79,9 +79,14 @@ def _log_probs(chosen: Tensor, table: Tensor, labels: Targets, vocab_rows: int) 
 
 
 def transformer_config(
-    dims: ModelDims, parallel: ParallelConfig, precision: PrecisionConfig, recompute: str
+    dims: ModelDims,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    recompute: str,
+    fixed_tokens: int = 0,
+    overlap_tensor_parallel: bool = False,
 ) -> TransformerConfig:
-    """Megatron's configuration of a model of these sizes in this parallel layout."""
+    """Megatron's configuration of a model of these sizes in this parallel layout; the rest is of `TrainConfig`."""
     recomputations: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -114,9 +119,11 @@ def transformer_config(
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
         **_mixture(dims),
-        # Packed microbatches differ in length. Megatron allows that with this dispatcher only (experts or not).
-        variable_seq_lengths=True,
+        # Packed microbatches differ in length: pipeline ranks tell each other, unless all are padded to one. Megatron
+        # allows that with this dispatcher only (experts or not).
+        variable_seq_lengths=not fixed_tokens,
         moe_token_dispatcher_type="alltoall",
+        tp_comm_overlap=overlap_tensor_parallel,
         # Interleaving with batched point-to-point calls is silently wrong at two pipeline ranks.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
