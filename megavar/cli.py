@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def launch(config_file: Path, overrides: list[str], stage: str) -> int:
-    """Load and check a run's configuration, then run a stage, `run` (all of them) or `selftest`; returns the exit code."""
+    """Load and check a configuration, then run a stage, `run` (all of them) or `selftest`; returns the exit code."""
     end_with_agent()
     return reported(lambda: _launch(config_file, overrides, stage))
 
