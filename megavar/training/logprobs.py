@@ -126,6 +126,7 @@ class _WeightedLoss(torch.autograd.Function):
             grad_PR = grad_PR.to(hidden_SH.dtype)
             torch.mm(grad_PR, table_RH, out=grad_hidden_SH[chunk])
             _add_product(grad_table_VH, grad_PR, hidden_SH[chunk])
+            del logits_PR, exp_PR, grad_PR  # before the next chunk's are made
         ctx.gradients = grad_hidden_SH, grad_table_VH.to(table_VH.dtype)
         ctx.mark_non_differentiable(logps_S)
         return -(weights_S * logps_S).sum(), logps_S

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from shutil import which
 from typing import Any
 
 import torch
@@ -136,11 +137,17 @@ def transformer_config(
         calculate_per_token_loss=True,
         # Into the float32 gradients within the matrix product; layers.py:924 refuses it without Apex's kernel.
         gradient_accumulation_fusion=find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        bias_activation_fusion=_can_fuse_activation(),
         masked_softmax_fusion=False,
         apply_rope_fusion=has_transformer_engine(),
         **recomputations[recompute],
         **transformer_config_arguments(precision, dims.num_experts),
     )
+
+
+def _can_fuse_activation() -> bool:
+    """SwiGLU in one kernel each way, which torch makes with a C compiler as it is first used; on CPUs it has no use."""
+    return has_transformer_engine() and any(map(which, ("cc", "gcc", "clang")))
 
 
 def _mixture(dims: ModelDims) -> dict[str, Any]:
