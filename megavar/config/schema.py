@@ -560,6 +560,12 @@ def _validate_training(config: RunConfig) -> None:
             _validate_tensor_overlap(config, name, train)
         if train.optimizer_offload > 1:
             raise ValueError(f"{name}.optimizer_offload={train.optimizer_offload} is a fraction; the most is 1.")
+        if train.optimizer_moments == "bf16" and train.optimizer_offload > 0:
+            raise ValueError(
+                f"{name}.optimizer_moments=bf16 has no effect with {name}.optimizer_offload="
+                f"{train.optimizer_offload:g}: Megatron's offloading optimizer keeps float32; use optimizer_moments=fp32 "
+                "or optimizer_offload=0."
+            )
         if train.optimizer_moments == "bf16" and not train.distributed_optimizer:
             raise ValueError(
                 f"{name}.optimizer_moments=bf16 needs the distributed optimizer, but {name}.distributed_optimizer="

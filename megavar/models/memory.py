@@ -65,7 +65,7 @@ def _activation_bytes(dims: ModelDims, parallel: ParallelConfig, train: TrainCon
     kept = layers * layer
     if train.recompute == "full":  # the layers' inputs, and one layer at a time
         kept = layers * dims.hidden_size / between + layer
-    microbatches = parallel.pipeline
+    microbatches: float = parallel.pipeline
     if parallel.virtual_pipeline > 1:
         microbatches += (parallel.pipeline - 1) / parallel.virtual_pipeline
     # Embedding, final norm, and the hidden states of the targets with their gradients.

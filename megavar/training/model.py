@@ -216,11 +216,16 @@ def _mark_experts(chunk: torch.nn.Module) -> None:
 
 def _layer_spec(config: TransformerConfig, vp_stage: int | None) -> Any:
     if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(
+        spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
+        if config.params_dtype == torch.float32:
+            # Its fused attention has 16 bits only (dot_product_attention/utils.py); what remains is quadratic in memory
+            # and has no context parallelism.
+            spec.submodules.self_attention.submodules.core_attention = PackedAttention
+        return spec
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )

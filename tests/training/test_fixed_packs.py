@@ -131,6 +131,15 @@ def test_tensor_overlap_is_refused_where_it_cannot_work(layout, recipe, length, 
         validate(config)
 
 
+def test_moments_in_bf16_are_refused_where_megatron_keeps_them_in_float32():
+    config = RunConfig(name="a", model="m", sft=TrainConfig(optimizer_moments="bf16", optimizer_offload=0.5))
+    config.data.train = "q.jsonl"
+    with pytest.raises(
+        ValueError, match=r"^sft\.optimizer_moments=bf16 has no effect with sft\.optimizer_offload=0\.5"
+    ):
+        validate(config)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_tensor_overlap_is_refused_without_a_gpu():
     with pytest.raises(ValueError, match=r"^sft\.overlap_tensor_parallel=true needs a CUDA GPU and Transformer Engine"):
