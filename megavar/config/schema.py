@@ -563,8 +563,8 @@ def _validate_training(config: RunConfig) -> None:
         if train.optimizer_moments == "bf16" and train.optimizer_offload > 0:
             raise ValueError(
                 f"{name}.optimizer_moments=bf16 has no effect with {name}.optimizer_offload="
-                f"{train.optimizer_offload:g}: Megatron's offloading optimizer keeps float32; use optimizer_moments=fp32 "
-                "or optimizer_offload=0."
+                f"{train.optimizer_offload:g}: Megatron's offloading optimizer keeps float32; use "
+                "optimizer_moments=fp32 or optimizer_offload=0."
             )
         if train.optimizer_moments == "bf16" and not train.distributed_optimizer:
             raise ValueError(
