@@ -5,8 +5,8 @@
 
 Sections run in the order of their worth, each in a process of its own with a limit of time. A section or a row of one
 may fail alone; what was found until then stays. `gpu_kit.json` and `gpu_kit.md` in FOLDER are written after each
-section, and FOLDER/NAME.log has what it printed. Models have random weights. TFLOP/s count 6 FLOPs a weight and token and causal
-attention, without recomputation; the MFU is relative to the dense bf16 peak of the data sheet
+section, and FOLDER/NAME.log has what it printed. Models have random weights. TFLOP/s count 6 FLOPs a weight and token
+and causal attention, without recomputation; the MFU is relative to the dense bf16 peak of the data sheet
 (`megavar/training/hardware.py`). The forecast is that of `megavar check`, in GiB.
 """
 
@@ -355,7 +355,9 @@ def memory(size: Size) -> Iterator[Row]:
 def settings(size: Size) -> Iterator[Row]:
     """Settings on and off, 1.7B shape in bf16; the first three rows have sequences of many lengths, several packs."""
     import numpy as np
-    from bench_train import PARALLEL, PRECISION, transformer_config
+
+    from megavar.config.schema import ParallelConfig, PrecisionConfig
+    from megavar.training.model import transformer_config
 
     dims = shape("1.7B", size)
     shortest, longest = size.microbatch_tokens // 16, size.microbatch_tokens // 2
@@ -370,7 +372,7 @@ def settings(size: Size) -> Iterator[Row]:
         ("recompute=selective", usual, {"recompute": "selective"}),
         ("recompute=full", usual, {"recompute": "full"}),
     ]
-    config = transformer_config(dims, PARALLEL, PRECISION, "none")
+    config = transformer_config(dims, ParallelConfig(), PrecisionConfig("bf16"), "none")
     for name in ("apply_rope_fusion", "bias_activation_fusion", "gradient_accumulation_fusion"):
         if getattr(config, name):
             rows.append((f"without {name}", usual, {"changes": {name: False}}))
@@ -444,7 +446,7 @@ def score(size: Size) -> Iterator[Row]:
 
 
 def profile(size: Size) -> Iterator[Row]:
-    """Where the device's time goes in a bf16 step of half the 4B shape; the first row's share is that of the step's time.
+    """Where the device's time goes in a bf16 step of half the 4B shape; the first row's share is of the step's time.
 
     What is missing to 1 there is what the device waits for the host.
     """
