@@ -1,4 +1,4 @@
-"""The memory that training holds on a rank, counted from a model's sizes. Needs no torch."""
+"""The memory that training holds on a rank, counted from a model's sizes."""
 
 from megavar.config.schema import ParallelConfig, TrainConfig
 from megavar.models.dims import ModelDims

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from megavar.config.schema import RunConfig, TrainConfig
-from megavar.models.memory import training_bytes
 from megavar.records import Question
 from megavar.stages.check_questions import TokenCounts
 
@@ -112,6 +111,9 @@ class Forecast:
 
     def _memory(self) -> str:
         """At its peak, of the rank and the training that hold most."""
+        # Not above: its package imports torch, and what is checked before needs none.
+        from megavar.models.memory import training_bytes
+
         config, weights = self._config, 4 if self._config.precision.recipe == "fp32" else 2
         jobs = [
             training_bytes(self._dims, self._num_parameters, config.parallel, train, weights, self._ranks)
