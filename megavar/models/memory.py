@@ -4,7 +4,7 @@ from megavar.config.schema import ParallelConfig, TrainConfig
 from megavar.models.dims import ModelDims
 
 LOGITS_AT_ONCE = 2**24
-"""Elements of a chunk: `training/logprobs.py`, CHUNK_ELEMENTS, whose import would take seconds."""
+"""Elements of a chunk: CHUNK_ELEMENTS of `training/logprobs.py`, a package above this one."""
 
 
 def training_bytes(
