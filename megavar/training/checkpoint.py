@@ -206,7 +206,7 @@ def _load(checkpoint: Path, chunks: list[torch.nn.Module], optimizer: Any, sched
 
 @contextmanager
 def _loading_scales() -> Iterator[None]:
-    """Within it, Transformer Engine reads the scales of `fp8_delayed`, which are pickles, without running what they name.
+    """Within it, Transformer Engine reads the scales of `fp8_delayed`, which are pickled, and runs nothing of them.
 
     pytorch/module/base.py (`set_extra_state`) unpickles anything, since 2.20 only if a variable allows that.
     """
