@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def launch(config_file: Path, overrides: list[str], stage: str) -> int:
-    """Load and check a run's configuration, then run a stage or, for `run`, all of them; returns the exit code."""
+    """Load and check a configuration, then run a stage, `run` (all of them) or `selftest`; returns the exit code."""
     end_with_agent()
     return reported(lambda: _launch(config_file, overrides, stage))
 
@@ -107,7 +107,10 @@ def _launch(config_file: Path, overrides: list[str], stage: str) -> None:
 
     config = load_config(config_file, overrides)
     show_logs(config.logging.level)
-    all_ranks = stage == "run" or find_stage(config, stage)[0].all_ranks
+    if config.parallel.tensor > 1 or config.parallel.context > 1:
+        # Up to Hopper, Megatron relies on it for transfers beside products (layers.py:526); CUDA reads it as it starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    all_ranks = stage in ("run", "selftest") or find_stage(config, stage)[0].all_ranks
     if not (all_ranks or is_rank_zero()):
         return  # a stage of one process, started on several ranks
     ranks = world_size() if all_ranks else None
@@ -117,6 +120,13 @@ def _launch(config_file: Path, overrides: list[str], stage: str) -> None:
         check_run(config, ranks)  # the other ranks wait for rank 0 where they join the process group
     if stage == "run":
         run_all_stages(config)
+        return
+    if stage == "selftest":
+        from megavar.stages.selftest import selftest as compare
+
+        with _process_group(config.parallel):
+            catch_signals()
+            compare(config)
         return
     from megavar.stages.runner import run_stage
 
@@ -359,23 +369,7 @@ def selftest(arguments: Sequence[str]) -> int:
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values to change")
     chosen = parser.parse_intermixed_args(arguments)
-
-    def work() -> None:
-        from megavar.config.load import load_config
-        from megavar.stages.check import check_run
-
-        config = load_config(chosen.config, chosen.overrides)
-        show_logs(config.logging.level)
-        if is_rank_zero():
-            check_run(config, world_size())
-        from megavar.stages.selftest import selftest as compare
-
-        with _process_group(config.parallel):
-            catch_signals()
-            compare(config)
-
-    end_with_agent()
-    return reported(work)
+    return launch(chosen.config, chosen.overrides, "selftest")
 
 
 def export_traces(arguments: Sequence[str]) -> int:

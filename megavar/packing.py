@@ -26,11 +26,23 @@ class PackShape:
     context_parallel: int = 1
     total_multiple: int = 1
     """The total tokens of a microbatch, over all context-parallel ranks, are padded to a multiple of this."""
+    least_tokens: int = 0
+    """The total tokens are padded to at least as many: with a budget of as many, all microbatches have one length."""
 
     @property
     def segment_multiple(self) -> int:
         """Each segment is padded to a multiple of this many tokens."""
         return 2 * self.context_parallel if self.context_parallel > 1 else 1
+
+    def whole(self, tokens: int) -> int:
+        """The least total tokens of a microbatch that hold so many."""
+        return tokens + -tokens % math.lcm(self.total_multiple, self.segment_multiple)
+
+    def segment_tokens(self, lengths: Sequence[int]) -> list[int]:
+        """Tokens of the segments that sequences of these lengths become; padding of the microbatch is the last."""
+        segments = [length - 1 + -(length - 1) % self.segment_multiple for length in lengths]
+        padding = self.whole(max(self.least_tokens, sum(segments), 1)) - sum(segments)
+        return [*segments, padding] if padding else segments
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +131,7 @@ def pack(sequences: Sequence[TrainSequence], indices: Sequence[int], shape: Pack
         rank: context-parallel rank whose part is returned.
     """
     chosen = [sequences[index] for index in indices]
-    inputs = [sequence.num_tokens - 1 for sequence in chosen]
-    lengths = [length + -length % shape.segment_multiple for length in inputs]
-    padding = -sum(lengths) % shape.total_multiple or (0 if lengths else shape.total_multiple)
-    padding += -padding % shape.segment_multiple
-    if padding:
-        lengths.append(padding)
+    lengths = shape.segment_tokens([sequence.num_tokens for sequence in chosen])
     full = _concatenate(chosen, indices, lengths)
     if shape.context_parallel == 1:
         return full

@@ -69,13 +69,17 @@ def megatron_step(
     precision: PrecisionConfig,
     is_plain: bool,
     train: TrainConfig = TRAIN,
+    changes: dict[str, Any] | None = None,
 ) -> Step:
     """A step of the training loop, or of the plain one, which differs in the head and the loss alone.
 
     Args:
         fill: gives the model its weights.
+        changes: values of Megatron's TransformerConfig that are other than the engine's.
     """
-    config = transformer_config(dims, PARALLEL, precision, "none")
+    config = transformer_config(dims, PARALLEL, precision, train.recompute, train.fixed_tokens)
+    for name, value in (changes or {}).items():
+        setattr(config, name, value)
     configure_gradients(config)
     chunks = build_model(config, dims)
     fill(chunks)

@@ -119,6 +119,8 @@ class TrainConfig:
     """Sequences in one optimizer step, over all data-parallel ranks (B in the loss normaliser)."""
     microbatch_tokens: int = at_least(1, default=8192)
     """Token budget of one packed microbatch on one data-parallel rank."""
+    pack_length: str = choice("free", "fixed", default="free")
+    """Tokens of a microbatch: those of its sequences, or always `microbatch_tokens`, the rest of which is padding."""
     learning_rate: float = at_least(0, default=1e-5)
     """Peak learning rate."""
     min_learning_rate_ratio: float = at_least(0, default=0.1)
@@ -146,6 +148,9 @@ class TrainConfig:
     overlap_communication: bool = True
     """With the distributed optimizer: reduce gradients during the last backward pass of a step, and gather updated
     parameters during the next forward pass."""
+    overlap_tensor_parallel: bool = False
+    """Exchange activations between tensor-parallel ranks during matrix products, by Transformer Engine's buffers, which
+    need `pack_length=fixed`, sequence parallelism and GPUs of one node."""
     optimizer_moments: str = choice("fp32", "bf16", default="fp32")
     """AdamW moments on GPUs: bf16 needs 4 bytes less a parameter, Transformer Engine and the distributed optimizer."""
     optimizer_offload: float = at_least(0, default=0.0)
@@ -158,6 +163,11 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
     log_interval: int = at_least(1, default=1)
     """Optimizer steps between rows of metrics."""
+
+    @property
+    def fixed_tokens(self) -> int:
+        """Tokens that every microbatch has; 0: as many as its sequences."""
+        return self.microbatch_tokens if self.pack_length == "fixed" else 0
 
     def steps_of(self, num_sequences: int) -> int:
         """Optimizer steps on this many sequences; the shuffled stream continues across epoch boundaries."""
@@ -495,7 +505,7 @@ def _validate_pairs(config: RunConfig) -> None:
             "leakage is negative; use a limit in nats, or null."
         )
     _validate_posterior(config)
-    _validate_optimizers(config)
+    _validate_training(config)
     if objective.min_weight > 0 and objective.selection != "weighted":
         raise ValueError(
             f"objective.min_weight={objective.min_weight} has no effect with objective.selection="
@@ -563,14 +573,42 @@ def _validate_secrets(rollout: RolloutConfig) -> None:
             )
 
 
-def _validate_optimizers(config: RunConfig) -> None:
+def _validate_training(config: RunConfig) -> None:
     for name, train in config.training_jobs.items():
+        if train.overlap_tensor_parallel:
+            _validate_tensor_overlap(config, name, train)
         if train.optimizer_offload > 1:
             raise ValueError(f"{name}.optimizer_offload={train.optimizer_offload} is a fraction; the most is 1.")
+        if train.optimizer_moments == "bf16" and train.optimizer_offload > 0:
+            raise ValueError(
+                f"{name}.optimizer_moments=bf16 has no effect with {name}.optimizer_offload="
+                f"{train.optimizer_offload:g}: Megatron's offloading optimizer keeps float32; use "
+                "optimizer_moments=fp32 or optimizer_offload=0."
+            )
         if train.optimizer_moments == "bf16" and not train.distributed_optimizer:
             raise ValueError(
                 f"{name}.optimizer_moments=bf16 needs the distributed optimizer, but {name}.distributed_optimizer="
                 "false; use optimizer_moments=fp32 or distributed_optimizer=true."
+            )
+
+
+def _validate_tensor_overlap(config: RunConfig, name: str, train: TrainConfig) -> None:
+    parallel, recipe = config.parallel, config.precision.recipe
+    for is_possible, needed, got, advice in (
+        (train.pack_length == "fixed", "buffers of one size", f"{name}.pack_length={train.pack_length}", "fixed"),
+        (parallel.tensor > 1, "tensor-parallel ranks", f"parallel.tensor={parallel.tensor}", "2 or more"),
+        (parallel.sequence_parallel, "sequence parallelism", f"parallel.sequence={parallel.sequence}", "null"),
+        (
+            recipe not in ("fp32", "fp8_blockwise"),
+            "a precision that Transformer Engine's buffers have",
+            f"precision.recipe={recipe}",
+            "bf16, fp8_delayed, fp8_current or mxfp8",
+        ),
+    ):
+        if not is_possible:
+            raise ValueError(
+                f"{name}.overlap_tensor_parallel=true needs {needed}, but {got}; use {advice}, or "
+                "overlap_tensor_parallel=false."
             )
 
 

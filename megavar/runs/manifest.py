@@ -19,7 +19,7 @@ from megavar.disk import atomic_write
 _WITHOUT_EFFECT = {
     *("log_interval", "save_interval", "save_minutes", "keep_checkpoints", "flush_seconds", "num_workers"),
     *("microbatch_tokens", "chunk_sequences", "recompute", "distributed_optimizer"),
-    *("overlap_communication", "optimizer_offload"),
+    *("pack_length", "overlap_communication", "overlap_tensor_parallel", "optimizer_offload"),
 }
 _IDENTIFYING_BYTES = 2**16
 """Of each end of a file of weights."""

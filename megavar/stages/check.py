@@ -202,6 +202,10 @@ def _check_model(config: RunConfig, ranks: int | None) -> tuple["ModelDims", int
             check_recipe("precision.recipe", config.precision.recipe)
             check_recipe("score.precision", config.score_recipe)
         for name, train in config.training_jobs.items():
+            if train.overlap_tensor_parallel:
+                from megavar.training.tensor_overlap import check_tensor_overlap
+
+                check_tensor_overlap(f"{name}.overlap_tensor_parallel", config.parallel.tensor)
             if train.optimizer_moments == "bf16" or train.optimizer_offload > 0:
                 from megavar.training.precision import has_transformer_engine
 

@@ -15,8 +15,6 @@ from megavar.stages.check_questions import TokenCounts
 if TYPE_CHECKING:
     from megavar.models.dims import ModelDims
 
-LOGITS_AT_ONCE = 2**24
-"""Elements of a chunk: `training/logprobs.py`, CHUNK_ELEMENTS, whose import would take seconds."""
 PERCENTILES = (50, 90, 99, 100)
 
 
@@ -112,26 +110,19 @@ class Forecast:
         return found
 
     def _memory(self) -> str:
-        """Weights, gradients, optimizer and a chunk of logits of the rank that holds most."""
-        layout, weights = self._config.parallel, 4 if self._config.precision.recipe == "fp32" else 2
-        table = self._dims.vocab_size * self._dims.hidden_size
-        tables = 1 if self._dims.tied_embeddings else 2
-        experts = 3 * self._dims.hidden_size * self._dims.ffn_size * self._dims.num_experts * self._dims.num_layers
-        dense = self._num_parameters - tables * table - experts
-        held = dense / (layout.tensor * layout.pipeline) + experts / (layout.expert * layout.pipeline)
-        held += table / layout.tensor * (tables if layout.pipeline == 1 else 1)
-        replicas = self._ranks // layout.ranks_per_replica
-        train = self._config.policy.train
-        states = 8 if weights == 4 else 12  # two moments, and the float32 copy of shorter weights
-        states -= 4 if train.optimizer_moments == "bf16" else 0
-        optimizer = held * states * (1 - train.optimizer_offload)
-        optimizer /= replicas if train.distributed_optimizer else 1
-        # A chunk of logits and the float32 gradient of the output table exist at a time (training/logprobs.py).
-        rows = self._dims.vocab_size // layout.tensor
-        logits = 4 * (max(LOGITS_AT_ONCE, rows * self._dims.hidden_size) + rows * self._dims.hidden_size)
-        parts = {"weights": held * weights, "gradients": held * 4, "optimizer": optimizer, "logits": logits}
+        """At its peak, of the rank and the training that hold most."""
+        # Not above: its package imports torch, and what is checked before needs none.
+        from megavar.models.memory import training_bytes
+
+        config, weights = self._config, 4 if self._config.precision.recipe == "fp32" else 2
+        jobs = [
+            training_bytes(self._dims, self._num_parameters, config.parallel, train, weights, self._ranks)
+            for name, train in config.training_jobs.items()
+            if name != "posterior.train" or config.sample.sampler == "posterior"
+        ]
+        parts = max(jobs, key=lambda parts: sum(parts.values()))
         listed = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in parts.items())
-        return f"about {sum(parts.values()) / 1e9:,.2f} GB before activations ({listed} GB) on {self._ranks} ranks"
+        return f"about {sum(parts.values()) / 1e9:,.2f} GB ({listed} GB) on {self._ranks} ranks"
 
     def _disk(self) -> float:
         """Bytes of checkpoints that are kept and of exported models."""

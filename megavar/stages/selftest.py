@@ -87,7 +87,7 @@ def _compare(run: Run, folder: Path) -> list[Comparison]:
     exact = PrecisionConfig("fp32" if config.precision.recipe == "fp32" else "bf16")
     own, served, served_logps = from_rank_zero(lambda: (_own_sequences(run), *_served(run, folder)))
     sequences, samples = in_memory(own), in_memory(served)
-    budget, least = config.score.microbatch_tokens, int(sequences.num_tokens.max())
+    train, budget, least = config.policy.train, config.score.microbatch_tokens, int(sequences.num_tokens.max())
 
     scorer = Scorer(base, parallel, scored_in)
     packed = scorer.score_all(sequences, 1.0, budget)
@@ -95,8 +95,9 @@ def _compare(run: Run, folder: Path) -> list[Comparison]:
     scored = scorer.score_all(samples, config.score.temperature, budget)
     scorer.release()
     others = from_rank_zero(lambda: _by_transformers(base, own))
+    budgets = train.microbatch_tokens, least
     gradients, trained = take_one_step(
-        base, sequences, (budget, least), config.policy.train, parallel, config.precision, exact, folder / "checkpoints"
+        base, sequences, budgets, train, parallel, config.precision, exact, folder / "checkpoints"
     )
     export_newest(folder, folder / "hf")
     scorer = Scorer(Model(folder / "hf"), parallel, exact)

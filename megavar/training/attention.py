@@ -63,6 +63,9 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
 
     def _attend(self, query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, seen: Tensor | None) -> Tensor:
         query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query_TND, key_TGD, value_TGD))
+        if query.is_cuda:  # whose linear kernel for float32 and for masks knows no groups
+            heads_per_group = query.shape[1] // key.shape[1]
+            key, value = (tensor.repeat_interleave(heads_per_group, 1) for tensor in (key, value))
         output = scaled_dot_product_attention(
             query,
             key,

@@ -7,9 +7,13 @@ step): weights, optimizer, schedule and step are the state.
 """
 
 import os
+import pickle
 import queue
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,11 +26,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megavar.checkpoints.convert import Model
 from megavar.checkpoints.huggingface import copy_side_files
 from megavar.checkpoints.megatron import SIDE_FILES, Description
-from megavar.checkpoints.safe_pickle import check_pickles, only_known_classes
+from megavar.checkpoints.safe_pickle import check_pickles, load_scales, only_known_classes
 from megavar.checksums import CHECKSUMS, check_files, file_digests, files_in, read_checksums, write_checksums
 from megavar.disk import make_folder, sync
 from megavar.ranks import ExplainedFailure, barrier, is_rank_zero, on_rank_zero
+from megavar.training.precision import has_transformer_engine
 
+_ALLOWS_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -189,12 +195,36 @@ def _load(checkpoint: Path, chunks: list[torch.nn.Module], optimizer: Any, sched
     wanted = _model_state(chunks)
     wanted["optimizer"] = optimizer.sharded_state_dict(wanted, is_loading=True, metadata=_SHARDING)
     state: dict[str, Any] = dist_checkpointing.load(wanted, str(checkpoint))
-    for index, chunk in enumerate(chunks):
-        missing, unexpected = unwrap_model(chunk).load_state_dict(state[f"model{index}"], strict=False)
-        differing = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
-        assert not differing, f"checkpoint and model differ in {differing}"
+    with _loading_scales():
+        for index, chunk in enumerate(chunks):
+            missing, unexpected = unwrap_model(chunk).load_state_dict(state[f"model{index}"], strict=False)
+            differing = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
+            assert not differing, f"checkpoint and model differ in {differing}"
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
+
+
+@contextmanager
+def _loading_scales() -> Iterator[None]:
+    """Within it, Transformer Engine reads the scales of `fp8_delayed`, which are pickled, and runs nothing of them.
+
+    pytorch/module/base.py (`set_extra_state`) unpickles anything, since 2.20 only if a variable allows that.
+    """
+    if not has_transformer_engine():
+        yield
+        return
+    from transformer_engine.pytorch.module import base
+
+    before = os.environ.get(_ALLOWS_PICKLES)
+    os.environ[_ALLOWS_PICKLES] = "1"
+    base.pickle = SimpleNamespace(loads=load_scales, dumps=pickle.dumps)
+    try:
+        yield
+    finally:
+        base.pickle = pickle
+        del os.environ[_ALLOWS_PICKLES]
+        if before is not None:
+            os.environ[_ALLOWS_PICKLES] = before
 
 
 def _is_distributed(optimizer: Any) -> bool:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megavar.config.schema import ParallelConfig, PrecisionConfig
-from megavar.packing import Microbatch, PackShape
+from megavar.packing import Microbatch, PackShape, partition
 from megavar.training.megatron_on_cpu import device
 from megavar.training.model import Targets, WeightedTargets
 from megavar.training.precision import RECIPES
@@ -35,11 +35,26 @@ class StepSums:
     num_target_tokens: int
 
 
-def pack_shape(parallel: ParallelConfig, precision: PrecisionConfig) -> PackShape:
-    """The multiples that this parallel layout and precision require of a microbatch's length."""
+def pack_shape(parallel: ParallelConfig, precision: PrecisionConfig, fixed_tokens: int = 0) -> PackShape:
+    """The multiples that this parallel layout and precision require of a microbatch's length.
+
+    Args:
+        fixed_tokens: `TrainConfig.fixed_tokens`.
+    """
     multiple = parallel.context * RECIPES[precision.recipe].token_multiple
     multiple *= parallel.tensor if parallel.sequence_parallel else 1
-    return PackShape(parallel.context, multiple)
+    return PackShape(parallel.context, multiple, fixed_tokens)
+
+
+def plan_microbatches(
+    lengths: Sequence[int], budget_tokens: int, parallel: ParallelConfig, shape: PackShape
+) -> list[list[list[int]]]:
+    """`partition` sequences of these lengths over this layout: [data-parallel ranks][microbatches] indices of them."""
+    # As long as they become: else a microbatch could be longer than its budget, and than others of one fixed length.
+    padded = [length + -length % shape.segment_multiple for length in lengths]
+    multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+    ranks = parallel_state.get_data_parallel_world_size()
+    return partition(padded, shape.whole(budget_tokens), ranks, multiple)
 
 
 def configure_gradients(config: Any) -> None:
@@ -99,7 +114,8 @@ def _run(
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(microbatches),
-        seq_length=max(len(microbatch.token_ids) for microbatch in microbatches),
+        # Over all context-parallel ranks; read where all microbatches have one length.
+        seq_length=max(sum(microbatch.segment_lengths) for microbatch in microbatches),
         micro_batch_size=1,
         forward_only=forward_only,
     )

@@ -13,12 +13,14 @@ PEAK_FLOPS = {
     "GB200": 2.5e15,
     "B200": 2.25e15,
     "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
 }
-"""Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets (SXM versions). With FP8 the MFU is still
-relative to these."""
+"""Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets (SXM versions where not named). With FP8
+the MFU is still relative to these."""
 
 
 def peak_flops() -> float | None:

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SCORED_ELEMENTS = 2**22
-"""Logits held at once in scoring: 16 MiB in float32, which caches hold."""
+SCORED_ELEMENTS = 2**26 if torch.cuda.is_available() else 2**22
+"""Logits held at once in scoring: 16 MiB in float32, which a CPU's caches hold; 256 MiB on GPUs, where products of few
+rows leave most of the device idle."""
 CHUNK_ELEMENTS = 2**24
 """Logits held at once in training, 64 MiB in float32, or H positions' if these are more: as many as the gradient of the
 table has elements. Each chunk reads and writes that gradient, which takes longer than the products if P is small."""
@@ -126,6 +127,7 @@ class _WeightedLoss(torch.autograd.Function):
             grad_PR = grad_PR.to(hidden_SH.dtype)
             torch.mm(grad_PR, table_RH, out=grad_hidden_SH[chunk])
             _add_product(grad_table_VH, grad_PR, hidden_SH[chunk])
+            del logits_PR, exp_PR, grad_PR  # before the next chunk's are made
         ctx.gradients = grad_hidden_SH, grad_table_VH.to(table_VH.dtype)
         ctx.mark_non_differentiable(logps_S)
         return -(weights_S * logps_S).sum(), logps_S

@@ -15,16 +15,17 @@ from megatron.core import parallel_state
 
 from megavar.checkpoints.convert import Model
 from megavar.config.schema import ParallelConfig, PrecisionConfig, TrainConfig
-from megavar.packing import Microbatch, PackShape, data_order, pack, partition
+from megavar.packing import Microbatch, PackShape, data_order, pack
 from megavar.sequences import SequenceSet
 from megavar.stopping import Stopped
 from megavar.training.checkpoint import check_free_space, list_checkpoints, load_checkpoint, save_checkpoint, step_of
-from megavar.training.forward_backward import configure_gradients, gradient_pass, pack_shape
+from megavar.training.forward_backward import configure_gradients, gradient_pass, pack_shape, plan_microbatches
 from megavar.training.hardware import peak_flops, peak_memory_gib
 from megavar.training.load_weights import load_weights
 from megavar.training.model import build_model, transformer_config
 from megavar.training.optimizer import NOT_FINITE, build_optimizer, gather_parameters, wrap_for_gradients
 from megavar.training.parallel import agree
+from megavar.training.tensor_overlap import tensor_overlap
 
 GC_INTERVAL_STEPS = 100
 """Ranks wait for the slowest in every step: garbage is collected after the same steps on all of them."""
@@ -74,12 +75,26 @@ def train_model(
         Stopped: on every rank after the same step, which is saved, if any was asked to stop.
     """
     model = Model(init)
+    with tensor_overlap(model.dims.hidden_size, parallel, precision, train):
+        _train(model, sequences, train, parallel, precision, seed, folder, report)
+
+
+def _train(
+    model: Model,
+    sequences: SequenceSet,
+    train: TrainConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    seed: int,
+    folder: Path,
+    report: Report,
+) -> None:
     num_steps = train.steps_of(len(sequences))
     normalizer = loss_normalizer(sequences, train)
     existing = list_checkpoints(folder)
     start = existing[-1] if existing else None
     chunks, optimizer, scheduler = open_training(model, train, parallel, precision, num_steps, start)
-    shape = pack_shape(parallel, precision)
+    shape = pack_shape(parallel, precision, train.fixed_tokens)
     first_step, checkpoint_seconds = step_of(existing[-1]) if existing else 0, 0.0
     saved_at = time.monotonic()
     if first_step < num_steps:
@@ -91,7 +106,7 @@ def train_model(
         # Data: this rank's packed microbatches of the global batch.
         indices = data_order(len(sequences), step * train.batch_sequences, (step + 1) * train.batch_sequences, seed)
         lengths, num_targets = sequences.num_tokens[indices].tolist(), int(sequences.num_targets[indices].sum())
-        microbatches = own_microbatches(sequences, indices, train.microbatch_tokens, parallel, shape)
+        microbatches, padding_share = own_microbatches(sequences, indices, train.microbatch_tokens, parallel, shape)
         data_seconds = clock.lap()
 
         # Gradients, added up over microbatches and ranks.
@@ -114,6 +129,7 @@ def train_model(
             "learning_rate": float(learning_rate),
             "target_tokens": float(sums.num_target_tokens),
             "tokens_per_second": sum(lengths) / clock.seconds,
+            "padding_share": padding_share,
             **_utilisation(model.dims.training_flops(lengths, num_targets) / dist.get_world_size(), clock.seconds),
             "peak_memory_gib": peak_memory_gib(),
             "seconds": clock.seconds,
@@ -147,7 +163,9 @@ def open_training(
     checkpoint: Path | None,
 ) -> tuple[list[torch.nn.Module], Any, Any]:
     """This rank's part of the model, its optimizer and its schedule, as a checkpoint has them, or at their start."""
-    config = transformer_config(model.dims, parallel, precision, train.recompute)
+    config = transformer_config(
+        model.dims, parallel, precision, train.recompute, train.fixed_tokens, train.overlap_tensor_parallel
+    )
     configure_gradients(config)
     chunks = build_model(config, model.dims)
     if checkpoint is None:
@@ -196,11 +214,17 @@ def _utilisation(flops: float, seconds: float) -> dict[str, float]:
 
 def own_microbatches(
     sequences: SequenceSet, indices: Sequence[int], budget_tokens: int, parallel: ParallelConfig, shape: PackShape
-) -> list[Microbatch]:
-    """This data-parallel rank's microbatches of the global batch; only its own sequences are read."""
+) -> tuple[list[Microbatch], float]:
+    """This data-parallel rank's microbatches of the global batch; only its own sequences are read.
+
+    Returns:
+        The microbatches, and the share of padding in the tokens of those of all ranks.
+    """
     lengths = sequences.num_tokens[np.asarray(indices)].tolist()
-    multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
-    plan = partition(lengths, budget_tokens, parallel_state.get_data_parallel_world_size(), multiple)
+    plan = plan_microbatches(lengths, budget_tokens, parallel, shape)
+    packed = [sum(shape.segment_tokens([lengths[place] for place in places])) for rank in plan for places in rank]
+    padding_share = 1 - (sum(lengths) - len(lengths)) / sum(packed)
     mine = plan[parallel_state.get_data_parallel_rank()]
     context_rank = parallel_state.get_context_parallel_rank()
-    return [pack(sequences, [indices[place] for place in places], shape, context_rank) for places in mine]
+    chosen = [[indices[place] for place in places] for places in mine]
+    return [pack(sequences, some, shape, context_rank) for some in chosen], padding_share

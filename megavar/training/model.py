@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from shutil import which
 from typing import Any
 
 import torch
@@ -79,9 +80,14 @@ def _log_probs(chosen: Tensor, table: Tensor, labels: Targets, vocab_rows: int) 
 
 
 def transformer_config(
-    dims: ModelDims, parallel: ParallelConfig, precision: PrecisionConfig, recompute: str
+    dims: ModelDims,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    recompute: str,
+    fixed_tokens: int = 0,
+    overlap_tensor_parallel: bool = False,
 ) -> TransformerConfig:
-    """Megatron's configuration of a model of these sizes in this parallel layout."""
+    """Megatron's configuration of a model of these sizes in this parallel layout; the rest is of `TrainConfig`."""
     recomputations: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -114,9 +120,11 @@ def transformer_config(
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
         **_mixture(dims),
-        # Packed microbatches differ in length. Megatron allows that with this dispatcher only (experts or not).
-        variable_seq_lengths=True,
+        # Packed microbatches differ in length: pipeline ranks tell each other, unless all are padded to one. Megatron
+        # allows that with this dispatcher only (experts or not).
+        variable_seq_lengths=not fixed_tokens,
         moe_token_dispatcher_type="alltoall",
+        tp_comm_overlap=overlap_tensor_parallel,
         # Interleaving with batched point-to-point calls is silently wrong at two pipeline ranks.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
@@ -129,11 +137,17 @@ def transformer_config(
         calculate_per_token_loss=True,
         # Into the float32 gradients within the matrix product; layers.py:924 refuses it without Apex's kernel.
         gradient_accumulation_fusion=find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        bias_activation_fusion=_can_fuse_activation(),
         masked_softmax_fusion=False,
         apply_rope_fusion=has_transformer_engine(),
         **recomputations[recompute],
         **transformer_config_arguments(precision, dims.num_experts),
     )
+
+
+def _can_fuse_activation() -> bool:
+    """SwiGLU in one kernel each way, which torch makes with a C compiler as it is first used; on CPUs it has no use."""
+    return has_transformer_engine() and any(map(which, ("cc", "gcc", "clang")))
 
 
 def _mixture(dims: ModelDims) -> dict[str, Any]:
@@ -202,11 +216,16 @@ def _mark_experts(chunk: torch.nn.Module) -> None:
 
 def _layer_spec(config: TransformerConfig, vp_stage: int | None) -> Any:
     if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(
+        spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
+        if config.params_dtype == torch.float32:
+            # Its fused attention has 16 bits only (dot_product_attention/utils.py); what remains is quadratic in memory
+            # and has no context parallelism.
+            spec.submodules.self_attention.submodules.core_attention = PackedAttention
+        return spec
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )

@@ -14,6 +14,7 @@ from megavar.training.hardware import release_memory
 from megavar.training.loop import clear_gradients, open_training, own_microbatches
 from megavar.training.optimizer import gather_parameters
 from megavar.training.scorer import Scorer
+from megavar.training.tensor_overlap import tensor_overlap
 
 
 @dataclass(frozen=True)
@@ -39,29 +40,32 @@ def take_one_step(
     Every rank calls it.
 
     Args:
-        budgets: tokens of a microbatch.
+        budgets: tokens of a microbatch, at most `train.microbatch_tokens`; those of scoring come first.
         precision: of the step.
         scored_in: fp32 or bf16, like the parameters.
 
     Returns:
         The gradients, and [target tokens] log-probs of each sequence after the step, on rank 0.
     """
-    chunks, optimizer, scheduler = open_training(init, train, parallel, precision, 1, None)
-    normalizer, shape, found = float(sequences.num_targets.sum()), pack_shape(parallel, precision), []
-    for budget in budgets:
-        clear_gradients(chunks, optimizer)
-        microbatches = own_microbatches(sequences, range(len(sequences)), budget, parallel, shape)
-        loss = gradient_pass(chunks, microbatches, normalizer).loss
-        optimizer.prepare_grads()
-        found.append(Gradients(loss, float(optimizer.get_grad_norm())))
-    optimizer.step()
+    hidden_size, normalizer, found = init.dims.hidden_size, float(sequences.num_targets.sum()), []
+    with tensor_overlap(hidden_size, parallel, precision, train):
+        chunks, optimizer, scheduler = open_training(init, train, parallel, precision, 1, None)
+        shape = pack_shape(parallel, precision, train.fixed_tokens)
+        for budget in budgets:
+            clear_gradients(chunks, optimizer)
+            microbatches, _ = own_microbatches(sequences, range(len(sequences)), budget, parallel, shape)
+            loss = gradient_pass(chunks, microbatches, normalizer).loss
+            optimizer.prepare_grads()
+            found.append(Gradients(loss, float(optimizer.get_grad_norm())))
+        optimizer.step()
     gather_parameters(chunks)
     save_checkpoint(folder, 1, chunks, optimizer, scheduler, 1, init)
     for chunk in chunks:
         chunk.config.fp8 = None  # type: ignore[union-attr]
-    scorer = Scorer(init, parallel, scored_in, chunks)
-    after = scorer.score_all(sequences, 1.0, budgets[0])
-    scorer.release()
+    with tensor_overlap(hidden_size, parallel, scored_in, train):
+        scorer = Scorer(init, parallel, scored_in, chunks, train.fixed_tokens)
+        after = scorer.score_all(sequences, 1.0, budgets[0])
+        scorer.release()
     del chunks, optimizer, scheduler
     release_memory()
     return found, after

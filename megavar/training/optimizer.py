@@ -74,7 +74,9 @@ def optimizer_config_arguments(train: TrainConfig, bf16: bool) -> dict[str, Any]
     }
     if train.optimizer_moments == "bf16":
         moments = dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype"), torch.bfloat16)
-        arguments |= {"use_precision_aware_optimizer": True, **moments}
+        # Not only the bits that the weights lack: checkpoints would hold those instead of the float32 copy, and not
+        # load again (distrib_optimizer.py:932, Transformer Engine's fused_adam.py, set_scaled_state).
+        arguments |= {"use_precision_aware_optimizer": True, "store_param_remainders": False, **moments}
     if train.optimizer_offload > 0:
         arguments |= {
             "optimizer_cpu_offload": True,

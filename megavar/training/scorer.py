@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from megavar.checkpoints.convert import Model
 from megavar.config.schema import ParallelConfig, PrecisionConfig
-from megavar.packing import pack, partition
+from megavar.packing import pack
 from megavar.records import LogProbs
 from megavar.sequences import SequenceSet
-from megavar.training.forward_backward import pack_shape, score_pass
+from megavar.training.forward_backward import pack_shape, plan_microbatches, score_pass
 from megavar.training.hardware import release_memory
 from megavar.training.load_weights import load_weights
 from megavar.training.model import build_model, transformer_config
@@ -27,6 +27,7 @@ class Scorer:
 
     Args:
         chunks: this rank's part of the model, if it is in memory already.
+        fixed_tokens: `TrainConfig.fixed_tokens` of the training that these chunks come from.
     """
 
     def __init__(
@@ -35,11 +36,12 @@ class Scorer:
         parallel: ParallelConfig,
         precision: PrecisionConfig,
         chunks: list[torch.nn.Module] | None = None,
+        fixed_tokens: int = 0,
     ) -> None:
         # Transformer Engine updates them on leaving the layers with gradients on (quantization.py, autocast_exit).
         assert precision.recipe != "fp8_delayed", "delayed scales stay 1 without a backward pass: use another recipe"
         self._parallel = parallel
-        self._shape = pack_shape(parallel, precision)
+        self._shape = pack_shape(parallel, precision, fixed_tokens)
         if chunks is None:
             chunks = build_model(transformer_config(model.dims, parallel, precision, "none"), model.dims)
             load_weights(chunks, model)
@@ -57,8 +59,7 @@ class Scorer:
             those of a data-parallel rank come back on its first rank of the last pipeline stage.
         """
         lengths = sequences.num_tokens[np.asarray(indices)].tolist()
-        multiple = self._parallel.pipeline if self._parallel.virtual_pipeline > 1 else 1
-        plan = partition(lengths, microbatch_tokens, parallel_state.get_data_parallel_world_size(), multiple)
+        plan = plan_microbatches(lengths, microbatch_tokens, self._parallel, self._shape)
         mine = [[indices[place] for place in places] for places in plan[parallel_state.get_data_parallel_rank()]]
         context_rank = parallel_state.get_context_parallel_rank()
         microbatches = [pack(sequences, chosen, self._shape, context_rank) for chosen in mine]

@@ -75,7 +75,7 @@ def run_gradient(case: dict, grid: ParallelConfig, sequences: Sequence[TrainSequ
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     held, shape = in_memory(sequences), pack_shape(grid, FP32)
-    microbatches = loop.own_microbatches(held, range(len(held)), case["microbatch_tokens"], grid, shape)
+    microbatches, _ = loop.own_microbatches(held, range(len(held)), case["microbatch_tokens"], grid, shape)
     sums = gradient_pass(wrapped, microbatches, case["normalizer"])
     for chunk in chunks:
         for parameter in chunk.parameters():

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megavar.cli import main
 from megavar.config.load import load_config
+from megavar.models.memory import LOGITS_AT_ONCE
 from megavar.stages.check import check_run
-from megavar.stages.forecast import LOGITS_AT_ONCE
 from megavar.training.logprobs import CHUNK_ELEMENTS
 
 BASE = Path(__file__).parents[2] / "examples" / "base" / "qwen3-tiny"
@@ -90,7 +90,9 @@ def test_memory_is_that_of_the_parameters_on_a_rank(config_file):
     assert forecast._num_parameters == count
     listed = dict(re.findall(r"(\w+) ([\d.]+)", forecast._memory().partition("(")[2]))
     assert float(listed["weights"]) == pytest.approx(4e-9 * count, abs=0.005)
-    assert LOGITS_AT_ONCE == CHUNK_ELEMENTS and float(listed["logits"]) == 0.07
+    # Logits of all 8,192 tokens over 512 rows, and the gradient of the table, in float32.
+    assert LOGITS_AT_ONCE == CHUNK_ELEMENTS and float(listed["logits"]) == round(4e-9 * 512 * (8192 + 128), 2)
+    assert float(listed["activations"]) > 0
     split = check_run(load_config(config_file, ["parallel.tensor=2"]), 4)
     assert split._ranks == 4 and "on 4 ranks" in split._memory()
 

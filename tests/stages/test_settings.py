@@ -41,7 +41,8 @@ WITHOUT_EFFECT = {
     *(f"parallel.{item.name}" for item in fields(schema.ParallelConfig)),
     *(f"{job}.{name}" for job in ("sft", "posterior.train", "policy.train")
       for name in ("microbatch_tokens", "recompute", "distributed_optimizer", "overlap_communication",
-                   "optimizer_offload", "save_interval", "save_minutes", "keep_checkpoints", "log_interval")),
+                   "pack_length", "overlap_tensor_parallel", "optimizer_offload", "save_interval", "save_minutes",
+                   "keep_checkpoints", "log_interval")),
 }  # fmt: skip
 """Layout, speed, limits that are checked, and what is logged."""
 CHOOSES_INPUTS = {"posterior.source", "sample.sampler", "policy.init"}

@@ -132,7 +132,7 @@ def test_moments_in_bf16_and_offloading_are_megatrons_options():
     assert plain.exp_avg_dtype == plain.exp_avg_sq_dtype == plain.main_params_dtype == torch.float32
     # No OptimizerConfig of the first: it looks for Transformer Engine's AdamW.
     moments = optimizer_config_arguments(TrainConfig(optimizer_moments="bf16"), bf16=True)
-    assert moments["use_precision_aware_optimizer"]
+    assert moments["use_precision_aware_optimizer"] and not moments["store_param_remainders"]
     assert moments["exp_avg_dtype"] == moments["exp_avg_sq_dtype"] == torch.bfloat16
     offload = OptimizerConfig(**optimizer_config_arguments(replace(TrainConfig(), optimizer_offload=0.5), bf16=True))
     assert offload.optimizer_cpu_offload and offload.optimizer_offload_fraction == 0.5
