@@ -213,9 +213,10 @@ def test_a_cancelled_job_saves_and_ends_and_the_next_one_finishes_the_run(slurm,
     write_run(folder, TO_THE_END)
     launcher = followed_until_training(slurm, folder)
     job = job_of(folder)
-    second = done(slurm, *command(folder))
-    assert second.returncode == 2 and f"job {job} RUNNING on n[1-2] already; wait for it" in second.stdout
-    assert ask(slurm, "cancel", folder).returncode == 0
+    with standing_still(folder):  # else a busy machine finishes the run before
+        second = done(slurm, *command(folder))
+        assert second.returncode == 2 and f"job {job} RUNNING on n[1-2] already; wait for it" in second.stdout
+        assert ask(slurm, "cancel", folder).returncode == 0
     assert launcher.wait(90) != 0
     assert f"job {job} CANCELLED" in (folder / "printed.txt").read_text().splitlines()[-1]
     step = max(sft_losses(folder))
@@ -290,13 +291,20 @@ def wait_until_trained(folder: Path, steps: int) -> None:
 
 def reach_time_limit(slurm: LoopbackSlurm, folder: Path, job: str) -> None:
     """Slurm looks at limits twice a minute; until it has warned, the ranks stand still."""
+    with standing_still(folder) as ranks:
+        minutes = int(slurm.ask("squeue", "--noheader", "--format=%M", "--jobs", job).split(":")[-2])
+        set_time_limit(slurm, job, minutes + 2)
+        wait_until(lambda: all(map(is_told_to_stop, ranks)), 60)
+
+
+@contextmanager
+def standing_still(folder: Path) -> Iterator[list[psutil.Process]]:
+    """Suspends the ranks of both nodes."""
     ranks = [rank for node in ("0", "1") for rank in agent_of(folder, node).children()]
     for rank in ranks:
         rank.suspend()
-    minutes = int(slurm.ask("squeue", "--noheader", "--format=%M", "--jobs", job).split(":")[-2])
-    set_time_limit(slurm, job, minutes + 2)
     try:
-        wait_until(lambda: all(map(is_told_to_stop, ranks)), 60)
+        yield ranks
     finally:
         for rank in ranks:
             with suppress(psutil.NoSuchProcess):
