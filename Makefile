@@ -29,16 +29,20 @@ install_locked = $(1)/pip install --quiet --no-deps --require-hashes --only-bina
 install_torch = $(1)/pip install --quiet --retries 0 --index-url $(TORCH_INDEX) "$(TORCH)" 2>/dev/null || \
 	$(1)/pip install --quiet "$(TORCH)"
 
+# Two at a time, since tests wait a lot; those of one file stay together, because they share what is expensive to set up.
+# Files begin in order of their names, so that the long ones in the middle (launch, rollout) are not the last.
+pytest = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 .PHONY: demo test test-all test-newest test-oldest check lock audit evidence gpu-kit sglang nemo clean
 
 demo: $(VENV)/.done $(SGLANG)/.done
 	$(BIN)/python examples/pretrain_variational.py $(DEMO_FLAGS)
 
 test: $(VENV)/.done $(SGLANG)/.done
-	$(BIN)/python -m pytest -m "not slow"
+	$(pytest) -m "not slow"
 
 test-all: $(VENV)/.done $(SGLANG)/.done $(NEMO)/.done
-	$(BIN)/python -m pytest
+	$(pytest)
 
 # The ends of the ranges in pyproject.toml: pip picks neither of the two on Python 3.11. Each is installed into a folder
 # that Python searches before the environment's packages; tests/versions fails if it is not what the tests import.
@@ -48,7 +52,7 @@ TRANSFORMERS ?= 4.57.1
 ADAMW := "tests/training/test_engine.py::test_parameters_after_three_adamw_steps_are_the_same_at_every_split[tp2_pp2]"
 ROUND_TRIP := "tests/checkpoints/test_convert.py::test_there_and_back_is_bit_exact[qwen3-True-plain]"
 test_release = PYTHONPATH=$(CURDIR)/$(RELEASES)/$(1)-$(2)$(addprefix :,$(PYTHONPATH)) \
-	RELEASE_UNDER_TEST=$(1)==$(2) $(BIN)/python -m pytest tests/versions
+	RELEASE_UNDER_TEST=$(1)==$(2) $(pytest) tests/versions
 
 test-newest: $(RELEASES)/megatron-core-$(MEGATRON)/.done $(if $(SHORT),,$(SGLANG)/.done)
 	$(call test_release,megatron-core,$(MEGATRON)) \

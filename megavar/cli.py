@@ -6,10 +6,13 @@ Libraries are imported when they are needed: a mistake in the configuration is r
 
 import argparse
 import errno
+import io
 import json
 import logging
 import os
 import re
+import select
+import signal
 import sys
 import traceback
 import warnings
@@ -41,11 +44,26 @@ LOST_PEER_SECONDS = 5.0
 """How long a rank that lost its connection to another one waits to hear whether that is dead."""
 _LOST_CONNECTION = "connection"
 """In what torch says of it."""
+ENDED_BY_READER = 128 + signal.SIGPIPE
+"""Exit code when what reads the output has ended, as a shell has it for other programs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a user's mistake, 75 if it was stopped, 1 for a failure."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Run one command.
+
+    Returns:
+        The exit code: 0, 2 for a user's mistake, 75 if it was stopped, 1 for a failure, 141 if nobody reads its output.
+    """
+    try:
+        code = _command(list(sys.argv[1:] if arguments is None else arguments))
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return ENDED_BY_READER
+    return code or (ENDED_BY_READER if _reader_is_gone() else 0)
+
+
+def _command(given: list[str]) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(_help())
         return 0 if given else 2
@@ -215,6 +233,26 @@ def reported(work: Callable[[], None]) -> int:
         release_signals()
 
 
+def _reader_is_gone() -> bool:
+    """Whether nobody reads what is printed any more, as after `| head`; then it goes nowhere from now on."""
+    try:
+        sys.stdout.flush()
+        output = select.poll()
+        output.register(
+            sys.stdout.fileno(), 0
+        )  # of its own accord, poll tells of errors: here, that the pipe is broken
+        if not any(event & select.POLLERR for _, event in output.poll(0)):
+            return False
+    except BrokenPipeError:
+        pass
+    except io.UnsupportedOperation:  # the output is caught in memory
+        return False
+    os.dup2(
+        os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+    )  # else Python writes the rest, and complains, at exit
+    return True
+
+
 def _code_of(work: Callable[[], None]) -> int:
     crashed = False
     try:
@@ -237,6 +275,8 @@ def _code_of(work: Callable[[], None]) -> int:
             print("interrupted; the same command resumes", flush=True)
         code = 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return ENDED_BY_READER
         if _LOST_CONNECTION in str(error).lower() and another_rank_ended(LOST_PEER_SECONDS):
             return 1  # the rank that found it dead has said so
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:

@@ -159,3 +159,23 @@ def test_a_rank_ends_with_the_process_that_started_it_if_that_is_an_agent(tmp_pa
     assert process_exists(int(lines[0])) != has_agent
     with contextlib.suppress(ProcessLookupError):
         os.kill(int(lines[0]), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "main(['--help'])",  # short: it is written when the process ends
+        "reported(lambda: print('x' * 10**6))",
+        "main(['show', 'rows.jsonl', '--limit', '9'])",
+    ],
+)
+def test_a_command_whose_output_nobody_reads_ends_quietly(tmp_path, call):
+    """As in `megavar ... | head`."""
+    (tmp_path / "rows.jsonl").write_text('{"question": "1+1"}\n' * 9)
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-c", f"import sys; from megavar.cli import main, reported; sys.exit({call})"]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(write_end)
+    assert done.stderr == ""
+    assert done.returncode in ((1, 141) if "show" in call else (141,))  # 128 + SIGPIPE; rich ends with 1

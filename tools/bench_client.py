@@ -31,7 +31,8 @@ from rich.table import Table
 
 from megavar.rollout.engine import GenerateRequest, Generation, sample_seed
 from megavar.rollout.requests import run_requests
-from megavar.rollout.sglang_client import SGLangEngine, sampling_params
+from megavar.rollout.sglang_client import SGLangEngine
+from megavar.rollout.sglang_replies import sampling_params
 
 VOCAB_SIZE = 151_936
 TIMEOUT_SECONDS = 60.0

@@ -133,7 +133,7 @@ class Model:
     def tensors(self, operator: Operator, index: Index) -> list[Tensor]:
         """Read the Hugging Face tensors of a piece: in the source's dtype, on the CPU."""
         if isinstance(self._source, HuggingFaceFolder):
-            return [self._source.tensor(name) for name in names_at(operator, index)]
+            return self._source.tensors(names_at(operator, index))
         return operator.split(self._source.piece(operator, index, self.dims), self.dims)
 
     def piece(self, operator: Operator, index: Index) -> Tensor:

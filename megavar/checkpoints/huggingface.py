@@ -37,7 +37,7 @@ COMPARE_CHUNK_BYTES = 2**24
 WRITE_CHUNK_BYTES = 2**18
 SYNC_BYTES = 2**27
 """After so many the disk is told to write them, while the next are made; otherwise it would wait for the last fsync."""
-KEPT_BYTES = 2**27
+KEPT_BYTES = 2**28
 """Tensors of up to so many leave their memory to others of the same size; larger ones are few."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 TIED_HEAD = "lm_head.weight"
@@ -200,14 +200,24 @@ class HuggingFaceFolder:
 
     def tensor(self, key: str) -> Tensor:
         """Read a tensor, in the file's dtype, on the CPU."""
-        (file, start), info = self._location_of[key], self._info_of[key]
-        tensor = self._memory.empty(info)
-        with open(self.path / file, "rb") as data:
-            data.seek(start)
-            num_bytes = data.readinto(bytes_of(tensor))
-        if num_bytes != tensor.nbytes:
-            raise ValueError(f"{self.path / file} ends within {key}: it changed while being read; re-download it.")
-        return tensor
+        return self.tensors([key])[0]
+
+    def tensors(self, keys: list[str]) -> list[Tensor]:
+        """Read tensors; those of one dtype lie behind one another in memory, where `models.ops.joined` finds them."""
+        infos = [self._info_of[key] for key in keys]
+        if len({info.dtype for info in infos}) > 1:
+            return [self.tensor(key) for key in keys]
+        sizes = [torch.Size(info.shape).numel() for info in infos]
+        parts = self._memory.empty(TensorInfo(infos[0].dtype, (sum(sizes),))).split(sizes)
+        tensors = [part.view(info.shape) for part, info in zip(parts, infos, strict=True)]
+        for key, tensor in zip(keys, tensors, strict=True):
+            file, start = self._location_of[key]
+            with open(self.path / file, "rb") as data:
+                data.seek(start)
+                num_bytes = data.readinto(bytes_of(tensor))
+            if num_bytes != tensor.nbytes:
+                raise ValueError(f"{self.path / file} ends within {key}: it changed while being read; re-download it.")
+        return tensors
 
     def same_bytes(self, first: str, second: str) -> bool:
         """Whether two tensors have equal dtype, shape and bytes; compares in chunks."""

@@ -50,9 +50,21 @@ def leading_axes(operator: Operator, dims: ModelDims) -> Index:
 
 
 def piece_shape(operator: Operator, dims: ModelDims) -> tuple[int, ...]:
-    """Shape of one piece of the parameter, without the leading axes."""
-    tensors = [torch.empty(shape, device="meta") for shape in operator.hf_shapes(dims)]
-    return tuple(operator.merge(tensors, dims).shape)
+    """Shape of one piece of the parameter, without the leading axes: every operator joins its tensors along rows."""
+    first, *others = operator.hf_shapes(dims)
+    return (first[0] + sum(shape[0] for shape in others), *first[1:])
+
+
+def joined(tensors: list[Tensor]) -> Tensor:
+    """Concatenate tensors along rows: without a copy if they lie behind one another in memory."""
+    first, start = tensors[0], tensors[0].storage_offset()
+    for tensor in tensors:
+        is_next = tensor.data_ptr() == first.data_ptr() + (start - first.storage_offset()) * first.itemsize
+        same_kind = tensor.dtype == first.dtype and tensor.shape[1:] == first.shape[1:] and tensor.is_contiguous()
+        if not (is_next and same_kind and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()):
+            return torch.cat(tensors)
+        start += tensor.numel()
+    return first.as_strided((sum(len(tensor) for tensor in tensors), *first.shape[1:]), first.stride())
 
 
 def names_at(operator: Operator, index: Index) -> list[str]:
@@ -109,7 +121,7 @@ class StackGateUp:
         return [(dims.ffn_size, dims.hidden_size)] * 2
 
     def merge(self, tensors: list[Tensor], dims: ModelDims) -> Tensor:
-        return torch.cat(tensors)
+        return joined(tensors)
 
     def split(self, piece: Tensor, dims: ModelDims) -> list[Tensor]:
         return list(piece.chunk(2))

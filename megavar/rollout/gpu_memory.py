@@ -13,6 +13,8 @@ logger = logging.getLogger(__name__)
 
 DEVICE_FIELDS = "index,uuid,memory.free,memory.total"
 PROCESS_FIELDS = "gpu_uuid,pid,process_name,used_memory"
+ANSWER_SECONDS = 60.0
+"""nvidia-smi needs up to 20 on a node whose driver has to load first; with a wedged driver it never ends."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +37,31 @@ def require_free_memory(gpus: list[str], fraction: float | None) -> None:
         fraction: of a GPU's memory.
 
     Raises:
-        RolloutError: it is not, with who holds it.
+        RolloutError: it is not, with who holds it; or the driver does not answer.
     """
     smi = shutil.which("nvidia-smi")
     if smi is None or not gpus or fraction is None:
         return
 
-    def ask(query: str) -> str:
-        command = [smi, query, "--format=csv,noheader,nounits"]
-        return subprocess.run(command, capture_output=True, text=True).stdout
-
-    known = read_memory(ask(f"--query-gpu={DEVICE_FIELDS}"), ask(f"--query-compute-apps={PROCESS_FIELDS}"))
+    known = read_memory(_ask(smi, f"--query-gpu={DEVICE_FIELDS}"), _ask(smi, f"--query-compute-apps={PROCESS_FIELDS}"))
     used = [gpu for gpu in known if any(gpu.index == name or gpu.uuid.startswith(name) for name in gpus)]
     for gpu in used:
         logger.info("GPU %s: %.1f of %.1f GiB are free for servers.", gpu.index, gpu.free_gib, gpu.total_gib)
     refuse_taken_memory(used, fraction)
+
+
+def _ask(smi: str, query: str) -> str:
+    """What nvidia-smi prints; a process that hangs in the driver cannot even be killed, so it is not waited for."""
+    command = [smi, query, "--format=csv,noheader,nounits"]
+    asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        return asked.communicate(timeout=ANSWER_SECONDS)[0]
+    except subprocess.TimeoutExpired:
+        asked.kill()
+        raise RolloutError(
+            f"`{' '.join(command)}` has not answered within {ANSWER_SECONDS:g} s: the driver of this node hangs, so no "
+            "server can start on its GPUs. Run nvidia-smi there, and reset the GPUs or restart the node."
+        ) from None
 
 
 def read_memory(devices: str, processes: str) -> list[GpuMemory]:

@@ -1,6 +1,6 @@
-"""Client of SGLang servers over HTTP, one or many, directly or through routers in front of them.
+"""Client of SGLang servers, one or many, directly or through routers in front of them.
 
-Written against sglang 0.5.23 and sglang-router 0.3.2. Every answer carries the version of the weights it was sampled
+What is said over HTTP is in `sglang_replies.py`. Every answer carries the version of the weights it was sampled
 with, and is refused if that is not the version last loaded: a server that was restarted behind our back, or that a
 router got meanwhile, never mixes other samples in.
 
@@ -11,18 +11,15 @@ import asyncio
 import json
 import logging
 import random
-import struct
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import aiohttp
 import numpy as np
 import orjson
 
-from megavar.records import TokenIds
 from megavar.rollout.engine import (
     GenerateRequest,
     Generation,
@@ -30,34 +27,26 @@ from megavar.rollout.engine import (
     RolloutError,
     sample_seed,
 )
+from megavar.rollout.sglang_replies import (
+    HEALTH_TIMEOUT_SECONDS,
+    Exchanges,
+    NotFound,
+    ServerFault,
+    listed_servers,
+    read_generation,
+    sampling_params,
+)
 from megavar.rollout.workers import Worker, Workers
 
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 30.0
-HEALTH_TIMEOUT_SECONDS = 30.0  # /health generates a token, and waits up to 20 s for it
 CONTROL_TIMEOUT_SECONDS = 900.0  # /update_weights_from_disk reads all weights
-MAX_REPLY_BYTES = 2**28
-READ_BUFFER_BYTES = 2**21  # aiohttp stops and starts reading whenever twice this is unread; its 64 KiB are little
-MAX_LOGP = 1e-3
-"""Rounding may put the log-prob of a certain token a little above 0."""
 SERVED = ("model_path", "weight_version")
 LOADED_BY_US = "megavar:"  # prefix of the weight version that `load_weights` sets
 WATCH_SECONDS = 5.0
 """Between two looks at the servers behind routers, which hide that one is gone."""
-
-
-class ServerFault(Exception):
-    """A try failed by the server's or the network's fault; `broken` if the server itself seems to be gone."""
-
-    def __init__(self, message: str, broken: bool) -> None:
-        super().__init__(message)
-        self.broken = broken
-
-
-class NotFound(RequestRejected):
-    """The server does not know this path."""
 
 
 class SGLangEngine:
@@ -89,10 +78,9 @@ class SGLangEngine:
             raise ValueError("urls is empty; give the base URL of at least one SGLang server.")
         self._urls = [url.rstrip("/") for url in urls]
         self._concurrency = concurrency
-        self._timeout_seconds = request_timeout_seconds
+        self._exchanges = Exchanges(api_key, request_timeout_seconds)
         self._max_retries = max_retries
         self._deterministic = deterministic
-        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._restart = restart
         self._vocab_size: int | None = None
         self._shares_prefixes = False
@@ -102,16 +90,7 @@ class SGLangEngine:
         """Folder last given to `load_weights`; None: the servers serve what they started with."""
 
     async def __aenter__(self) -> "SGLangEngine":
-        # Workers bounds what is in flight. Idle connections are dropped before the server does (uvicorn: after 5 s):
-        # a request sent on one that it is just closing would look like a dying server.
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
-        self._http = aiohttp.ClientSession(
-            connector=connector,
-            headers={**self._headers, "Content-Type": "application/json"},
-            cookie_jar=aiohttp.DummyCookieJar(),
-            read_bufsize=READ_BUFFER_BYTES,
-            trust_env=False,
-        )
+        await self._exchanges.open()
         self._workers = Workers(self._urls, self._concurrency, self._revive)
         self._routers: Workers | None = None
         self._asks_routers = False
@@ -126,7 +105,7 @@ class SGLangEngine:
             await asyncio.gather(self._watch, return_exceptions=True)
             await self._routers.close()
         await self._workers.close()
-        await self._http.close()
+        await self._exchanges.close()
 
     @property
     def capacity(self) -> int:
@@ -166,14 +145,14 @@ class SGLangEngine:
     async def _servers_of(self, router: Worker) -> list[str]:
         """Base URLs of the servers behind a router; none if it is a server itself."""
         try:
-            answer = await self._get(router, "/workers")
+            answer = await self._exchanges.get(router.url, "/workers")
         except NotFound:
             return []
         return listed_servers(answer, router.url)
 
     async def _revive_router(self, router: Worker) -> None:
         """Return once the router answers and one of its servers serves the current weights; the others get them too."""
-        await self._get(router, "/health")
+        await self._exchanges.get(router.url, "/health")
         known = {server.url for server in self._workers.all}
         for url in await self._servers_of(router) if self._asks_routers else ():
             if url not in known:
@@ -189,7 +168,9 @@ class SGLangEngine:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             with suppress(RequestRejected):  # something else listens there now, and can serve no sample of our weights
-                await self._on_every_worker(lambda server: self._get(server, "/health"), must_answer=False)
+                await self._on_every_worker(
+                    lambda server: self._exchanges.get(server.url, "/health"), must_answer=False
+                )
 
     # -- what the servers serve --
 
@@ -207,7 +188,7 @@ class SGLangEngine:
         self._weight_version = versions[0]
 
     async def _check_worker(self, worker: Worker, model: Path) -> str:
-        info = await self._info(worker, "/model_info", *SERVED)
+        info = await self._exchanges.info(worker.url, "/model_info", *SERVED)
         served = str(info["model_path"])
         if not _same_folder(served, model):
             raise ValueError(
@@ -229,7 +210,7 @@ class SGLangEngine:
         for token, accepted in ((self._vocab_size - 1, True), (self._vocab_size, False)):
             sampling = {"max_new_tokens": 1, "temperature": 0.0, "logit_bias": {str(token): 0.0}}
             try:
-                await self._post(worker, "/generate", {"input_ids": [0], "sampling_params": sampling})
+                await self._exchanges.post(worker.url, "/generate", {"input_ids": [0], "sampling_params": sampling})
                 answer = None
             except RequestRejected as error:
                 answer = str(error)
@@ -240,7 +221,7 @@ class SGLangEngine:
                 )
 
     async def _check_seeds(self, worker: Worker) -> None:
-        info = await self._info(worker, "/server_info")
+        info = await self._exchanges.info(worker.url, "/server_info")
         self._shares_prefixes = not info.get("disable_radix_cache", False)
         if info.get("enable_deterministic_inference", False):
             return
@@ -263,7 +244,7 @@ class SGLangEngine:
 
         They may if they are those of `base`, or `load_weights` loaded them, in this process or an earlier one.
         """
-        infos = await self._on_every_worker(lambda worker: self._info(worker, "/model_info", *SERVED))
+        infos = await self._on_every_worker(lambda worker: self._exchanges.info(worker.url, "/model_info", *SERVED))
         return all(
             str(info["weight_version"]).startswith(LOADED_BY_US)
             or (base is not None and _same_folder(str(info["model_path"]), base))
@@ -276,7 +257,7 @@ class SGLangEngine:
         Raises:
             RolloutError: a server did not.
         """
-        await self._on_every_worker(lambda worker: self._post(worker, "/release_memory_occupation", {}))
+        await self._on_every_worker(lambda worker: self._exchanges.post(worker.url, "/release_memory_occupation", {}))
 
     async def resume_memory(self) -> None:
         """Undo `release_memory`; what the servers serve is undefined until `load_weights`.
@@ -284,7 +265,7 @@ class SGLangEngine:
         Raises:
             RolloutError: a server did not.
         """
-        await self._on_every_worker(lambda worker: self._post(worker, "/resume_memory_occupation", {}))
+        await self._on_every_worker(lambda worker: self._exchanges.post(worker.url, "/resume_memory_occupation", {}))
 
     async def load_weights(self, model: Path) -> None:
         """Load the weights in `model` into every server, drop cached prefixes, and check that all serve the same.
@@ -320,12 +301,14 @@ class SGLangEngine:
             "flush_cache": True,  # prefixes computed with the old weights
         }
         try:
-            await self._post(worker, "/update_weights_from_disk", body, CONTROL_TIMEOUT_SECONDS)
+            await self._exchanges.post(worker.url, "/update_weights_from_disk", body, CONTROL_TIMEOUT_SECONDS)
         except RequestRejected as error:
             raise ValueError(
                 f"{worker.url} did not load {self._loaded}: {error}. The folder must be readable by the server."
             ) from error
-        checksum = await self._post(worker, "/weights_checker", {"action": "checksum"}, CONTROL_TIMEOUT_SECONDS)
+        checksum = await self._exchanges.post(
+            worker.url, "/weights_checker", {"action": "checksum"}, CONTROL_TIMEOUT_SECONDS
+        )
         try:
             return json.dumps([rank["checksums"] for rank in checksum["ranks"]], sort_keys=True)
         except (TypeError, KeyError) as error:
@@ -337,10 +320,10 @@ class SGLangEngine:
         """Return once the worker is healthy; load the current weights if a restart has dropped them."""
         if self._restart is not None:
             await self._restart(worker.url)
-        await self._get(worker, "/health", HEALTH_TIMEOUT_SECONDS)
+        await self._exchanges.get(worker.url, "/health", HEALTH_TIMEOUT_SECONDS)
         if self._weight_version is None:
             return
-        info = await self._info(worker, "/model_info", "weight_version")
+        info = await self._exchanges.info(worker.url, "/model_info", "weight_version")
         if str(info["weight_version"]) == self._weight_version:
             return
         if self._loaded is None:
@@ -431,13 +414,13 @@ class SGLangEngine:
             # Fills the prefix cache, so that the samples compute the prompt once. SGLang's own `n` does the same,
             # but gives all samples one seed (sglang/srt/managers/tokenizer_manager.py, _handle_batch_request).
             body = {"input_ids": prompt_ids, "sampling_params": {"max_new_tokens": 0}}
-            await self._post(server, "/generate", body)
+            await self._exchanges.post(server.url, "/generate", body)
         body = {
             "input_ids": [prompt_ids] * len(samplings),
             "sampling_params": samplings,
             "return_logprob": request.return_logps,
         }
-        answers = await self._post(server, "/generate", body)
+        answers = await self._exchanges.post(server.url, "/generate", body)
         if not isinstance(answers, list) or len(answers) != len(samplings):
             raise ServerFault(f"{server.url} answered {str(answers)[:200]!r}, expected {len(samplings)} samples", False)
         return answers
@@ -452,65 +435,12 @@ class SGLangEngine:
         )
         # All are waited for, so that none is in flight any more when the request is tried again.
         answers = await asyncio.gather(
-            *(self._post(router, "/generate", body) for body in bodies), return_exceptions=True
+            *(self._exchanges.post(router.url, "/generate", body) for body in bodies), return_exceptions=True
         )
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
         return answers
-
-    # -- HTTP --
-
-    async def _info(self, worker: Worker, path: str, *keys: str) -> dict[str, Any]:
-        """What the server says of itself: an object with these keys."""
-        info = await self._get(worker, path)
-        if not isinstance(info, dict) or not info.keys() >= set(keys):
-            wanted = f" with {', '.join(keys)}" if keys else ""
-            raise RolloutError(f"{worker.url}{path} answered {str(info)[:200]!r}, expected an object{wanted}")
-        return info
-
-    async def _get(self, worker: Worker, path: str, timeout_seconds: float = HEALTH_TIMEOUT_SECONDS) -> Any:
-        return await self._send(worker, "GET", path, None, timeout_seconds)
-
-    async def _post(self, worker: Worker, path: str, body: Any, timeout_seconds: float | None = None) -> Any:
-        return await self._send(worker, "POST", path, body, timeout_seconds or self._timeout_seconds)
-
-    async def _send(self, worker: Worker, method: str, path: str, body: Any, timeout_seconds: float) -> Any:
-        """One HTTP exchange.
-
-        Raises:
-            RequestRejected: on a 4xx status, with the server's message.
-            ServerFault: on a 5xx status, a broken connection, a time-out, or an answer cut short.
-        """
-        url = worker.url + path
-        timeout = aiohttp.ClientTimeout(total=timeout_seconds)
-        try:
-            data = None if body is None else orjson.dumps(body)
-            async with self._http.request(method, url, data=data, timeout=timeout, allow_redirects=False) as response:
-                text = await read_body(response)
-                if response.status >= 500 or response.status in (408, 429):
-                    raise ServerFault(
-                        f"{url}: HTTP {response.status}: {text[:500].decode(errors='replace')!r}", broken=False
-                    )
-                if response.status == 401:
-                    raise RequestRejected(
-                        f"{url}: HTTP 401, the server wants an API key and got "
-                        f"{'another one' if self._headers else 'none'}; see rollout.api_key_env and "
-                        "rollout.api_key_file."
-                    )
-                if response.status == 404:
-                    raise NotFound(f"{url}: HTTP 404: {error_message(text)}")
-                if response.status >= 300:
-                    raise RequestRejected(f"{url}: HTTP {response.status}: {error_message(text)}")
-                return orjson.loads(text) if text else None
-        except TimeoutError as error:
-            raise ServerFault(f"{url}: no answer within {timeout_seconds:g} s", broken=False) from error
-        except (aiohttp.ClientError, ConnectionError) as error:
-            raise ServerFault(f"{url}: {type(error).__name__}: {error}", broken=True) from error
-        except orjson.JSONDecodeError as error:
-            raise ServerFault(
-                f"{url}: the answer is not JSON: {text[:200].decode(errors='replace')!r}", broken=False
-            ) from error
 
 
 def _same_folder(served: str, model: Path) -> bool:
@@ -518,106 +448,6 @@ def _same_folder(served: str, model: Path) -> bool:
         return Path(served).resolve() == model.resolve()
     except (OSError, ValueError):  # not a path
         return False
-
-
-def listed_servers(answer: Any, router: str) -> list[str]:
-    """Base URLs in a router's answer to /workers.
-
-    Raises:
-        ValueError: it lists none, or one that cannot be asked over HTTP.
-    """
-    advice = "give the base URLs of its servers in rollout.worker_urls"
-    try:
-        urls = [str(worker["url"]) for worker in answer["workers"]]
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{router}/workers answered {str(answer)[:200]!r}, expected workers; {advice}.") from error
-    if not urls:
-        raise ValueError(f"the router {router} has no servers; start it with --worker-urls.")
-    for url in urls:  # gRPC has its own scheme, and ranks of data parallelism follow an @
-        if not url.startswith(("http://", "https://")) or "@" in url:
-            raise ValueError(f"the router {router} lists {url!r:.200}, which cannot be asked over HTTP; {advice}.")
-    return urls
-
-
-def sampling_params(request: GenerateRequest, seed: int) -> dict[str, Any]:
-    """SGLang's sampling parameters of one sample."""
-    return {
-        "max_new_tokens": request.max_tokens,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "sampling_seed": seed,
-        "stop_token_ids": list(request.stop_token_ids) or None,
-        "stop": list(request.stop) or None,
-        "no_stop_trim": True,  # the text keeps the stop string, as the ids do
-    }
-
-
-async def read_body(response: aiohttp.ClientResponse) -> bytes:
-    """Body of an answer; raises ServerFault if it is larger than any answer to us can be."""
-    chunks, num_bytes = [], 0
-    async for chunk in response.content.iter_any():
-        chunks.append(chunk)
-        num_bytes += len(chunk)
-        if num_bytes > MAX_REPLY_BYTES:
-            raise ServerFault(f"{response.url}: the answer has more than {MAX_REPLY_BYTES:,} bytes", broken=False)
-    return b"".join(chunks)
-
-
-def read_generation(answer: dict[str, Any], request: GenerateRequest, seed: int, vocab_size: int) -> Generation:
-    """One sample of /generate's answer.
-
-    Raises:
-        RolloutError: the answer contradicts itself, or the model computed NaN.
-        ValueError, KeyError, TypeError: it is not of the form of a sample.
-    """
-    meta, ids, logps, text = answer["meta_info"], answer["output_ids"], None, answer["text"]
-    tokens = _token_ids(ids, vocab_size)
-    if len(tokens) > request.max_tokens:
-        raise ValueError(f"{len(tokens)} tokens, more than max_new_tokens={request.max_tokens}")
-    if not isinstance(text, str):
-        raise ValueError("text is not a string")
-    if request.return_logps:
-        rows = meta["output_token_logprobs"]
-        if ids != [token for _, token, _ in rows]:
-            raise RolloutError(
-                f"SGLang's log-probs are of other tokens than its output: {rows[:5]!s:.300} against {ids[:5]}"
-            )
-        logps = np.array([logp for logp, _, _ in rows], dtype=np.float32)
-        if len(logps) and not (logps.min() > -np.inf and logps.max() <= MAX_LOGP):  # NaN is either, where there is one
-            raise ValueError("log-probs that are not finite, or positive")
-    finish = meta["finish_reason"]
-    if finish.get("matched") == "NaN happened" and "NaN happened" not in request.stop:
-        # sglang/srt/managers/schedule_batch.py, _check_vocab_boundary_finish: it replaces the token and says "stop"
-        raise RolloutError("the served model computes NaN; check the checkpoint, or serve it in another dtype.")
-    if finish["type"] not in ("stop", "length", "abort"):
-        raise ValueError(f"finish reason {finish['type']!r:.50}")
-    return Generation(ids=tokens, logps=logps, finish=finish["type"], text=text, seed=seed)
-
-
-def _token_ids(ids: Any, vocab_size: int) -> TokenIds:
-    """Ids of a reply as [tokens] int32; raises ValueError if they are anything else."""
-    try:
-        if not isinstance(ids, list) or bool in map(type, ids[:1]):
-            raise ValueError
-        tokens = np.empty(len(ids), dtype=np.int32)
-        struct.pack_into(
-            f"{len(ids)}i", tokens.data, 0, *ids
-        )  # refuses all but integers, in a third of np.array's time
-        if len(tokens) and tokens.view(np.uint32).max() >= vocab_size:  # unsigned, a negative one is large
-            raise ValueError
-    except (ValueError, struct.error):
-        raise ValueError("output_ids are not tokens of the vocabulary") from None
-    return tokens
-
-
-def error_message(body: bytes) -> str:
-    """The message in an error answer, or the answer itself."""
-    try:
-        error = orjson.loads(body)
-        error = error.get("error", error.get("message", error))
-        return str(error["message"] if isinstance(error, dict) and "message" in error else error)
-    except (ValueError, AttributeError):
-        return body[:1000].decode(errors="replace")
 
 
 def read_vocab_size(model: Path) -> int:

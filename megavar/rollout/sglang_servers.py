@@ -28,8 +28,9 @@ from megavar.config.schema import RolloutConfig
 from megavar.ranks import environment_without_torchrun
 from megavar.rollout.engine import RolloutError
 from megavar.rollout.gpu_memory import require_free_memory
-from megavar.rollout.sglang_client import HEALTH_TIMEOUT_SECONDS, SGLangEngine, read_vocab_size
+from megavar.rollout.sglang_client import SGLangEngine, read_vocab_size
 from megavar.rollout.sglang_launcher import KEY
+from megavar.rollout.sglang_replies import HEALTH_TIMEOUT_SECONDS
 from megavar.rollout.watchdog import remove_stale_folders
 
 logger = logging.getLogger(__name__)

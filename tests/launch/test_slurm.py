@@ -129,14 +129,17 @@ def wait_until(holds: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.1)
 
 
-def followed_until_training(slurm: LoopbackSlurm, folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`megavar launch --wait` of a job that is in the middle of sft."""
+def followed(slurm: LoopbackSlurm, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`megavar launch --wait` of a job."""
     with (folder / "printed.txt").open("w") as printed:
-        launcher = subprocess.Popen(
+        return subprocess.Popen(
             command(folder, "--wait", *arguments), cwd=ROOT, env=environment(slurm), stdout=printed, stderr=printed
         )
+
+
+def wait_for_training(folder: Path) -> None:
+    """Until a job is in the middle of sft."""
     wait_until(lambda: (folder / "runs/a/metrics.jsonl").exists() and len(sft_losses(folder)) >= 4, 180)
-    return launcher
 
 
 def assert_the_curve_is_an_undisturbed_ones(folder: Path) -> None:
@@ -211,10 +214,15 @@ def test_a_node_without_the_servers_environment_is_named_before_ranks_are_starte
 def test_a_cancelled_job_saves_and_ends_and_the_next_one_finishes_the_run(slurm, folder):
     """No second one is submitted before that."""
     write_run(folder, TO_THE_END)
-    launcher = followed_until_training(slurm, folder)
+    launcher = followed(slurm, folder)
+    wait_until(lambda: slurm.ask("squeue", "--noheader", "--format=%T") == "RUNNING", 180)
+    wait_until(lambda: (folder / "runs/a/launch/job_id").exists(), 60)
     job = job_of(folder)
-    second = done(slurm, *command(folder))
+    second = done(
+        slurm, *command(folder)
+    )  # while ranks start: during sft, a busy machine would finish the run meanwhile
     assert second.returncode == 2 and f"job {job} RUNNING on n[1-2] already; wait for it" in second.stdout
+    wait_for_training(folder)
     assert ask(slurm, "cancel", folder).returncode == 0
     assert launcher.wait(90) != 0
     assert f"job {job} CANCELLED" in (folder / "printed.txt").read_text().splitlines()[-1]
@@ -246,7 +254,8 @@ def test_a_job_goes_on_after_preemption_a_killed_agent_and_the_time_limit_and_on
     (folder / "nodes.yaml").write_text(f"{NODES.replace('seconds: 60', 'seconds: 90')}partition: low\n")
     if by == "nemo":
         (folder / "executors.py").write_text(EXECUTORS)
-    launcher = followed_until_training(slurm, folder, "--max-requeues", "3")
+    launcher = followed(slurm, folder, "--max-requeues", "3")
+    wait_for_training(folder)
     job, logs = job_of(folder), folder / "runs" / "a" / "logs"
     urgent = ["sbatch", "--partition=high", "--nodes=2", "--cpus-per-task=4", "--output=/dev/null", "--wrap=sleep 1"]
     assert done(slurm, *urgent).returncode == 0

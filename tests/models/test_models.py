@@ -12,7 +12,7 @@ from megavar.checkpoints.huggingface import HuggingFaceFolder
 from megavar.models import operators
 from megavar.models.config_json import read_dims
 from megavar.models.dims import Yarn
-from megavar.models.ops import names_at, pieces
+from megavar.models.ops import joined, names_at, pieces
 
 FAMILIES = [(family, tied) for family in ("qwen2", "qwen3", "qwen3_moe") for tied in (False, True)]
 
@@ -227,3 +227,20 @@ def test_what_a_config_leaves_out_has_transformers_default(tmp_path, family):
     dims, defaults = read_dims(tmp_path), type(model.config).from_pretrained(tmp_path)
     assert dims.tied_embeddings == defaults.tie_word_embeddings
     assert dims.normalise_routing == getattr(defaults, "norm_topk_prob", False)
+
+
+def test_stacked_tensors_are_not_copied_where_they_lie_side_by_side():
+    memory = torch.arange(24.0)
+    first, second, apart = memory[4:10].view(2, 3), memory[10:16].view(2, 3), memory[17:23].view(2, 3)
+    stacked = joined([first, second])
+    assert stacked.data_ptr() == first.data_ptr() and torch.equal(stacked, torch.cat([first, second]))
+    others = [
+        [second, first],
+        [first, apart],
+        [first, second.clone()],
+        [first, second.double()],
+        [first, memory[10:16].view(3, 2).T],
+    ]
+    for tensors in others:
+        copied = joined(tensors)
+        assert copied.data_ptr() != first.data_ptr() and torch.equal(copied, torch.cat(tensors))

@@ -66,6 +66,8 @@ def test_a_failing_server_of_two_is_left_out(runner: asyncio.Runner, server: str
             client(broken.url, healthy.url) as engine,
         ):
             await engine.check_model(model)
+            for worker in engine._workers.all:
+                worker.pause_seconds = 600.0  # else a busy machine, slower than the first pause, tries it once more
             results: dict[int, list[Generation]] = {}
             done = await run_many(engine, [REQUEST] * 100, results)
             assert len(results) == 100
@@ -73,7 +75,7 @@ def test_a_failing_server_of_two_is_left_out(runner: asyncio.Runner, server: str
 
     done, num_broken, num_healthy = runner.run(run())
     assert (done.num_requests, done.num_samples, done.num_tokens) == (100, 100, 800)
-    # The broken one saw at most its first share of the concurrent requests, and a few after each pause.
+    # The broken one saw at most its first share of the concurrent requests, and a few until three had failed.
     assert num_broken < 50 and num_healthy == 100
 
 

@@ -1,9 +1,15 @@
 """What the driver says of the GPUs' memory, and the line that refuses servers."""
 
+import os
+import stat
+import time
+from pathlib import Path
+
 import pytest
 
+from megavar.rollout import gpu_memory
 from megavar.rollout.engine import RolloutError
-from megavar.rollout.gpu_memory import GpuMemory, read_memory, refuse_taken_memory
+from megavar.rollout.gpu_memory import GpuMemory, read_memory, refuse_taken_memory, require_free_memory
 
 DEVICES = """0, GPU-aa, 81152, 81559
 1, GPU-bb, 30720, 81920
@@ -38,3 +44,33 @@ def test_too_little_free_memory_is_refused_with_who_holds_it() -> None:
         "GPU 2 has 20.0 of 80.0 GiB free and needs 68.0, held by processes that the driver does not name. "
         "Stop what holds it, or lower rollout.mem_fraction (docs/troubleshooting.md#server-does-not-start)."
     )
+
+
+def put_smi_on_path(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_a_driver_that_answers_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """About devices and about processes, and what it says counts."""
+    answer = f"""case "$*" in
+*--query-gpu=index,uuid,memory.free,memory.total*--format=csv,noheader,nounits) printf '{DEVICES}' ;;
+*--query-compute-apps=gpu_uuid,pid,process_name,used_memory*) printf '{PROCESSES}' ;;
+esac"""
+    put_smi_on_path(tmp_path, answer, monkeypatch)
+    require_free_memory(["0"], 0.85)
+    with pytest.raises(RolloutError, match=r"GPU 1 has 30\.0 of 80\.0 GiB free .* held by pid 4711 \(python3\.11"):
+        require_free_memory(["0", "GPU-bb"], 0.85)
+
+
+def test_a_driver_that_hangs_is_an_error_within_the_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_smi_on_path(tmp_path, "exec sleep 600", monkeypatch)
+    monkeypatch.setattr(gpu_memory, "ANSWER_SECONDS", 0.5)
+    started = time.monotonic()
+    with pytest.raises(
+        RolloutError, match=r"nvidia-smi .* has not answered within 0\.5 s: the driver of this node hangs"
+    ):
+        require_free_memory(["0"], 0.85)
+    assert time.monotonic() - started < 60

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megavar.rollout.engine import GenerateRequest
-from megavar.rollout.sglang_client import read_generation
+from megavar.rollout.sglang_replies import read_generation
 
 VOCAB_SIZE = 10
 

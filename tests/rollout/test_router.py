@@ -27,7 +27,8 @@ from megavar.records import Question, Sampler, Trace
 from megavar.rollout import sglang_client
 from megavar.rollout.engine import GenerateRequest
 from megavar.rollout.service import RolloutService
-from megavar.rollout.sglang_client import SGLangEngine, listed_servers
+from megavar.rollout.sglang_client import SGLangEngine
+from megavar.rollout.sglang_replies import listed_servers
 from megavar.rollout.sglang_servers import ManagedServers, open_engine
 from megavar.stages.sample import Loaded, Sampling, sample_traces
 
