@@ -128,10 +128,11 @@ def test_a_long_pass_curve_has_at_most_64_points_with_both_ends():
 
 def test_implied_weights_are_those_of_the_unified_view():
     accuracies = np.array([0.0, 0.2, 0.5, 0.8, 1.0])
-    iwae, rft, reinforce, grpo = ([weight(p) for p in accuracies] for weight in curves.IMPLIED_WEIGHTS.values())
+    iwae, rft, reinforce, grpo, f_grpo = ([weight(p) for p in accuracies] for weight in curves.IMPLIED_WEIGHTS.values())
     assert iwae == [1] * 5
     assert rft == reinforce == accuracies.tolist()
     assert grpo == pytest.approx([0, 0.5, 1, 2, 0])
+    assert f_grpo == pytest.approx([0, 0.4, 0.5, 0.4, 0])
 
 
 @pytest.mark.parametrize("logits", [[0.0, 0.0, 0.0, 0.0], [1.0, -1.0, 2.0, 0.5], [-3.0, 0.2, 1.0, 1.0]])
@@ -143,7 +144,9 @@ def test_implied_weights_scale_the_gradient_of_log_p_to_each_objective_s_own(log
     accuracy = p @ reward
     log_p_gradient = (p * reward) @ score / accuracy
     advantage = (reward - accuracy) / np.sqrt(accuracy * (1 - accuracy))
-    gradients = [log_p_gradient, (p * reward) @ score, (p * reward) @ score, (p * advantage) @ score]
+    of_advantage = (p * advantage) @ score
+    of_rewards = (p * reward) @ score
+    gradients = [log_p_gradient, of_rewards, of_rewards, of_advantage, (1 - accuracy) * of_advantage]
     for weight, gradient in zip(curves.IMPLIED_WEIGHTS.values(), gradients, strict=True):
         assert weight(accuracy) * log_p_gradient == pytest.approx(gradient)
 
