@@ -41,9 +41,8 @@ KEY = "EVIDENCE_SERVER_KEY"
 """Environment variable with the API key of the servers."""
 ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 """The environment that torchrun would set for a single rank."""
-BASE = RUNS / "swaps_base"
-"""The base of the hard tasks."""
-BASE_FLAGS = ("--swaps", "--num-steps", "900", "--row-tokens", "128")
+BASE_FLAGS = ("--num-steps", "900", "--row-tokens", "128")
+"""Of the bases that are made for the hard tasks."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,18 @@ class Job:
         task = TASKS[self.task]
         return RUNS / (f"{self.task}_data_{self.seed}" if task.data_of_seed else f"{self.task}_data")
 
+    @property
+    def base(self) -> Path:
+        """The base model that is made for its task."""
+        return RUNS / f"{TASKS[self.task].corpus}_base"
+
 
 def make_inputs(job: Job) -> None:
     """Generate the questions and the base of a run if they do not exist."""
     task = TASKS[job.task]
-    if task.base_is_made and not (BASE / "README.md").exists():  # which is written last
-        subprocess.run([sys.executable, "examples/base/make_base.py", "--out", BASE, *BASE_FLAGS], check=True)
+    if task.corpus and not (job.base / "README.md").exists():  # which is written last
+        flags = ("--out", job.base, "--corpus", task.corpus, *BASE_FLAGS)
+        subprocess.run([sys.executable, "examples/base/make_base.py", *flags], check=True)
     if not (job.data / "made").exists():
         script, *flags = (part.format(seed=job.seed) for part in task.data)
         subprocess.run([sys.executable, script, *flags, "--out", job.data], check=True)
@@ -84,7 +89,7 @@ def settings(job: Job) -> list[str]:
         f"runs_dir={job.folder.parent}",
         f"name={job.folder.name}",
         f"seed={job.seed}",
-        *([f"model={BASE}"] if task.base_is_made else []),
+        *([f"model={job.base}"] if task.corpus else []),
         *(setting.format(data=job.data) for setting in task.overrides),
         *(f"{stage}.num_steps={steps}" for stage, steps in task.steps.items()),
         *(setting.format(data=job.data) for setting in method.overrides),
@@ -170,7 +175,7 @@ def result(job: Job) -> dict[str, object]:
         "weigh": {str(row["step"]): row for row in rows if row["stage"] == "weigh"},
     }
     if task.suites:
-        measured["flops"] = flops(folder, rows, read_dims(BASE))
+        measured["flops"] = flops(folder, rows, read_dims(job.base))
         measured["correct"] = {
             suite: {
                 path.parent.name: correct(path, read_questions(job.data / f"{suite}.jsonl"))

@@ -20,7 +20,7 @@ only. Policies are trained from π₀. Each seed has questions of its own. Expec
 - H6. π₀ with the hint in its prompt (`prompt`) is a worse q than the trained one where π₀ has not learnt to use hints.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 EASY_DATA = ("examples/data/generate.py", "--num-eval", "200")
 HARD_DATA = ("examples/hard/questions.py", "--seed", "{seed}")
@@ -54,9 +54,9 @@ class Task:
     seeds: tuple[int, ...]
     suites: tuple[str, ...] = ()
     """Held-out files, where there are several."""
-    base_is_made: bool = False
-    """From the base that `examples/base/make_base.py --swaps` makes."""
-    data_of_seed: bool = field(default=False)
+    corpus: str | None = None
+    """Of the base, which `examples/base/make_base.py` makes; None: the demo's base."""
+    data_of_seed: bool = False
     """Each seed has questions of its own."""
 
 
@@ -128,6 +128,7 @@ HARD = (
 SORT = (*HARD, "data.max_sequence_tokens=184", "sample.max_trace_tokens=112")
 SEARCH = (*HARD, "data.max_sequence_tokens=224", "sample.max_trace_tokens=144")
 HARD_STEPS = {"sft": 40, "posterior.train": 50, "policy.train": 120}
+CORPORA = {"sort": "swaps", "search": "tries"}
 SUITES = ("eval_1", "eval_2", "eval_3")
 SEEDS = (1, 2, 3, 4, 5)
 
@@ -135,7 +136,7 @@ SEEDS = (1, 2, 3, 4, 5)
 def hard(task: str, settings: tuple[str, ...], levels: tuple[str, ...], methods: dict[str, Method]) -> Task:
     """A task of examples/hard/questions.py, with the round's questions of these levels."""
     data = (*HARD_DATA, "--task", task, "--train-levels", *levels)
-    return Task(data, settings, HARD_STEPS, methods, SEEDS, SUITES, base_is_made=True, data_of_seed=True)
+    return Task(data, settings, HARD_STEPS, methods, SEEDS, SUITES, CORPORA[task], data_of_seed=True)
 
 
 TASKS = {

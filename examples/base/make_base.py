@@ -1,7 +1,7 @@
 """Pre-trains the demo's base model, a small Qwen3 with its tokenizer, on CPU with plain transformers.
 
     python examples/base/make_base.py --out examples/base/qwen3-tiny
-    python examples/base/make_base.py --out runs/swaps_base --swaps --num-steps 900 --row-tokens 128
+    python examples/base/make_base.py --out runs/swaps_base --corpus swaps --num-steps 900 --row-tokens 128
 
 The corpus is an infinite stream generated from a seed. Most documents are raw text in the notation of the demo task:
 chains of one to four operations, worked out without errors. The rest are chats about strings of digits, none of them a
@@ -9,8 +9,9 @@ question of the task, and random characters, so that the chat markers, thinking 
 embeddings. So the base model can do the arithmetic but has never seen the task's questions. A held-out chain can occur
 in the raw text by chance: there are 270,000 chains of three operations and 8,100,000 of four.
 
-With `--swaps` (for examples/hard), most documents swap neighbours in a row of digits, at places that are given or drawn
-at random: that base can carry swaps out, and knows nothing of sorting.
+Two other corpora make the bases of examples/hard, which know a notation and not how to choose. In `swaps`, most
+documents swap neighbours in a row of digits, at places that are given or drawn at random. In `tries`, most try numbers
+in chains with a first digit left open; the numbers are drawn at random.
 """
 
 import argparse
@@ -111,10 +112,35 @@ def swapped_digits(rng: random.Random) -> str:
     return f"{given} in {row}\n{lines}" if draw < 0.75 else lines
 
 
+def tried_numbers(rng: random.Random) -> str:
+    """Up to four random numbers, each tried in one to three chains until one does not come out; one that fits ends."""
+    chains = [[(rng.choice("+-*"), rng.randrange(1, 10)) for _ in range(2)] for _ in range(rng.randint(1, 3))]
+    written = ["".join(f"{operator}{right}" for operator, right in steps) for steps in chains]
+    targets = [rng.randrange(10) for _ in chains]
+    lines = " ".join(f"?{text}={target}" for text, target in zip(written, targets, strict=True)) + "\n"
+    for _ in range(4):
+        number, fits = [rng.randrange(10) for _ in chains], True
+        lines += "".join(map(str, number)) + "\n"
+        for value, steps, target in zip(number, chains, targets, strict=True):
+            for done, (operator, right) in enumerate(steps):
+                lines += str(value) + "".join(f"{sign}{operand}" for sign, operand in steps[done:]) + "\n"
+                value = {"+": value + right, "-": value - right, "*": value * right}[operator] % 10
+            fits = value == target
+            lines += f"{value}={target}\n" if fits else f"{value}={target} no\n"
+            if not fits:
+                break
+        if fits:
+            break
+    return lines
+
+
 Kind = Callable[[random.Random], str]
-CORPUS: dict[Kind, int] = {worked_chain: 80, chat: 18, arbitrary_text: 2}
-CORPUS_WITH_SWAPS: dict[Kind, int] = {worked_chain: 25, swapped_digits: 55, chat: 18, arbitrary_text: 2}
-"""Kind of document -> per cent of them."""
+CORPORA: dict[str, dict[Kind, int]] = {
+    "demo": {worked_chain: 80, chat: 18, arbitrary_text: 2},
+    "swaps": {worked_chain: 25, swapped_digits: 55, chat: 18, arbitrary_text: 2},
+    "tries": {worked_chain: 25, tried_numbers: 55, chat: 18, arbitrary_text: 2},
+}
+"""Name -> kind of document -> per cent of them."""
 
 
 def corpus(seed: int, kinds: dict[Kind, int]) -> Iterator[str]:
@@ -262,7 +288,7 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, default=600)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--row-tokens", type=int, default=64)
-    parser.add_argument("--swaps", action="store_true", help="the base of examples/hard")
+    parser.add_argument("--corpus", choices=CORPORA, default="demo")
     chosen = parser.parse_args()
     if chosen.num_steps < 2:
         parser.error(f"--num-steps={chosen.num_steps} is too small; use at least 2.")
@@ -270,13 +296,12 @@ def main() -> None:
     tokenizer = make_tokenizer(chosen.seed)
     model = make_model(tokenizer, chosen.seed)
     print(f"{len(tokenizer)} tokens, {model.num_parameters():,} parameters")
-    documents = corpus(chosen.seed, CORPUS_WITH_SWAPS if chosen.swaps else CORPUS)
+    documents = corpus(chosen.seed, CORPORA[chosen.corpus])
     batches = batches_of_rows(tokenizer, documents, num_rows=32, row_tokens=chosen.row_tokens)
     pretrain(model, batches, chosen.num_steps, chosen.learning_rate)
     command = (
         f"python examples/base/make_base.py --out {chosen.out} --seed {chosen.seed} --num-steps {chosen.num_steps} "
-        f"--learning-rate {chosen.learning_rate:g}"
-        + (f" --swaps --row-tokens {chosen.row_tokens}" if chosen.swaps else "")
+        f"--learning-rate {chosen.learning_rate:g} --row-tokens {chosen.row_tokens} --corpus {chosen.corpus}"
     )
     write_folder(model, tokenizer, chosen.out, command)
 
