@@ -99,8 +99,8 @@ EASY = (
 MORE_OWN_TRACES = ("sample.num_traces=16", "sample.sampler=policy", "objective.ratio=none")
 HARD_METHODS = {
     "iwae": Method(evaluates_pi_0=True),
-    "rft": Method((*MORE_OWN_TRACES, "objective.name=rft", "policy.train.num_steps=200")),
-    "grpo": Method((*MORE_OWN_TRACES, "objective.name=grpo", "policy.train.num_steps=200")),
+    "rft": Method((*MORE_OWN_TRACES, "objective.name=rft", "policy.train.num_steps=320")),
+    "grpo": Method((*MORE_OWN_TRACES, "objective.name=grpo", "policy.train.num_steps=320")),
     "more_sft": Method(("eval.models=[pi_0]", "sft.num_steps=280"), evaluates_pi_0=True, only_sft=True),
     "answers_only": Method(
         ("eval.models=[pi_0]", "sft.num_steps=480", "data.train={data}/answers.jsonl"),
