@@ -6,7 +6,8 @@ take the same number of optimizer steps. Which parts of the method matter?
 **Two hard tasks, few traces** (examples/hard/questions.py): 60 gold traces, and answers for all of 600 questions, of
 three levels that π₀ solves by about 30 %, 3 % and 0.3 % of its traces. All methods take about the same FLOPs after π₀,
 which is not counted: q's training, sampling, scoring and the policy's training. `..._level_3` samples hard questions
-only. Policies are trained from π₀. Each seed has questions of its own. Expected, before the runs:
+only. Policies are trained from π₀. Each seed has questions of its own. Expected before the runs, after trials of `sort`
+with one seed that fixed its settings:
 
 - H1. `sort`: at level 3 RFT and GRPO have next to nothing to learn from, q has; IWAE's policy is better there in pass@1
   and in pass@64, and on `sort_level_3` RFT and GRPO stay at π₀.
@@ -24,7 +25,6 @@ from dataclasses import dataclass
 
 EASY_DATA = ("examples/data/generate.py", "--num-eval", "200")
 HARD_DATA = ("examples/hard/questions.py", "--seed", "{seed}")
-EVALUATED = ("pi_0", "policy")
 
 
 @dataclass(frozen=True)
