@@ -74,8 +74,8 @@ def make_inputs(job: Job) -> None:
     """Generate the questions and the base of a run if they do not exist."""
     task = TASKS[job.task]
     if task.corpus and not (job.base / "README.md").exists():  # which is written last
-        command = [sys.executable, "examples/base/make_base.py", "--out", job.base, "--corpus", task.corpus]
-        subprocess.run([*command, *BASE_FLAGS], check=True)
+        made = ("examples/base/make_base.py", "--out", str(job.base), "--corpus", task.corpus)
+        subprocess.run([sys.executable, *made, *BASE_FLAGS], check=True)
     if not (job.data / "made").exists():
         script, *flags = (part.format(seed=job.seed) for part in task.data)
         subprocess.run([sys.executable, script, *flags, "--out", job.data], check=True)
