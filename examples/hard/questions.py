@@ -15,7 +15,7 @@ numbers: it works out one chain after another and rejects a number at the first 
 traces try up to three wrong numbers first, the others leap to the right one. Levels: 1, 2 and 3 chains.
 
 `train.jsonl` has the questions of a round without traces, of the training levels in turn, and after them the few with a
-gold trace, of all levels; in `answers.jsonl` all have an empty one. `eval_LEVEL.jsonl` are held out. The output is
+gold trace, of all levels; in `answers.jsonl` all have `-`. `eval_LEVEL.jsonl` are held out. The output is
 deterministic given the flags; no question is held out and trained on.
 """
 
@@ -150,7 +150,7 @@ def main() -> None:
     of_round = questions(islice(cycle(chosen.train_levels), chosen.num_train))
     untraced = [{key: value for key, value in row.items() if key != "trace"} for row in of_round]
     write_questions(chosen.out / "train.jsonl", [*untraced, *gold])
-    write_questions(chosen.out / "answers.jsonl", ({**row, "trace": "\n"} for row in [*untraced, *gold]))
+    write_questions(chosen.out / "answers.jsonl", ({**row, "trace": "-\n"} for row in [*untraced, *gold]))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_files_are_of_their_levels_share_no_question_and_repeat(task, tmp_path):
     held_out = [row["question"] for level in (1, 2, 3) for row in files[f"eval_{level}"]]
     assert len({*held_out, *(row["question"] for row in files["train"])}) == 24 + 49
     assert [{**row, "id": ""} for row in files["answers"]] == [
-        {**row, "id": "", "trace": "\n"} for row in files["train"]
+        {**row, "id": "", "trace": "-\n"} for row in files["train"]
     ]
     flags = ("--train-levels", "1", "--num-train", "3", "--num-gold", "9", "--num-eval", "8")
     others = made(tmp_path / "b", task, *flags)
