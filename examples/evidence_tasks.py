@@ -13,8 +13,8 @@ with one seed that fixed its settings:
   and in pass@64, and on `sort_level_3` RFT and GRPO stay at π₀.
 - H2. `sort`: on the mixture RFT and GRPO learn to choose from the easy questions, and it carries over: they close part
   of the gap of `sort_level_3`.
-- H3. `sort`: answers without traces (`answers_only`, whose trace is a dash) are enough at levels 1 and 2, and fail at level 3; more SFT on the
-  60 gold traces (`more_sft`) stays below IWAE at every level.
+- H3. `sort`: answers without traces (`answers_only`, whose trace is a dash) are enough at levels 1 and 2, and fail at
+  level 3; more SFT on the 60 gold traces (`more_sft`) stays below IWAE at every level.
 - H4. `search`: the sequence ratio keeps traces that search, the geometric mean and no ratio keep those that leap: with
   it the policy is better in pass@64.
 - H5. `search`: leaving out leaky traces (`max_leakage`) does what the sequence ratio does.
