@@ -8,7 +8,7 @@
 #             as they fit (delete it first for the newest)
 # make audit  the locked versions against the known vulnerabilities
 # make gpu-kit SITE=DIR  on a machine with a GPU: tests, log-probs, training, memory and speed in nine minutes (docs/gpu.md)
-# make evidence  all methods on two easy and two hard tasks over seeds (about 9 hours; resumable)
+# make evidence  all methods on two easy and two hard tasks over seeds (hours; resumable)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

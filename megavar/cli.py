@@ -238,18 +238,15 @@ def _reader_is_gone() -> bool:
     try:
         sys.stdout.flush()
         output = select.poll()
-        output.register(
-            sys.stdout.fileno(), 0
-        )  # of its own accord, poll tells of errors: here, that the pipe is broken
+        output.register(sys.stdout.fileno(), 0)  # errors are told unasked: here, that the pipe is broken
         if not any(event & select.POLLERR for _, event in output.poll(0)):
             return False
     except BrokenPipeError:
         pass
     except io.UnsupportedOperation:  # the output is caught in memory
         return False
-    os.dup2(
-        os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-    )  # else Python writes the rest, and complains, at exit
+    # Else Python writes the rest at its exit, and complains.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
 
 

@@ -118,7 +118,7 @@ class Forecast:
         jobs = [
             training_bytes(self._dims, self._num_parameters, config.parallel, train, weights, self._ranks)
             for name, train in config.training_jobs.items()
-            if name != "posterior.train" or config.sample.sampler == "posterior"
+            if name != "posterior.train" or config.trains_posterior
         ]
         parts = max(jobs, key=lambda parts: sum(parts.values()))
         listed = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in parts.items())

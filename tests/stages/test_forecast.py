@@ -72,6 +72,11 @@ def test_a_posterior_that_is_the_policy_is_sampled_and_scored_and_not_trained(co
         assert prompted[name] == trained[name]
     models = [check_run(load_config(config_file, [f"posterior.source={source}"]), 1) for source in ("gold", "prompt")]
     assert models[0]._disk() > models[1]._disk()
+    budget = "posterior.train.microbatch_tokens=100000"  # of a training that is not done
+    largest = [
+        check_run(load_config(config_file, [f"posterior.source={source}", budget]), 1) for source in ("gold", "prompt")
+    ]
+    assert largest[0]._memory() != largest[1]._memory() == models[1]._memory()
 
 
 def test_time_is_tokens_by_rate(config_file):
