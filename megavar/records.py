@@ -226,9 +226,10 @@ class Scored:
 
     row: int
     """Of the trace in its file, from 0."""
-    logp_trace: LogProbs
-    logp_answer: LogProbs | None
-    """Of the reference answer after it, under the policy."""
+    logp_trace: bytes
+    """[trace tokens] float32: as bytes, Parquet copies them whole instead of one number after another."""
+    logp_answer: bytes
+    """Likewise of the reference answer after it, under the policy; otherwise none."""
 
 
 _NOTHING = np.zeros(0, np.int32)
@@ -263,6 +264,7 @@ _ARROW_TYPES: dict[Any, pa.DataType] = {
     str: pa.string(),
     int: pa.int64(),
     bool: pa.bool_(),
+    bytes: pa.binary(),
     TokenIds: pa.list_(pa.int32()),
     LogProbs: pa.list_(pa.float32()),
 }

@@ -76,15 +76,15 @@ def test_rows_of_several_writers_are_merged_side_by_side(tmp_path, monkeypatch, 
         writers = [RecordWriter(tmp_path / name, Scored, 0.0, rank) for rank in (0, 3)]
         for row in random.permutation(50).tolist():
             value = row if name == "policy" else -row
-            writers[row % 2].append(Scored(row, np.array([value] * (row % 5), np.float32), None))
+            writers[row % 2].append(Scored(row, np.array([value] * (row % 5), np.float32).tobytes(), b""))
     groups = [record_files.parts(tmp_path / name) for name in ("policy", "posterior")]
     assert len(groups[0]) == 50
     pairs = []
     for tables in merge(groups, Scored, tmp_path):
         pairs += zip(*(rows(table, Scored) for table in tables), strict=True)
     assert [(one.row, other.row) for one, other in pairs] == [(row, row) for row in range(50)]
-    assert all(one.logp_trace.tolist() == [row] * (row % 5) for row, (one, _) in enumerate(pairs))
-    assert all(other.logp_trace.tolist() == [-row] * (row % 5) for row, (_, other) in enumerate(pairs))
+    found = [[np.frombuffer(scored.logp_trace, np.float32).tolist() for scored in pair] for pair in pairs]
+    assert found == [[[row] * (row % 5), [-row] * (row % 5)] for row in range(50)]
 
 
 @pytest.mark.parametrize("most_held", [0, 10**9], ids=["spilled", "held"])
@@ -97,7 +97,7 @@ def test_parts_are_divided_where_tables_end_whether_they_are_sorted_or_not(tmp_p
     for name, order in orders.items():
         groups.append([tmp_path / f"{name}-{part}.parquet" for part in range(2)])
         for part, file in enumerate(groups[-1]):
-            scored = [Scored(row, np.full(row % 3, row, np.float32), None) for row in order.tolist() if row % 2 == part]
+            scored = [Scored(row, bytes(row % 3), b"") for row in order.tolist() if row % 2 == part]
             with RecordFileWriter(file, Scored) as writer:
                 writer.write(table_of(scored, Scored))
     found = [[table["row"].to_pylist() for table in tables] for tables in merge(groups, Scored, tmp_path)]

@@ -35,6 +35,7 @@ from megavar.record_files import (
     RecordFile,
     RecordFileWriter,
     RecordWriter,
+    floats,
     list_column,
     lists,
     merge,
@@ -146,6 +147,7 @@ def score_traces(
 
 _PARTS = ("policy", "posterior", "policy_again", "posterior_again")
 _KEY = ("question_id", "trace_index")
+_LOGPS = ("logp_trace", "logp_answer")
 
 
 def _trace_file(trace_set: TraceSet, *more: str) -> RecordFile[Trace]:
@@ -202,8 +204,9 @@ def _scored_again(
             place += finish == TraceFinish.CLOSED
             if finish == TraceFinish.CLOSED and place in wanted:
                 policy, sampler = of_models[0][place], of_models[-1][place]
-                logps = policy.logp_trace, sampler.logp_trace, policy.logp_answer
-                yield Score(question, index, number, *logps, None, None)
+                of_bytes = policy.logp_trace, sampler.logp_trace, policy.logp_answer
+                of_policy, of_sampler, of_answer = (np.frombuffer(logps, np.float32) for logps in of_bytes)
+                yield Score(question, index, number, of_policy, of_sampler, of_answer, None, None)
 
 
 @dataclass(frozen=True)
@@ -271,7 +274,7 @@ def _score_missing(scorer: Scorer, model: Path, one: _Pass, missing: NDArray[np.
 def _scored(sequences: SequenceSet, index: int, place: int, logps: NDArray[np.float32]) -> Scored:
     sequence = sequences[index]
     size = len(sequence.trace_ids)
-    return Scored(place, logps[:size], logps[size:] if len(sequence.answer_ids) else None)
+    return Scored(place, logps[:size].tobytes(), logps[size:].tobytes())
 
 
 def _existing(sequences: SequenceSet, indices: NDArray[np.int64], folder: Path) -> NDArray[np.int64]:
@@ -279,9 +282,9 @@ def _existing(sequences: SequenceSet, indices: NDArray[np.int64], folder: Path) 
     found = [np.zeros(0, np.int64)]
     for table in RecordWriter(folder, Scored, 0.0).existing():
         places = table["row"].to_numpy()
-        lengths = np.diff(lists(table["logp_trace"])[1]) + np.diff(lists(table["logp_answer"])[1])
+        num_bytes = sum(pc.binary_length(table[name]).to_numpy() for name in _LOGPS)
         known = places[places < len(indices)]
-        if len(known) < len(places) or (lengths != sequences.num_targets[indices[known]]).any():
+        if len(known) < len(places) or (num_bytes != 4 * sequences.num_targets[indices[known]]).any():
             raise ValueError(
                 f"existing scores are of other traces; remove {folder.parent} and run `megavar score` again "
                 f"({OUTPUTS_DO_NOT_MATCH})."
@@ -325,17 +328,17 @@ def _merged(trace_set: TraceSet, scored: list[list[Path]], finder: AnswerFinder,
     answers = RecordFile(trace_set.verified, Answer, (*_KEY, "answer_index", "correct"))
     for traces, some_answers in by_question(_trace_file(trace_set, "trace_ids"), answers):
         closed = np.array(traces["finish"].to_pylist()) == TraceFinish.CLOSED
-        under_policy, *others = scored_rows.take(int(closed.sum()))
-        under_sampler = others[0] if others else under_policy
+        taken = scored_rows.take(int(closed.sum()))
+        under_policy, under_sampler = ([floats(table[name]) for name in _LOGPS] for table in (taken[0], taken[-1]))
         num_answers, num_correct = _counts(traces, closed, some_answers, unjudged)
         columns = {
             **{name: traces[name] for name in (*_KEY, "round")},
-            "logp_policy": _spread(under_policy["logp_trace"], closed),
-            "logp_posterior": _spread(under_sampler["logp_trace"], closed),
-            "logp_answer": _spread(under_policy["logp_answer"], closed),
+            "logp_policy": _spread(under_policy[0], closed),
+            "logp_posterior": _spread(under_sampler[0], closed),
+            "logp_answer": _spread(under_policy[1], closed),
             "num_answers": num_answers,
             "num_correct": num_correct,
-            **_leakage(traces, closed, (under_policy["logp_trace"], under_sampler["logp_trace"]), finder, answer_of),
+            **_leakage(traces, closed, (under_policy[0], under_sampler[0]), finder, answer_of),
         }
         yield pa.table(columns, schema=schema_of(Score))
 
