@@ -31,7 +31,7 @@ pa.set_memory_pool(pa.system_memory_pool())
 
 LONG_ROWS, SHORT_ROWS = 256, 8192
 """Rows of a row group, and of a table that is read: of records that hold a trace's tokens, and of others."""
-MERGED_AT_ONCE, MOST_HELD = 2**26, 4
+MERGED_AT_ONCE, MOST_HELD = 2**24, 16
 """Bytes of the rows that a merge sorts at a time, and how many times as many it may hold in memory."""
 
 

@@ -5,7 +5,9 @@
 A synthetic run (random tokens and log-probs, real files) goes through the stages' own code; the place of the model's
 forward is taken by random log-probs. Each stage runs in its own process. Memory is the most that is resident in
 anonymous pages, less that after the imports; pages of mapped files, which the kernel shares and takes back, come extra
-as "mapped". The exponent of growth is that of the last step, from 4N to 16N questions.
+as "mapped". CPU is the process's own, and the kernel's for it. Exponents of growth are of the last step, from 4N to 16N
+questions. Those of the kernel include how fast the machine hands out pages: a virtual one may be slow at pages that it
+has not used lately.
 """
 
 import argparse
@@ -273,12 +275,14 @@ def run_stage(name: str, folder: Path, steps: int) -> None:
     importlib.import_module("transformers.models.auto.tokenization_auto")
     run = Run(load_config(folder / "run.yaml", []))
     written = _bytes_written()
-    began, cpu = time.perf_counter(), time.process_time()
+    began, before = time.perf_counter(), os.times()
     with PeakMemory() as memory:
         step_seconds = STAGES[name](run, steps)
+    after = os.times()
     result = {
         "wall": time.perf_counter() - began,
-        "cpu": time.process_time() - cpu,
+        "user": after.user - before.user,
+        "system": after.system - before.system,
         "mib": memory.private,
         "mapped": memory.mapped,
         "gb": (_bytes_written() - written) / 1e9,
@@ -321,12 +325,11 @@ def main() -> None:
             shutil.rmtree(folder)
     print(f"\nexponents from {given.questions * 4:,} to {given.questions * 16:,} questions")
     for name, (_, middle, last) in found.items():
-        shown = {
-            key: np.log(last[key] / middle[key]) / np.log(4) for key in ("wall", "cpu", "mib", "gb") if middle[key] > 0
-        }
+        keys = [key for key in ("wall", "user", "system", "mib", "gb") if middle[key] > 0 and last[key] > 0]
+        shown = {key: np.log(last[key] / middle[key]) / np.log(4) for key in keys}
         print(f"{name:<16} " + "  ".join(f"{key} {value:5.2f}" for key, value in shown.items()))
-    print(f"whole round at the largest size: {sum(rows[-1]['wall'] for rows in found.values()):.0f} s, "
-          f"{sum(rows[-1]['cpu'] for rows in found.values()):.0f} s of CPU")  # fmt: skip
+    wall, *cpu = (sum(rows[-1][key] for rows in found.values()) for key in ("wall", "user", "system"))
+    print(f"whole round at the largest size: {wall:.0f} s; CPU {cpu[0]:.0f} s, and {cpu[1]:.0f} s in the kernel")
 
 
 def _measured(name: str, folder: Path, steps: int) -> dict[str, Any]:
@@ -341,7 +344,7 @@ def _measured(name: str, folder: Path, steps: int) -> dict[str, Any]:
 
 
 def _described(row: dict[str, Any]) -> str:
-    text = f"{row['wall']:7.1f} s, CPU {row['cpu']:7.1f} s, memory {row['mib']:5.0f} MiB, "
+    text = f"{row['wall']:7.1f} s, CPU {row['user']:6.1f} + {row['system']:5.1f} s, memory {row['mib']:5.0f} MiB, "
     text += f"mapped {row['mapped']:5.0f} MiB, written {row['gb']:6.2f} GB"
     return text if row["step_ms"] is None else f"{text}, {row['step_ms']:.2f} ms a step"
 
