@@ -145,7 +145,7 @@ async def launch(stage: str, overrides: list[str], log: Path) -> None:
     command = [sys.executable, "-m", "megavar", stage, "--config", str(CONFIG), *overrides]
     guarded = [sys.executable, "-I", "-S", watchdog.__file__, str(os.getpid()), *command]
     environment = {**os.environ, **ONE_RANK, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment["PYTHONPATH"] = os.pathsep.join(["examples/hard", *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment["PYTHONPATH"] = os.pathsep.join(["examples/data", *filter(None, [os.environ.get("PYTHONPATH")])])
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         process = await asyncio.create_subprocess_exec(

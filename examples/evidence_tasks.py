@@ -3,7 +3,7 @@
 **Two easy tasks** (`chains`, `unknown` of examples/data/generate.py): every question has a gold trace, and all policies
 take the same number of optimizer steps. Which parts of the method matter?
 
-**Two hard tasks, few traces** (examples/hard/questions.py): 60 gold traces, and answers for all of 600 questions, of
+**Two hard tasks, few traces** (examples/data/hard.py): 60 gold traces, and answers for all of 600 questions, of
 three levels that π₀ solves by about 30 %, 3 % and 0.3 % of its traces. All methods take about the same FLOPs after π₀,
 which is not counted: q's training, sampling, scoring and the policy's training. `..._level_3` samples hard questions
 only. Policies are trained from π₀. Each seed has questions of its own. Expected before the runs, after trials of `sort`
@@ -24,7 +24,7 @@ with one seed that fixed its settings:
 from dataclasses import dataclass
 
 EASY_DATA = ("examples/data/generate.py", "--num-eval", "200")
-HARD_DATA = ("examples/hard/questions.py", "--seed", "{seed}")
+HARD_DATA = ("examples/data/hard.py", "--seed", "{seed}")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ SEEDS = (1, 2, 3, 4, 5)
 
 
 def hard(task: str, settings: tuple[str, ...], levels: tuple[str, ...], methods: dict[str, Method]) -> Task:
-    """A task of examples/hard/questions.py, with the round's questions of these levels."""
+    """A task of examples/data/hard.py, with the round's questions of these levels."""
     data = (*HARD_DATA, "--task", task, "--train-levels", *levels)
     return Task(data, settings, HARD_STEPS, methods, SEEDS, SUITES, CORPORA[task], data_of_seed=True)
 

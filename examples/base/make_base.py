@@ -9,9 +9,9 @@ question of the task, and random characters, so that the chat markers, thinking 
 embeddings. So the base model can do the arithmetic but has never seen the task's questions. A held-out chain can occur
 in the raw text by chance: there are 270,000 chains of three operations and 8,100,000 of four.
 
-Two other corpora make the bases of examples/hard, which know a notation and not how to choose. In `swaps`, most
-documents swap neighbours in a row of digits, at places that are given or drawn at random. In `tries`, most try numbers
-in chains with a first digit left open; the numbers are drawn at random.
+Two other corpora make the bases of the tasks in examples/data/hard.py, which know a notation and not how to choose. In
+`swaps`, most documents swap neighbours in a row of digits, at places that are given or drawn at random. In `tries`,
+most try numbers in chains with a first digit left open; the numbers are drawn at random.
 """
 
 import argparse

@@ -11,15 +11,15 @@ import pytest
 
 from megavar.records import Verdict
 
-HARD = Path(__file__).parents[2] / "examples" / "hard"
-SPEC = importlib.util.spec_from_file_location("swaps", HARD / "swaps.py")
+DATA = Path(__file__).parents[2] / "examples" / "data"
+SPEC = importlib.util.spec_from_file_location("swaps", DATA / "swaps.py")
 swaps = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(swaps)
 
 
 def made(folder, task, *flags):
     """The rows of each file that the generator writes."""
-    command = [sys.executable, HARD / "questions.py", "--task", task, "--out", folder, *flags]
+    command = [sys.executable, DATA / "hard.py", "--task", task, "--out", folder, *flags]
     subprocess.run(command, check=True, capture_output=True)
     return {file.stem: list(map(json.loads, file.read_text().splitlines())) for file in folder.glob("*.jsonl")}
 

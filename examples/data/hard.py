@@ -1,6 +1,6 @@
 """Generates questions that are hard to answer and easy once the answer is known, few of them with a trace.
 
-    python examples/hard/questions.py --task sort --out runs/sort_data [--train-levels 1 2 3]
+    python examples/data/hard.py --task sort --out runs/sort_data [--train-levels 1 2 3]
 
 The level is the difficulty. A policy that knows the notation, but cannot choose, is right on one trace in four at
 level 1, in about thirty at level 2, and in hundreds at level 3.
@@ -26,6 +26,8 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
+
+from generate import work_out
 
 LEVELS = (1, 2, 3)
 SORTS = {1: (5, 1), 2: (5, 3), 3: (6, 9)}
@@ -84,15 +86,6 @@ def search_question(level: int, rng: random.Random) -> Row:
     written = ("".join(f"{operator}{right}" for operator, right in steps) for steps in chains)
     text = " ".join(f"?{operations}={target}" for operations, target in zip(written, targets, strict=True))
     return _row(f"{text} left to right mod 10", number, trace, "text")
-
-
-def work_out(digit: int, steps: list[tuple[str, int]]) -> tuple[str, int]:
-    """A chain with this first digit: what remains of it after each step, but the last, and its result."""
-    value, lines = digit, ""
-    for done, (operator, right) in enumerate(steps):
-        lines += str(value) + "".join(f"{sign}{operand}" for sign, operand in steps[done:]) + "\n"
-        value = {"+": value + right, "-": value - right, "*": value * right}[operator] % 10
-    return lines, value
 
 
 def _row(text: str, answer: str, trace: str, verifier: str) -> Row:
