@@ -38,7 +38,13 @@ NAMES = {
     "rft_more_steps": "— for the steps of q and policy",
     "grpo": "GRPO weights",
     "rounds_3": "T = 3 rounds, forward KL",
+    "rounds_3_fresh": "T = 3 rounds, forward KL, fresh questions",
     "reverse_kl_rounds_3": "T = 3 rounds, reverse KL",
+}
+ROUNDS = {
+    "rounds_3": "forward KL",
+    "rounds_3_fresh": "forward KL, fresh questions",
+    "reverse_kl_rounds_3": "reverse KL",
 }
 NUM_TRACES = {"k1": 1, "k2": 2, "k4": 4, BASELINE: 8, "k16": 16}
 BY_DIFFICULTY = (BASELINE, "ratio_sequence", "no_hint", "rft", "grpo", "more_sft")
@@ -138,7 +144,7 @@ def rounds_table(results: Results) -> list[str]:
         "| KL(q‖π) |",
         "|---" * 10 + "|",
     ]
-    for method in ("rounds_3", "reverse_kl_rounds_3"):
+    for method, name in ROUNDS.items():
         for index in (1, 2, 3):
             runs = [run for run in results.get(method, {}).values() if f"round_{index:02d}" in run["traces"]]
             if not runs:
@@ -162,7 +168,7 @@ def rounds_table(results: Results) -> list[str]:
                 f"{np.mean([row['ess'] for row in weigh]):.2f}",
                 f"{np.mean(kls):.2f}" if kls else "–",
             ]
-            rows.append(f"| {NAMES[method].split(', ')[1]} | {index} | {' | '.join(figures)} |")
+            rows.append(f"| {name} | {index} | {' | '.join(figures)} |")
     return rows
 
 
@@ -221,9 +227,9 @@ def draw_numbers(results: Results) -> Figure:
     left.set_xscale("log", base=2)
     left.set_xticks(list(NUM_TRACES.values()), [str(k) for k in NUM_TRACES.values()])
     left.set(xlabel="K", ylabel="pass@1")
-    for colour, (method, label) in enumerate((("rounds_3", "forward KL"), ("reverse_kl_rounds_3", "reverse KL"))):
+    for colour, (method, label) in zip(COLOURS[1:], ROUNDS.items(), strict=False):
         after = {index: read_counts(results, method, f"pi_{index}") for index in (1, 2, 3)}
-        draw_line(right, {index: counts for index, counts in after.items() if counts}, label, COLOURS[colour + 1])
+        draw_line(right, {index: counts for index, counts in after.items() if counts}, label, colour)
     right.set_xticks([1, 2, 3])
     right.set(xlabel="rounds T")
     for plot in (left, right):

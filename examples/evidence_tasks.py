@@ -83,6 +83,7 @@ EASY_METHODS = {
     "answer_likelihood": Method(("objective.answer_estimator=likelihood", "objective.train_answers=reference")),
     **{f"k{k}": Method((f"objective.num_traces={k}",)) for k in (1, 2, 4, 16)},
     "rounds_3": Method((*ROLLOUT, "rounds=3")),
+    "rounds_3_fresh": Method((*ROLLOUT, "rounds=3", "data.fresh_questions=true")),
     "reverse_kl_rounds_3": Method((*EIGHT, "rounds=3", "posterior.source=reverse_kl", "posterior.allow_collapse=true")),
 }
 EASY = (
@@ -97,22 +98,27 @@ EASY = (
 )
 
 MORE_OWN_TRACES = ("sample.num_traces=16", "sample.sampler=policy", "objective.ratio=none")
-HARD_METHODS = {
-    "iwae": Method(evaluates_pi_0=True),
-    "rft": Method((*MORE_OWN_TRACES, "objective.name=rft", "policy.train.num_steps=320")),
-    "grpo": Method((*MORE_OWN_TRACES, "objective.name=grpo", "policy.train.num_steps=320")),
-    "more_sft": Method(("eval.models=[pi_0]", "sft.num_steps=280"), evaluates_pi_0=True, only_sft=True),
-    "answers_only": Method(
-        ("eval.models=[pi_0]", "sft.num_steps=480", "data.train={data}/answers.jsonl"),
-        evaluates_pi_0=True,
-        only_sft=True,
-    ),
+HARD_ABLATIONS = {
     "ratio_sequence": Method(("objective.ratio=sequence",)),
     "prompt": Method(("posterior.source=prompt",)),
     "ratio_none": Method(("objective.ratio=none",)),
 }
-SEARCH_METHODS = {**HARD_METHODS, "max_leakage": Method(("objective.max_leakage=2",))}
-HARD_ALONE = {name: HARD_METHODS[name] for name in ("iwae", "rft", "grpo", "answers_only")}
+
+
+def head_methods(own_traces: int, more_sft: int, answers_only: int) -> dict[str, Method]:
+    """IWAE, and what it is compared with, for as many steps as take its FLOPs by pilot runs of seed 1."""
+    steps = f"policy.train.num_steps={own_traces}"
+    pi_0 = "eval.models=[pi_0]"
+    answers = (pi_0, f"sft.num_steps={answers_only}", "data.train={data}/answers.jsonl")
+    return {
+        "iwae": Method(evaluates_pi_0=True),
+        "rft": Method((*MORE_OWN_TRACES, "objective.name=rft", steps)),
+        "grpo": Method((*MORE_OWN_TRACES, "objective.name=grpo", steps)),
+        "more_sft": Method((pi_0, f"sft.num_steps={more_sft}"), evaluates_pi_0=True, only_sft=True),
+        "answers_only": Method(answers, evaluates_pi_0=True, only_sft=True),
+    }
+
+
 HARD = (
     "data.train={data}/train.jsonl",
     "data.eval=null",
@@ -125,31 +131,42 @@ HARD = (
     "policy.init=sft",
     "verify.plugins=[swaps:same_permutation]",
 )
-SORT = (*HARD, "data.max_sequence_tokens=184", "sample.max_trace_tokens=112")
-SEARCH = (*HARD, "data.max_sequence_tokens=224", "sample.max_trace_tokens=144")
+SETTINGS = {
+    "sort": (*HARD, "data.max_sequence_tokens=184", "sample.max_trace_tokens=112"),
+    "search": (*HARD, "data.max_sequence_tokens=224", "sample.max_trace_tokens=144"),
+}
 HARD_STEPS = {"sft": 40, "posterior.train": 50, "policy.train": 120}
 CORPORA = {"sort": "swaps", "search": "tries"}
 SUITES = ("eval_1", "eval_2", "eval_3")
-SEEDS = (1, 2, 3, 4, 5)
+SEEDS, FEWER_SEEDS = (1, 2, 3, 4, 5), (1, 2, 3)
 
 
-def hard(task: str, settings: tuple[str, ...], levels: tuple[str, ...], methods: dict[str, Method]) -> Task:
+def hard(task: str, levels: tuple[str, ...], methods: dict[str, Method], seeds: tuple[int, ...]) -> Task:
     """A task of examples/data/hard.py, with the round's questions of these levels."""
     data = (*HARD_DATA, "--task", task, "--train-levels", *levels)
-    return Task(data, settings, HARD_STEPS, methods, SEEDS, SUITES, CORPORA[task], data_of_seed=True)
+    return Task(data, SETTINGS[task], HARD_STEPS, methods, seeds, SUITES, CORPORA[task], data_of_seed=True)
 
 
 TASKS = {
-    "chains": Task(EASY_DATA, EASY, {"sft": 52, "posterior.train": 52, "policy.train": 64}, EASY_METHODS, (1, 2, 3)),
+    "chains": Task(EASY_DATA, EASY, {"sft": 52, "posterior.train": 52, "policy.train": 64}, EASY_METHODS, FEWER_SEEDS),
     "unknown": Task(
         (*EASY_DATA, "--task", "unknown"),
         EASY,
         {"sft": 80, "posterior.train": 100, "policy.train": 120},
         EASY_METHODS,
-        (1, 2, 3),
+        FEWER_SEEDS,
     ),
-    "sort": hard("sort", SORT, ("1", "2", "3"), HARD_METHODS),
-    "sort_level_3": hard("sort", SORT, ("3",), HARD_ALONE),
-    "search": hard("search", SEARCH, ("1", "2", "3"), SEARCH_METHODS),
-    "search_level_3": hard("search", SEARCH, ("3",), HARD_ALONE),
+    "sort": hard("sort", ("1", "2", "3"), {**head_methods(320, 280, 640), **HARD_ABLATIONS}, SEEDS),
+    "sort_level_3": hard("sort", ("3",), head_methods(180, 420, 820), FEWER_SEEDS),
+    "search": hard(
+        "search",
+        ("1", "2", "3"),
+        {
+            **head_methods(210, 270, 650),
+            **HARD_ABLATIONS,
+            "max_leakage": Method(("objective.max_leakage=3",)),
+        },
+        SEEDS,
+    ),
+    "search_level_3": hard("search", ("3",), head_methods(0, 0, 0), FEWER_SEEDS),
 }
