@@ -53,6 +53,8 @@ class Manifest:
                     raise ValueError(f"stage {stage} has no settings or an unknown status")
                 if is_finished and not (isinstance(entry["digest"], str) and isinstance(entry["outputs"], dict)):
                     raise ValueError(f"stage {stage} is finished without digest or outputs")
+                if is_finished and not isinstance(entry["seconds"], int | float):
+                    raise ValueError(f"the seconds of stage {stage} are no number")
                 float(entry["seconds"] if is_finished else 0.0)
                 for output in entry.get("outputs", {}).values():
                     int(output["bytes"]), str(output["sha256"])

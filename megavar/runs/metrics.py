@@ -45,7 +45,7 @@ class Metrics:
                 row = json.loads(line)
                 if not (isinstance(row["stage"], str) and type(row["step"]) is int):
                     raise ValueError("its stage or step is of another type")
-                row |= {key: float(value) for key, value in row.items() if key not in ("stage", "step")}
+                row |= {key: float(row[key]) for key in ("time", *row) if key not in ("stage", "step")}
             except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
                 if number == len(lines):
                     break

@@ -123,7 +123,8 @@ def reuse_stage(run: Run, stage: Stage, settings: dict[str, Any], conclude: Call
             clear_aside(run.folder)
             obstacles[other] = str(error)
             continue
-        manifest.begin(name, settings, reused_from=str(other))
+        # As they are there: a key that an older version lacks, and that is null here, would give another digest.
+        manifest.begin(name, entry["settings"], reused_from=str(other))
         _take_left_out(run, other)
         _place(run.folder / ASIDE, run.folder)
         clear_aside(run.folder)

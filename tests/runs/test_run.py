@@ -116,7 +116,8 @@ def test_a_stage_refuses_what_it_reads_if_it_is_not_what_was_written_and_says_th
 
 
 DAMAGED = ["", "{", "[]", "3", '{"sft": 1}', '{"sft": {}}', '{"sft": {"settings": {}, "status": "odd"}}',
-           '{"sft": {"settings": {}, "status": "finished"}}', "\xff", "[" * 100_000]  # fmt: skip
+           '{"sft": {"settings": {}, "status": "finished"}}', "\xff", "[" * 100_000,
+           '{"sft": {"settings": {}, "status": "finished", "digest": "", "outputs": {}, "seconds": "1"}}']  # fmt: skip
 
 
 @pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))

@@ -19,7 +19,7 @@ from megavar.disk import atomic_write
 from megavar.report.summary import summarize, summary_rows
 from megavar.runs import reuse
 from megavar.runs.folder import Run
-from megavar.runs.manifest import Manifest
+from megavar.runs.manifest import Manifest, digest_of
 from megavar.runs.metrics import Metrics
 from megavar.runs.owner import owned
 from megavar.runs.plan import find_stage, stages_of
@@ -224,6 +224,31 @@ def test_a_damaged_or_lying_run_is_named_and_not_reused(load, other, capsys, dam
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 and printed.startswith(f"sft: not reused: {other}: ") and message in printed
     assert {path.name for path in Run(config).folder.iterdir()} == {"config.yaml"}
+
+
+def test_a_row_of_metrics_without_its_time_is_named_before_anything_is_taken(load, other, capsys):
+    rows = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps({key: row[key] for key in row if key != "time"}) + "\n" for row in rows)
+    (other / "metrics.jsonl").write_text(text)
+    config = load(other=other)
+    assert not take(config, "sft") and entries(config) == {}
+    assert "metrics.jsonl, line 1 is not a row of metrics (KeyError: 'time')" in capsys.readouterr().out
+
+
+def test_a_run_of_before_a_setting_that_is_null_is_reused_whole(load, other, monkeypatch):
+    manifest, digest_of_old, older = Manifest(other), dict[str, str](), {}
+    for name, entry in manifest.entries().items():
+        settings = {key: digest_of_old.get(value, value) if isinstance(value, str) else value
+                    for key, value in entry["settings"].items() if value is not None}  # fmt: skip
+        older[name] = entry | {"settings": settings, "digest": digest_of(settings, entry["outputs"])}
+        digest_of_old[entry["digest"]] = older[name]["digest"]
+    assert any(old != new for old, new in digest_of_old.items())
+    manifest.file.write_text(json.dumps(older))
+    config = load(other=other)
+    assert reuse.forecast_reuse(config)[0].keys() == older.keys()
+    monkeypatch.setattr(runner, "_execute", lambda run, stage, service: pytest.fail(f"{stage.name} ran"))
+    runner.run_pipeline(config)
+    assert reused(config) == [*older]
 
 
 def test_an_undamaged_run_is_taken_where_another_one_is_damaged(load, other):
