@@ -47,7 +47,7 @@ from megavar.records import Answer, Question, Score, Scored, TokenIds, Trace, Tr
 from megavar.rollout.service import RolloutService
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
-from megavar.sequences import SequenceSet
+from megavar.sequences import NO_TEXT, SequenceSet
 from megavar.stages.run_files import question_tokens, round_questions, sampler_folder
 from megavar.stopping import Stopped
 from megavar.training.parallel import agree
@@ -282,15 +282,23 @@ def _existing(sequences: SequenceSet, indices: NDArray[np.int64], folder: Path) 
     found = [np.zeros(0, np.int64)]
     for table in RecordWriter(folder, Scored, 0.0).existing():
         places = table["row"].to_numpy()
-        num_bytes = sum(pc.binary_length(table[name]).to_numpy() for name in _LOGPS)
-        known = places[places < len(indices)]
-        if len(known) < len(places) or (num_bytes != 4 * sequences.num_targets[indices[known]]).any():
+        num_bytes = np.stack([pc.binary_length(table[name]).to_numpy() for name in _LOGPS])
+        known = places[(places >= 0) & (places < len(indices))]
+        if len(known) < len(places) or (num_bytes != _logp_bytes(sequences, indices[known])).any():
             raise ValueError(
                 f"existing scores are of other traces; remove {folder.parent} and run `megavar score` again "
                 f"({OUTPUTS_DO_NOT_MATCH})."
             )
         found.append(places)
     return np.unique(np.concatenate(found))
+
+
+def _logp_bytes(sequences: SequenceSet, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[2, indices] bytes of the float32 log-probs of each sequence's trace, and of its answer."""
+    numbers, places = np.unique(sequences.parts[indices, 2], return_inverse=True)
+    sizes = [0 if number == NO_TEXT else len(sequences.texts[number]) for number in numbers.tolist()]
+    answer_tokens = np.array(sizes, np.int64)[places]
+    return 4 * np.stack([sequences.num_targets[indices] - answer_tokens, answer_tokens])
 
 
 def _is_complete(trace_set: TraceSet, folder: Path) -> bool:

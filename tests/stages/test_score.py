@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers.tiny_models import reference_logps
@@ -14,7 +15,7 @@ from megavar.config.schema import ParallelConfig, PrecisionConfig, ScoreConfig, 
 from megavar.data.templates import Templates
 from megavar.packing import partition
 from megavar.record_files import read_records, table_of, write_records
-from megavar.records import Answer, Question, Score, Trace, TrainSequence
+from megavar.records import Answer, Question, Score, Scored, Trace, TrainSequence
 from megavar.stages.score import Scoring, TraceSet, _counts, _places_scored_again, score_traces
 from megavar.training import parallel
 from megavar.training.scorer import Scorer
@@ -69,6 +70,39 @@ def test_kept_rows_of_other_traces_are_refused(score, posterior):
     score(TEXTS, posterior, "scores")
     with pytest.raises(ValueError, match="an existing score of trace 1 of question 'a' is of another trace"):
         score([TEXTS[0], ("7+3\n0\n", "closed"), TEXTS[2]], posterior, "scores")
+
+
+@pytest.mark.parametrize("folder", ["policy", "policy_again"])
+@pytest.mark.parametrize("moved", [4, 3], ids=["a token", "a part of one"])
+def test_kept_parts_that_divide_trace_and_answer_elsewhere_are_refused(score, tmp_path, folder, moved):
+    templates = Templates(BASE, TemplateConfig())
+    sizes, of_answer = [len(_ids(templates, text)) for text, finish in TEXTS[:2]], len(templates.answer(QUESTION))
+    wrong = [
+        Scored(row, bytes(4 * size + moved), bytes(4 * of_answer - moved)) for row, size in enumerate(sizes)
+    ]  # fmt: skip
+    write_records(tmp_path / "scores" / folder / "part-000000.parquet", wrong, Scored)
+    with pytest.raises(ValueError, match=f"existing scores are of other traces; remove {tmp_path}/scores and run"):
+        score(TEXTS, None, "scores")
+
+
+def test_parts_that_an_older_version_wrote_are_made_again(score, tmp_path, caplog):
+    expected = score(TEXTS, None, "whole")
+    floats = [pa.array([[0.5]], pa.list_(pa.float32())) for _ in range(2)]
+    (tmp_path / "scores" / "policy").mkdir(parents=True)
+    part = tmp_path / "scores" / "policy" / "part-000000.parquet"
+    pq.write_table(pa.table([pa.array([0]), *floats], ["row", "logp_trace", "logp_answer"]), part)
+    found = score(TEXTS, None, "scores")
+    assert "it is now part-000000.parquet.damaged, and what it held is made again" in caplog.text
+    for row, same in zip(expected, found, strict=True):
+        assert row.logp_policy.tobytes() == same.logp_policy.tobytes()
+
+
+@pytest.mark.parametrize("posterior", [BASE, None])
+def test_a_round_without_a_closed_trace_has_empty_scores(score, posterior):
+    rows = score([("7", "length"), ("7+3", "aborted")], posterior, "scores")
+    assert [(len(row.logp_policy), len(row.logp_answer), row.num_answers, row.leakage) for row in rows] == [
+        (0, 0, None, None)
+    ] * 2
 
 
 @pytest.fixture
