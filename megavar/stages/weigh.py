@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,8 @@ def _weigh_group(
         cut = truncated[: len(group)]
         before = _weigh_question(objective, group, cut, config)
         group_weights = _without_leaky(objective, group, cut, config, before)
+        for given in (before, group_weights):
+            _check_weights(given, group, config.name)
         totals.leakage.add(group, cut, before, group_weights)
         weights += group_weights + [_unused(score) for score in every[len(group) :]]
         groups.append((every, truncated, group_weights))
@@ -147,6 +150,23 @@ def _weigh_group(
     totals.statuses.update(weight.status for weight in weights)
     totals.bounds.add(bounds)
     return weights, bounds
+
+
+def _check_weights(weights: Sequence[Weight], group: Sequence[Score], name: str) -> None:
+    """Refuse what an objective of the user's own may have got wrong, which would be left out of training unseen."""
+    question, expected = group[0].question_id, [score.trace_index for score in group]
+    found = sorted(row.trace_index for row in weights if row.status != WeightStatus.GOLD)
+    if found != expected:
+        raise ValueError(
+            f"objective.name={name} gave weights to traces {found} of question {question!r}, expected {expected}: one "
+            "for each score that it is given; correct the objective."
+        )
+    for row in weights:
+        if not isfinite(row.weight):
+            raise ValueError(
+                f"objective.name={name}: the weight of trace {row.trace_index} of question {question!r} is "
+                f"{row.weight}, expected a finite number; correct the objective."
+            )
 
 
 def _weigh_question(

@@ -11,6 +11,7 @@ from helpers.small_run import make_run
 from megavar.config.load import load_config
 from megavar.config.schema import ObjectiveConfig
 from megavar.objectives import OBJECTIVES
+from megavar.objectives.base import Objective
 from megavar.record_files import RecordFile, read_records, rows, write_records
 from megavar.records import Score, Trace, Weight
 from megavar.stages import weigh
@@ -142,3 +143,28 @@ def test_scores_of_before_are_read_without_leakage(tmp_path):
     some = RecordFile(tmp_path / "old.parquet", Score, ("question_id", "num_answers", "leakage"))
     (table,) = some.tables()
     assert table.schema == some.schema and [row.leakage for row in rows(table, Score)] == [None] * len(scores)
+
+
+@pytest.mark.parametrize("limit", [None, 2.0])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda rows: rows[1:], r"gave weights to traces \[1, 2\] of question 'q', expected \[0, 1, 2\]"),
+        (lambda rows: [replace(rows[0], weight=np.nan), *rows[1:]], r"weight of trace 0 of question 'q' is nan"),
+    ],
+    ids=["one missing", "not a number"],
+)
+def test_an_objective_that_forgets_a_trace_or_gives_no_number_is_named(tmp_path, monkeypatch, limit, spoil, message):
+    own = Objective(lambda *given: spoil(OBJECTIVES["iwae"].weigh(*given)))
+    monkeypatch.setitem(OBJECTIVES, "own", own)
+    with pytest.raises(ValueError, match=f"objective.name=own.*{message}"):
+        weighed(tmp_path, scores_of("q", [1.0, 9.0, None]), name="own", max_leakage=limit)
+
+
+def test_an_objective_that_forgets_what_is_left_out_is_named(tmp_path, monkeypatch):
+    own = Objective(lambda *given: [row for row in OBJECTIVES["iwae"].weigh(*given) if row.status != "truncated"])
+    monkeypatch.setitem(OBJECTIVES, "own", own)
+    scores = scores_of("q", [1.0, 9.0, None])
+    assert len(weighed(tmp_path / "all", scores, name="own")[0]) == 3
+    with pytest.raises(ValueError, match=r"gave weights to traces \[0, 2\] of question 'q', expected \[0, 1, 2\]"):
+        weighed(tmp_path / "limited", scores, name="own", max_leakage=2.0)
