@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from megavar.disk import atomic_write, make_folder
 from megavar.progress import ProgressLine
 from megavar.records import Question, TrainSequence
 from megavar.runs.folder import Run
-from megavar.runs.manifest import Manifest
+from megavar.runs.manifest import Manifest, NotFinished
 from megavar.runs.plan import stages_of
 from megavar.stages.run_files import question_tokens, templates
 from megavar.stages.weighted import WeightedTraces, weighted_traces
@@ -38,16 +39,20 @@ def export_traces(run_folder: Path, form: str, selection: str | None, target: Pa
         The number of sequences.
 
     Raises:
-        ValueError: if the run has no weighted round, its files were changed, or `target` exists.
+        ValueError: if the run has no weighted round, its files, questions or model were changed, or `target` exists or
+            is below a file.
     """
     if not (run_folder / "config.yaml").is_file():
         raise ValueError(f"{run_folder} is not a run folder: it has no config.yaml; give a folder such as runs/demo.")
     if target.exists():
         raise ValueError(f"{target} exists; move it away, or give another name.")
+    if not (above := next(folder for folder in target.parents if folder.exists())).is_dir():
+        raise ValueError(f"{above} is a file, so {target} cannot be written; give another name.")
     run = _last_weighted(run_folder)
     if selection is not None:
         run = replace(run, config=replace(run.config, objective=replace(run.config.objective, selection=selection)))
     tokens = question_tokens(run)
+    _check_settings(run)
     make_folder(target.parent)
     if form == "megatron":
         return _write_megatron(run, tokens, target)
@@ -67,6 +72,19 @@ def _last_weighted(run_folder: Path) -> Run:
     for stage in ("sample", "verify", "weigh"):
         manifest.check_outputs(finished[-1].entry(stage))
     return finished[-1]
+
+
+def _check_settings(run: Run) -> None:
+    """Questions and model must be those that the traces were sampled and weighed with, as they are where they train.
+
+    Raises:
+        ValueError: naming the stage and the differing key.
+    """
+    manifest = Manifest(run.folder)
+    for stage, of_round in stages_of(run.config):
+        if of_round.round_index == run.round_index and stage.name in ("sample", "verify", "score", "weigh"):
+            with suppress(NotFinished):  # what they were made from is to be made again
+                manifest.check(run.entry(stage.name), stage.settings(run))
 
 
 def _write_lines(run: Run, tokens: QuestionTokens, row_of: Callable[[str, str, str | None], Row], target: Path) -> int:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from megavar.records import Answer, Question, Score, Trace
 from megavar.runs.folder import Run
 from megavar.runs.manifest import Manifest
 from megavar.runs.metrics import Metrics
+from megavar.runs.plan import find_stage
 from megavar.stages.weigh import weigh_traces
 
 BASE = Path(__file__).parents[2] / "examples" / "base" / "qwen3-tiny"
@@ -83,7 +85,7 @@ def make_run(folder: Path, name: str = "small", stages: tuple[str, ...] = (*ROUN
     run.open()
     manifest, metrics = Manifest(run.folder), Metrics(run.folder, run.config.logging, name)
     for stage in stages:
-        manifest.begin(stage, {})
+        manifest.begin(stage, settings_of(run, stage))
         manifest.finish(stage, 1.0, [])
         if stage in ("sft", "posterior", "policy"):
             for step in range(1, 4):
@@ -102,9 +104,14 @@ def write_round(run: Run, number: int) -> None:
     write_records(folder / "scores" / "data.parquet", scores, Score)
     values = weigh_traces([(traces, scores)], "iwae", run.config.objective, folder / "weights")
     Metrics(run.folder, run.config.logging, run.config.name).log("weigh", number, values)
-    stage = replace(run, round_index=number).entry("weigh")
-    Manifest(run.folder).begin(stage, {})
-    Manifest(run.folder).finish(stage, 1.0, [])
+    run = replace(run, round_index=number)
+    Manifest(run.folder).begin(run.entry("weigh"), settings_of(run, "weigh") if number == 1 else {})
+    Manifest(run.folder).finish(run.entry("weigh"), 1.0, [])
+
+
+def settings_of(run: Run, stage: str) -> dict[str, Any]:
+    """What the manifest records of a stage of the first round."""
+    return find_stage(run.config, stage)[0].settings(run)
 
 
 def write_eval(run: Run, model: str, correct_of: dict[str, int]) -> None:

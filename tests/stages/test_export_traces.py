@@ -84,3 +84,26 @@ def test_what_is_not_there_or_would_be_overwritten_is_refused(tmp_path, capsys):
     assert export(done, "--format", "messages") == 0
     assert export(done, "--format", "messages") == 2
     assert "messages.jsonl exists; move it away" in capsys.readouterr().out
+
+
+def test_questions_that_were_changed_since_they_were_sampled_are_refused(tmp_path, capsys):
+    run = make_run(tmp_path)
+    file = tmp_path / "questions.jsonl"
+    text = file.read_text()
+    file.write_text(text.replace('"1+1"', '"7*7"'))
+    assert export(run, "--format", "messages") == 2
+    assert "stage sample was finished with data.train=" in capsys.readouterr().out
+    assert not (run.folder / "export" / "messages.jsonl").exists()
+    file.unlink()
+    assert export(run, "--format", "messages") == 2 and f"No question file {file}" in capsys.readouterr().out
+    file.write_text(text)
+    assert export(run, "--format", "messages") == 0
+
+
+@pytest.mark.parametrize("form", ["messages", "megatron"])
+def test_a_place_below_a_file_is_refused(tmp_path, capsys, form):
+    run = make_run(tmp_path)
+    for target in (tmp_path / "questions.jsonl" / "out", tmp_path / "questions.jsonl" / "new" / "out"):
+        assert export(run, "--format", form, "--output", str(target)) == 2
+        printed = capsys.readouterr()
+        assert f"{tmp_path}/questions.jsonl is a file" in printed.out and "Traceback" not in printed.err
