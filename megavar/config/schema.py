@@ -179,7 +179,7 @@ class RolloutConfig:
     """The SGLang servers."""
 
     mode: str = choice("managed", "external", default="managed")
-    """`managed`: started and stopped by the run, on this machine; `external`: yours, at `rollout.urls`."""
+    """`managed`: started and stopped by the run, on each of its nodes; `external`: yours, at `rollout.urls`."""
     python: str = ".venv-sglang/bin/python"
     """Interpreter with SGLang installed (managed)."""
     urls: list[str] = field(default_factory=list)
@@ -193,7 +193,7 @@ class RolloutConfig:
     api_key_file: str | None = None
     """File with that key, which only its owner may read, instead of a variable."""
     num_servers: int = at_least(1, default=1)
-    """Managed servers on this machine."""
+    """Managed servers on each node."""
     tensor_parallel_size: int = at_least(1, default=1)
     """GPUs of each managed server."""
     dtype: str = choice("auto", "float32", "bfloat16", default="auto")
