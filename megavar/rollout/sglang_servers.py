@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -123,7 +124,8 @@ class Server:
             await self._wait_until_healthy()
 
     def _launch(self) -> None:
-        command = [sys.executable, "-I", "-S", str(FOLDER / "watchdog.py"), str(os.getpid()), *self._command()]
+        server = self._command()
+        command = [sys.executable, "-I", "-S", str(FOLDER / "watchdog.py"), str(os.getpid()), *server]
         environment = {**inherited_environment(), KEY: self._api_key}
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus)
@@ -133,7 +135,8 @@ class Server:
             environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            log.write(f"\n$ {' '.join(command)}\n".encode())
+            # What starts the server by hand too, as the watchdog's command would not.
+            log.write(f"\n$ {shlex.join(server)}\n".encode())
             log.flush()
             self._log_start = log.tell()
             self._process = subprocess.Popen(
