@@ -319,11 +319,12 @@ def main() -> None:
     chosen = parser.parse_args()
     known = known_results()
     jobs = [
-        Job(task, method, seed)
-        for seed in sorted({seed for task in chosen.tasks for seed in TASKS[task].seeds})
-        for task in chosen.tasks
-        for method in TASKS[task].methods
-        if seed in (chosen.seeds or TASKS[task].seeds) and method in (chosen.methods or TASKS[task].methods)
+        Job(name, method, seed)
+        for seed in sorted({seed for name in chosen.tasks for seed in TASKS[name].seeds})
+        for name in chosen.tasks
+        for method, how in TASKS[name].methods.items()
+        if seed in TASKS[name].seeds[: how.num_seeds]
+        if seed in (chosen.seeds or [seed]) and method in (chosen.methods or [method])
     ]
     jobs = [job for job in jobs if known_settings(known, job) != settings(job)]
     for job in jobs:

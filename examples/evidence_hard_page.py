@@ -21,7 +21,6 @@ HARD_TITLES = {
     "sort": "sort, questions of all levels",
     "sort_level_3": "sort, hard questions only",
     "search": "search, questions of all levels",
-    "search_level_3": "search, hard questions only",
 }
 HARD_NAMES = {
     "pi_0": "π₀",

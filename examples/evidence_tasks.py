@@ -38,6 +38,8 @@ class Method:
     """Training stages; the first one trains for the total optimizer steps of all of them."""
     only_sft: bool = False
     """No round: π₀ is what is evaluated."""
+    num_seeds: int | None = None
+    """The first ones of the task's; None: all."""
 
 
 @dataclass(frozen=True)
@@ -99,21 +101,28 @@ EASY = (
 
 MORE_OWN_TRACES = ("sample.num_traces=16", "sample.sampler=policy", "objective.ratio=none")
 HARD_ABLATIONS = {
-    "ratio_sequence": Method(("objective.ratio=sequence",)),
-    "prompt": Method(("posterior.source=prompt",)),
-    "ratio_none": Method(("objective.ratio=none",)),
+    "ratio_sequence": Method(("objective.ratio=sequence",), num_seeds=3),
+    "prompt": Method(("posterior.source=prompt",), num_seeds=3),
+    "ratio_none": Method(("objective.ratio=none",), num_seeds=3),
 }
+SEARCH_ABLATIONS = {**HARD_ABLATIONS, "max_leakage": Method(("objective.max_leakage=3",), num_seeds=3)}
 
 
-def head_methods(own_traces: int, more_sft: int, answers_only: int) -> dict[str, Method]:
-    """IWAE, and what it is compared with, for as many steps as take its FLOPs by pilot runs of seed 1."""
-    steps = f"policy.train.num_steps={own_traces}"
-    pi_0 = "eval.models=[pi_0]"
-    answers = (pi_0, f"sft.num_steps={answers_only}", "data.train={data}/answers.jsonl")
+def own_traces(num_steps: int) -> dict[str, Method]:
+    """IWAE, and RFT and GRPO with policy steps for as many FLOPs, by pilot runs of seed 1."""
+    steps = f"policy.train.num_steps={num_steps}"
     return {
         "iwae": Method(evaluates_pi_0=True),
         "rft": Method((*MORE_OWN_TRACES, "objective.name=rft", steps)),
         "grpo": Method((*MORE_OWN_TRACES, "objective.name=grpo", steps)),
+    }
+
+
+def only_sft(more_sft: int, answers_only: int) -> dict[str, Method]:
+    """Controls without a round, with steps for as many FLOPs."""
+    pi_0 = "eval.models=[pi_0]"
+    answers = (pi_0, f"sft.num_steps={answers_only}", "data.train={data}/answers.jsonl")
+    return {
         "more_sft": Method((pi_0, f"sft.num_steps={more_sft}"), evaluates_pi_0=True, only_sft=True),
         "answers_only": Method(answers, evaluates_pi_0=True, only_sft=True),
     }
@@ -138,35 +147,25 @@ SETTINGS = {
 HARD_STEPS = {"sft": 40, "posterior.train": 50, "policy.train": 120}
 CORPORA = {"sort": "swaps", "search": "tries"}
 SUITES = ("eval_1", "eval_2", "eval_3")
-SEEDS, FEWER_SEEDS = (1, 2, 3, 4, 5), (1, 2, 3)
 
 
-def hard(task: str, levels: tuple[str, ...], methods: dict[str, Method], seeds: tuple[int, ...]) -> Task:
+def hard(task: str, levels: tuple[str, ...], methods: dict[str, Method], num_seeds: int) -> Task:
     """A task of examples/data/hard.py, with the round's questions of these levels."""
-    data = (*HARD_DATA, "--task", task, "--train-levels", *levels)
+    data, seeds = (*HARD_DATA, "--task", task, "--train-levels", *levels), tuple(range(1, num_seeds + 1))
     return Task(data, SETTINGS[task], HARD_STEPS, methods, seeds, SUITES, CORPORA[task], data_of_seed=True)
 
 
+ALL_LEVELS = ("1", "2", "3")
 TASKS = {
-    "chains": Task(EASY_DATA, EASY, {"sft": 52, "posterior.train": 52, "policy.train": 64}, EASY_METHODS, FEWER_SEEDS),
+    "chains": Task(EASY_DATA, EASY, {"sft": 52, "posterior.train": 52, "policy.train": 64}, EASY_METHODS, (1, 2, 3)),
     "unknown": Task(
         (*EASY_DATA, "--task", "unknown"),
         EASY,
         {"sft": 80, "posterior.train": 100, "policy.train": 120},
         EASY_METHODS,
-        FEWER_SEEDS,
+        (1, 2, 3),
     ),
-    "sort": hard("sort", ("1", "2", "3"), {**head_methods(320, 280, 640), **HARD_ABLATIONS}, SEEDS),
-    "sort_level_3": hard("sort", ("3",), head_methods(180, 420, 820), FEWER_SEEDS),
-    "search": hard(
-        "search",
-        ("1", "2", "3"),
-        {
-            **head_methods(210, 270, 650),
-            **HARD_ABLATIONS,
-            "max_leakage": Method(("objective.max_leakage=3",)),
-        },
-        SEEDS,
-    ),
-    "search_level_3": hard("search", ("3",), head_methods(0, 0, 0), FEWER_SEEDS),
+    "sort": hard("sort", ALL_LEVELS, {**own_traces(320), **only_sft(280, 640), **HARD_ABLATIONS}, num_seeds=5),
+    "sort_level_3": hard("sort", ("3",), own_traces(180), num_seeds=3),
+    "search": hard("search", ALL_LEVELS, {**own_traces(210), **only_sft(270, 650), **SEARCH_ABLATIONS}, num_seeds=5),
 }
