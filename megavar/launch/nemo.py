@@ -70,7 +70,7 @@ def _nemo_run(home: Path) -> Any:
         import nemo_run
     except ImportError as error:
         raise ValueError(
-            f"NeMo-Run cannot be imported ({error}); install it with `pip install megavar[nemo]`."
+            f"NeMo-Run cannot be imported ({error}); install it with `make nemo`, and use .venv-nemo/bin/python."
         ) from error
     return nemo_run
 

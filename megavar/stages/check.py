@@ -132,7 +132,7 @@ def _check_packages(config: RunConfig) -> None:
     if config.logging.wandb_project is not None and find_spec("wandb") is None:
         raise ValueError(
             f"logging.wandb_project={config.logging.wandb_project} needs the package wandb, which is not installed; "
-            "run pip install 'megavar[wandb]', or leave it out."
+            "run pip install -e '.[wandb]' in megavar's folder, or leave it out."
         )
 
 

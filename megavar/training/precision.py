@@ -93,7 +93,7 @@ def check_recipe(key: str, recipe: str) -> None:
     if not torch.cuda.is_available():
         raise ValueError(f"{asked} needs a CUDA GPU and Transformer Engine, there is none; use {key}=bf16.")
     if not has_transformer_engine():
-        raise ValueError(f"{asked} needs Transformer Engine; `pip install 'megavar[gpu]'`, or use {key}=bf16.")
+        raise ValueError(f"{asked} needs Transformer Engine; install it as docs/gpu.md says, or use {key}=bf16.")
     import transformer_engine.pytorch
     from megatron.core.utils import get_te_version, is_te_min_version
 
