@@ -126,17 +126,18 @@ class Server:
     def _launch(self) -> None:
         server = self._command()
         command = [sys.executable, "-I", "-S", str(FOLDER / "watchdog.py"), str(os.getpid()), *server]
-        environment = {**inherited_environment(), KEY: self._api_key}
+        own: dict[str, str] = {}
         if self._gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus)
+            own["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus)
         longest = extended_length(self._model)
         if longest and (self._config.context_length or 0) <= longest:
             # SGLang takes max_position_embeddings for the limit, which is less where YaRN was switched on afterwards.
-            environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
+            own["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             # What starts the server by hand too, as the watchdog's command would not.
-            log.write(f"\n$ {shlex.join(server)}\n".encode())
+            by_hand = [*(f"{name}={value}" for name, value in own.items()), *server]
+            log.write(f"\n$ {shlex.join(by_hand)}\n".encode())
             log.flush()
             self._log_start = log.tell()
             self._process = subprocess.Popen(
@@ -144,7 +145,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env={**inherited_environment(), **own, KEY: self._api_key},
                 start_new_session=True,
             )
 
