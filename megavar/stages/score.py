@@ -113,6 +113,7 @@ def score_traces(
     """
     models = {"policy": policy} if sampler is None else {"policy": policy, "posterior": sampler}
     if from_rank_zero(lambda: trace_set is not None and _is_complete(trace_set, folder)):
+        _remove_parts(folder)  # the call that merged them may have been killed before it did
         return
 
     def make() -> Iterator[list[TrainSequence]]:
@@ -140,12 +141,15 @@ def score_traces(
         expected = identities(_trace_file(trace_set))
         check_complete(identities(RecordFile(folder / "data.parquet", Score, _KEY)), expected, folder)
     barrier()  # no rank has the sequences open when they go
-    if trace_set is not None:
-        for name in (*_PARTS, "sequences"):
+    _remove_parts(folder)
+
+
+def _remove_parts(folder: Path) -> None:
+    if is_rank_zero():
+        for name in ("policy", "posterior", "policy_again", "posterior_again", "sequences"):
             shutil.rmtree(folder / name, ignore_errors=True)
 
 
-_PARTS = ("policy", "posterior", "policy_again", "posterior_again")
 _KEY = ("question_id", "trace_index")
 _LOGPS = ("logp_trace", "logp_answer")
 

@@ -243,6 +243,9 @@ def test_whenever_it_is_interrupted_the_same_scores_come_out_of_both_passes(scor
     assert interruptions == 11  # of 3 traces, 2 passes and 2 models; the last call was good
     for name in ("data.parquet", "again.parquet"):
         assert (tmp_path / "scores" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    (tmp_path / "scores" / "policy").mkdir()  # as a kill before the clean-up leaves it
+    score(MIXED, other, "scores", chunk_sequences=1)
+    assert {path.name for path in (tmp_path / "scores").iterdir()} == {"data.parquet", "again.parquet"}
 
 
 def test_traces_are_scored_again_in_other_packs(score, tmp_path, other, monkeypatch):
