@@ -38,14 +38,9 @@ NAMES = {
     "rft_more_steps": "— for the steps of q and policy",
     "grpo": "GRPO weights",
     "rounds_3": "T = 3 rounds, forward KL",
-    "rounds_3_fresh": "T = 3 rounds, forward KL, fresh questions",
     "reverse_kl_rounds_3": "T = 3 rounds, reverse KL",
 }
-ROUNDS = {
-    "rounds_3": "forward KL",
-    "rounds_3_fresh": "forward KL, fresh questions",
-    "reverse_kl_rounds_3": "reverse KL",
-}
+ROUNDS = {"rounds_3": "forward KL", "reverse_kl_rounds_3": "reverse KL"}
 NUM_TRACES = {"k1": 1, "k2": 2, "k4": 4, BASELINE: 8, "k16": 16}
 BY_DIFFICULTY = (BASELINE, "ratio_sequence", "no_hint", "rft", "grpo", "more_sft")
 MIN_QUESTIONS = 20

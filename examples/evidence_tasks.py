@@ -85,7 +85,6 @@ EASY_METHODS = {
     "answer_likelihood": Method(("objective.answer_estimator=likelihood", "objective.train_answers=reference")),
     **{f"k{k}": Method((f"objective.num_traces={k}",)) for k in (1, 2, 4, 16)},
     "rounds_3": Method((*ROLLOUT, "rounds=3")),
-    "rounds_3_fresh": Method((*ROLLOUT, "rounds=3", "data.fresh_questions=true")),
     "reverse_kl_rounds_3": Method((*EIGHT, "rounds=3", "posterior.source=reverse_kl", "posterior.allow_collapse=true")),
 }
 EASY = (
