@@ -144,11 +144,16 @@ def _find_state(job: str, folder: Path) -> JobState | None:
         return _state(job, values["JobState"], details, values["ExitCode"])
     if "Invalid job id" not in shown.stderr:
         raise ExplainedFailure(f"Slurm does not answer: {reason(shown.stderr)}.")
-    kept = _slurm("sacct", "--allocations", "--noheader", "--parsable2", "--jobs", job, "--format=State,ExitCode")
+    kept = _slurm(
+        *("sacct", "--allocations", "--duplicates", "--noheader", "--parsable2"),  # a row for each start
+        *("--jobs", job, "--format=State,ExitCode"),
+    )
     if kept.returncode or not kept.stdout.strip():
         return None
-    name, code = kept.stdout.splitlines()[-1].split("|")
-    return _state(job, name.split()[0], "", code)  # without "by USER" of a cancelled one
+    *earlier, last = kept.stdout.splitlines()
+    name, code = last.split("|")
+    details = f", restart {len(earlier)}" if earlier else ""
+    return _state(job, name.split()[0], details, code)  # without "by USER" of a cancelled one
 
 
 def _state(job: str, name: str, details: str, exit_code: str) -> JobState:

@@ -101,12 +101,12 @@ def weigh_traces(groups: Iterable[Group], objective: str, config: ObjectiveConfi
     Raises:
         ValueError: if scores and traces are not of the same traces, or lack what the objective needs.
     """
-    chosen, totals = get_objective(objective), _Totals()
+    totals = _Totals()
     with ExitStack() as files:
         weights_file = files.enter_context(RecordFileWriter(folder / "data.parquet", Weight))
         bounds_file: RecordFileWriter | None = None
         for traces, scores in groups:
-            weights, bounds = _weigh_group(chosen, traces, scores, config, totals)
+            weights, bounds = _weigh_group(objective, traces, scores, config, totals)
             of_traces = (identity(weight) for weight in weights if weight.status != WeightStatus.GOLD)
             check_complete(sorted(of_traces), sorted(map(identity, traces)), folder)
             weights_file.write(sorted_table(table_of(weights, Weight), Weight))
@@ -118,8 +118,9 @@ def weigh_traces(groups: Iterable[Group], objective: str, config: ObjectiveConfi
 
 
 def _weigh_group(
-    objective: Objective, traces: Sequence[Trace], scores: Sequence[Score], config: ObjectiveConfig, totals: "_Totals"
+    name: str, traces: Sequence[Trace], scores: Sequence[Score], config: ObjectiveConfig, totals: "_Totals"
 ) -> tuple[list[Weight], list[Bound]]:
+    objective = get_objective(name)
     finish_of = {(trace.question_id, trace.trace_index): trace.finish for trace in traces}
     of_question: dict[str, list[Score]] = defaultdict(list)
     for score in scores:
@@ -141,7 +142,7 @@ def _weigh_group(
         before = _weigh_question(objective, group, cut, config)
         group_weights = _without_leaky(objective, group, cut, config, before)
         for given in (before, group_weights):
-            _check_weights(given, group, config.name)
+            _check_weights(given, group, name)
         totals.leakage.add(group, cut, before, group_weights)
         weights += group_weights + [_unused(score) for score in every[len(group) :]]
         groups.append((every, truncated, group_weights))
@@ -225,7 +226,6 @@ class _NoiseFloor:
         self._again = {identity(score): score for score in again}
         self._questions = {score.question_id for score in again}
         self._config = run.config.objective
-        self._objective = get_objective(self._config.name)
         self._differences: list[tuple[float, float]] = []
 
     def add(self, traces: Sequence[Trace], scores: Sequence[Score]) -> None:
@@ -246,7 +246,7 @@ class _NoiseFloor:
 
     def _weights(self, traces: Sequence[Trace], scores: Sequence[Score]) -> list[Weight]:
         """Of the traces that were scored twice."""
-        weights, _ = _weigh_group(self._objective, traces, scores, self._config, _Totals())
+        weights, _ = _weigh_group(self._config.name, traces, scores, self._config, _Totals())
         return [row for row in weights if identity(row) in self._again and row.status != WeightStatus.UNUSED]
 
     def values(self) -> dict[str, float]:

@@ -57,10 +57,14 @@ def test_a_fixed_length_changes_no_step(trained, grid):
     for name in ("losses.json", "norms.json"):
         expected = json.loads((free / name).read_text())
         assert json.loads((fixed / name).read_text()) == pytest.approx(expected, rel=2e-6)
-    expected, found = tensors(free / "hf"), tensors(fixed / "hf")
-    assert expected.keys() == found.keys()
+    start, expected, found = (tensors(folder) for folder in (trained / "model", free / "hf", fixed / "hf"))
+    assert start.keys() == expected.keys() == found.keys()
     for key, tensor in expected.items():
-        assert (found[key] - tensor).abs().max() <= 1e-6, key
+        # Padded products are summed in another order. Where a gradient is nearly 0, Adam's quotient makes much of that:
+        # single weights may differ by some per cent of a step, on some CPUs more than on others, all together not.
+        difference, moved = found[key] - tensor, tensor - start[key]
+        assert difference.norm() <= 5e-4 * moved.norm(), key
+        assert difference.abs().max() <= 0.05 * TRAIN["learning_rate"], key
 
 
 @pytest.mark.parametrize(
