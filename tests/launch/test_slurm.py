@@ -279,6 +279,8 @@ def test_a_job_goes_on_after_preemption_a_killed_agent_and_the_time_limit_and_on
     assert launcher.wait(300) == 1
     printed = (folder / "printed.txt").read_text()
     assert printed.splitlines()[-1].startswith(f"job {job} FAILED") and "restart 3, exit code 1" in printed
+    wait_until(lambda: slurm.ask("scontrol", "show", "job", job) == "", 90)
+    assert ask(slurm, "status", folder).stdout.startswith(f"job {job} FAILED, restart 3, exit code 1\n")
     assert "job.log: error: requeued 3 times (--max-requeues) already; submitting again goes on\njob " in printed
     assert_the_curve_is_an_undisturbed_ones(folder)
     if by == "nemo":
